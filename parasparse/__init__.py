@@ -1,0 +1,39 @@
+"""Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
+
+from parasparse import gates, patterns, scores
+from parasparse.contexts import dense_gradients, frozen
+from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
+from parasparse.parametrizations import Mask, SoftMask
+from parasparse.report import summary
+from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
+from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
+from parasparse.treatments import Fixed, Gate, Prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fixed",
+    "Gate",
+    "Mask",
+    "Prune",
+    "SoftMask",
+    "binarize",
+    "binarize_masks",
+    "dense_gradients",
+    "dense_state_dict",
+    "deploy_masks",
+    "frozen",
+    "gates",
+    "is_sparse",
+    "load_state_dict",
+    "mask_of",
+    "named_masks",
+    "patterns",
+    "plan",
+    "scores",
+    "sparsify",
+    "squash",
+    "stored",
+    "summary",
+    "unsparsify",
+]

@@ -1,0 +1,166 @@
+"""Rules and a model in; what each tensor gets, checked, out. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse._checks import listed
+from parasparse._foreign import legacy_hook
+from parasparse.parametrizations import Mask, as_mask
+from parasparse.targets import Spec, Target, assign, collect
+from parasparse.treatments import Treatment, as_treatment, keep_nonzero
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one tensor gets.
+
+    Attributes:
+        target: the tensor.
+        rule: the left side of its rule; None for a treatment alone.
+        treatment: the right side as the user wrote it.
+        result: a mask, a module that masks, or None for a mask that is not set.
+        reuse: the Mask that it has already, to be set again.
+    """
+
+    target: Target
+    rule: Spec | None
+    treatment: Any
+    result: Tensor | nn.Module | None
+    reuse: Mask | None
+
+
+def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
+    """Return a step for each tensor of `model` that `rules` change.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
+    """
+    numbered = dict(enumerate(_as_pairs(rules)))
+    treatments = {n: as_treatment(treatment) for n, (_, treatment) in numbered.items()}
+    targets = collect(model, pairs=pairs)
+    groups = assign({n: spec for n, (spec, _) in numbered.items()}, targets)
+    users = Counter(id(mask) for target in targets for mask in target.masks())
+    sharded = any(_is_sharded(module) for module in model.modules())
+    steps = []
+    for number, group in groups.items():
+        treatment = treatments[number]
+        if treatment is None:
+            continue
+        for target in group:
+            _check_target(target, sharded)
+        results = _results(treatment, group)
+        for target in group:
+            result = _checked(target, results[target.name])
+            own = [m for m in target.masks() if isinstance(m, Mask) and users[id(m)] == 1]
+            steps.append(Step(target, *numbered[number], result, own[0] if own else None))
+    return steps
+
+
+def _as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
+    """Return `rules` as (target, treatment); the target of a treatment alone is None."""
+    if isinstance(rules, (Tensor, list, tuple)) and not _are_pairs(rules):
+        raise TypeError(
+            "`rules` must be {target: treatment}, pairs of these, or a treatment alone; got "
+            f'{rules!r:.60}. A mask needs the name of its tensor: {{"weight": mask}}.'
+        )
+    if isinstance(rules, (Mapping, list, tuple)):
+        pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+        if any(spec is None for spec, _ in pairs):
+            raise TypeError("a rule's target must not be None; write the treatment alone.")
+    else:
+        pairs = [] if rules is None else [(None, rules)]
+    if not pairs:
+        raise ValueError(f"`rules` must hold at least one rule; got {rules!r}.")
+    return pairs
+
+
+def _are_pairs(rules: Any) -> bool:
+    return all(isinstance(pair, tuple) and len(pair) == 2 for pair in rules)
+
+
+def _check_target(target: Target, sharded: bool) -> None:
+    dtype = target.stored().dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(
+            f'a masked tensor must be real or complex floating point; "{target.name}" is {dtype}. '
+            "Leave it out with a rule to None before this one."
+        )
+    for site in target.sites:
+        hook = legacy_hook(site.module, site.attr)
+        if hook is not None:
+            raise ValueError(
+                f'a masked tensor must be plain or parametrized; "{target.name}" is computed by a '
+                f"hook of torch.nn.utils.{hook}. Remove that, and use "
+                f"torch.nn.utils.parametrizations.{hook}."
+            )
+        if isinstance(site.module, torch.jit.ScriptModule):
+            raise TypeError(
+                f'`model` must consist of Python modules; "{target.name}" belongs to a '
+                "ScriptModule. Sparsify before scripting, and squash before that."
+            )
+    if sharded and not target.masks():
+        raise RuntimeError(
+            f'`model` must be sparsified before `fully_shard`; "{target.name}" has no mask and its '
+            "model is sharded. Call sparsify first (`Fixed(None)` attaches masks to be set later)."
+        )
+
+
+def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
+    # What is 0 now is what the module sees; scores rank what is stored.
+    now = treatment is keep_nonzero
+    tensors = {t.name: t.effective() if now else t.stored() for t in group}
+    with torch.no_grad():
+        results = treatment(tensors)
+    if not isinstance(results, Mapping) or results.keys() != tensors.keys():
+        got = listed(results) if isinstance(results, Mapping) else type(results).__name__
+        raise ValueError(
+            f"a treatment must return a mask for each tensor of its group, {listed(tensors)}; "
+            f"got {got}."
+        )
+    return dict(results)
+
+
+def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
+    """Return `result` as what it stands for, if `target` can have it."""
+    masks = target.masks()
+    soft = any(not isinstance(mask, Mask) for mask in masks)
+    if masks and (soft or isinstance(result, nn.Module)):
+        what = "a mask" if soft else type(result).__name__
+        raise ValueError(
+            f'{what} must go on a tensor without a soft or other mask; "{target.name}" has '
+            f"{', '.join(type(mask).__name__ for mask in masks)}. `binarize`, `squash` or "
+            "`unsparsify` it first."
+        )
+    if result is None:
+        return None
+    if isinstance(result, nn.Module):
+        _check_module(target, result)
+        return result
+    try:
+        return as_mask(result, target.stored().shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        error.add_note(f'for the mask of "{target.name}"')
+        raise
+
+
+def _check_module(target: Target, module: nn.Module) -> None:
+    tensor = target.stored() if len(target.parts) == 1 else target.stored().real
+    with torch.no_grad():
+        out = module(tensor)
+    if not isinstance(out, Tensor) or (out.shape, out.dtype) != (tensor.shape, tensor.dtype):
+        got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f'a module that masks "{target.name}" must return a tensor like it, {tensor.dtype} '
+            f"{tuple(tensor.shape)}; {type(module).__name__} returns {got}."
+        )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -1,0 +1,185 @@
+"""The list at `module.parametrizations.weight` when the last of its modules is a mask."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from parasparse._apply_mask import is_tracing
+
+
+def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
+    """Return what parametrizes tensor `name` of `module`, ours or torch's own, or None."""
+    stacks = module._modules.get("parametrizations")
+    found = None if stacks is None else stacks._modules.get(name)
+    return found if isinstance(found, parametrize.ParametrizationList) else None
+
+
+class MaskedParametrizationList(parametrize.ParametrizationList):
+    """A ParametrizationList whose last module is the mask; reading it gives the masked tensor.
+
+    Attributes:
+        frozen: the value while the model is `frozen`, else None.
+        probe: zeros that collect the dense gradient while `dense_gradients` is on, else None.
+    """
+
+    # Neither is a buffer: both live for the length of a `with` block and are not saved or copied.
+    frozen: Tensor | None = None
+    probe: Tensor | None = None
+
+    def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
+        # Not ParametrizationList's: it reads the tensor, which an unset mask refuses, and calls
+        # `set_` on it, which replaces its AccumulateGrad node (test_ddp_wrapped_before_sparsify).
+        nn.ModuleList.__init__(self, [mask])
+        self.is_tensor = True
+        self.ntensors = 1
+        self.unsafe = False
+        if isinstance(original, nn.Parameter):
+            self.register_parameter("original", original)
+        else:
+            self.register_buffer("original", original, persistent=persistent)
+
+    @property
+    def mask(self) -> nn.Module:
+        """The module that masks."""
+        return self[-1]
+
+    @mask.setter
+    def mask(self, module: nn.Module) -> None:
+        self._modules[str(len(self) - 1)] = module
+
+    def below(self) -> list[nn.Module]:
+        """Return the parametrizations under the mask, the first one first."""
+        return list(self)[:-1]
+
+    def stored(self) -> Tensor:
+        """Return what the mask receives."""
+        if self.is_tensor:
+            value = self.original
+        for index, module in enumerate(self.below()):
+            if index == 0 and not self.is_tensor:
+                value = module(*(getattr(self, f"original{i}") for i in range(self.ntensors)))
+            else:
+                value = module(value)
+        return value
+
+    def forward(self) -> Tensor:
+        """Return the masked tensor."""
+        if self.frozen is not None:
+            return self._frozen_value(self.frozen)
+        value: Tensor = self.mask(self.stored())
+        return value if self.probe is None else value + self.probe
+
+    def _frozen_value(self, value: Tensor) -> Tensor:
+        if _is_exporting() or is_tracing():
+            raise RuntimeError(
+                "a model must not be exported or traced inside `frozen`: the masked weights would "
+                "be baked in as constants. Leave the `with` block first, or `squash` the model."
+            )
+        return value
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Store `value` so that kept entries read as it says; dropped ones keep what they store.
+
+        Copies into the tensors that are stored now. Their identity and storage stay.
+
+        Raises:
+            TypeError: `value` is no tensor.
+            ValueError: `value` has another shape.
+            RuntimeError: `value` carries a gradient, which the copy would lose.
+        """
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a masked tensor must be assigned a tensor; got {value!r:.60}.")
+        if torch.is_grad_enabled() and value.requires_grad and not self._feeds_alone(value):
+            raise RuntimeError(_NOT_DIFFERENTIABLE)
+        with torch.no_grad():
+            stored = self.stored()
+            if value.shape != stored.shape:
+                raise ValueError(
+                    f"a masked tensor must keep its shape {tuple(stored.shape)}; got "
+                    f"{tuple(value.shape)}. `squash` the model before changing shapes."
+                )
+            mask = self.mask
+            merged = getattr(mask, "merged", None)
+            inverse: Any = mask.right_inverse(value) if merged is None else merged(value, stored)  # type: ignore[operator]
+            self.store(inverse)
+
+    def store(self, value: Tensor) -> None:
+        """Make `stored()` return `value`: copy it back through what lies under the mask."""
+        inverse: Any = value
+        for module in reversed(self.below()):
+            inverse = module.right_inverse(inverse)  # type: ignore[operator]
+        values = [inverse] if self.is_tensor else list(inverse)
+        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
+        try:
+            for name, new in zip(names, values, strict=True):
+                getattr(self, name).copy_(new)
+        except RuntimeError as error:
+            if "transform" in str(error) or "vmap" in str(error):  # W of torch.func's grad or vmap
+                raise RuntimeError(_NOT_DIFFERENTIABLE) from error
+            raise
+
+    def retie(self, parameter: nn.Parameter) -> None:
+        """Make `parameter` the stored tensor, as `module.weight = parameter` does when dense.
+
+        Raises:
+            ValueError: it has another shape.
+            RuntimeError: other parametrizations lie under the mask.
+        """
+        if len(self) > 1:
+            raise RuntimeError(
+                "a Parameter cannot be tied to a tensor that is parametrized under its mask "
+                f"({type(self[0]).__name__}). `squash` it first, or assign a plain tensor."
+            )
+        if parameter.shape != self.original.shape:
+            raise ValueError(
+                f"a Parameter tied to a masked tensor must match its mask's shape "
+                f"{tuple(self.original.shape)}; got {tuple(parameter.shape)}. `squash` first."
+            )
+        self._buffers.pop("original", None)
+        self.register_parameter("original", parameter)
+
+    def append(self, module: nn.Module) -> NoReturn:
+        """Refuse: the mask must stay last, or what follows would fill its zeros."""
+        raise RuntimeError(
+            f"{type(module).__name__} cannot be registered on a masked tensor: the mask must stay "
+            "last. Take it off with parasparse.unsparsify (or parasparse.squash), register, and "
+            "call parasparse.sparsify again."
+        )
+
+    def _feeds_alone(self, value: Tensor) -> bool:
+        """Whether no leaf but our own parameters feeds `value`.
+
+        So it is when `functional_call` puts back what it had read.
+        """
+        own = {id(parameter) for parameter in self.parameters()}
+        todo, seen = [value.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in own:
+                return False
+            todo += [function for function, _ in node.next_functions]
+        return value.grad_fn is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("frozen", "probe")}
+
+
+_NOT_DIFFERENTIABLE = (
+    "a masked tensor cannot be assigned a tensor that requires grad: the copy would lose the "
+    "gradient. Use the key 'parametrizations.<name>.original' instead of '<name>' in "
+    "`functional_call`, or assign `value.detach()`."
+)
+
+
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting came with torch 2.7.
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    return bool(is_exporting())

@@ -1,0 +1,139 @@
+"""What holds for the length of a `with` block: frozen weights, and gradients of dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parasparse import _attach
+from parasparse._stack import MaskedParametrizationList, stack_of
+from parasparse.targets import Target, masked
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Compute each masked tensor of `model` once for the whole block: evaluation, generation.
+
+    Turning grad mode on inside, or changing weights or masks there, is not supported: readings stay
+    what they were. A model that serves should be squashed instead. Exporting inside is refused.
+
+    Raises:
+        RuntimeError: grad mode is on; a mask is not set.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> model = sparsify(nn.Linear(2, 2), 0.5)
+        >>> with torch.no_grad(), frozen(model):
+        ...     model.weight is model.weight
+        True
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "`frozen` must be entered with grad mode off, or gradients would miss the weights. "
+            "Write `with torch.no_grad(), frozen(model):`."
+        )
+    # A block around this one may hold some already: it lets go of those itself.
+    stacks = [stack for stack in _stacks(model) if stack.frozen is None]
+    try:
+        for stack in stacks:
+            stack.frozen = stack()
+        yield model
+    finally:
+        for stack in stacks:
+            stack.frozen = None
+
+
+class DenseGradients(Mapping[str, Tensor | None]):
+    """Gradients of effective weights by plain name; None before the first backward."""
+
+    def __init__(self, probes: dict[str, list[Tensor]]) -> None:
+        self._probes = probes
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        grads = [probe.grad for probe in self._probes[name]]
+        if len(grads) == 1:
+            return grads[0]
+        if all(grad is None for grad in grads):
+            return None
+        # A pair: the gradient of one complex weight, as torch.autograd has it.
+        real, imaginary = (
+            torch.zeros_like(probe) if grad is None else grad
+            for probe, grad in zip(self._probes[name], grads, strict=True)
+        )
+        return torch.complex(real, imaginary)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._probes)
+
+    def __len__(self) -> int:
+        return len(self._probes)
+
+
+@contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
+    """Collect the gradients that effective weights get, masked entries included.
+
+    `.grad` stays masked. Gradients accumulate over the backward passes in the block, under a
+    GradScaler times its scale. If `model` is, or holds, a DistributedDataParallel, those of what it
+    wraps are averaged over its processes once, at the end of the block, which all of them reach;
+    before that each sees its own.
+
+    Yields:
+        A mapping from plain name to gradient, None where no backward came by.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> model = sparsify(nn.Linear(2, 1, bias=False), {"weight": [[True, False]]})
+        >>> with dense_gradients(model) as grads:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> grads["weight"].tolist(), model.parametrizations.weight.original.grad.tolist()
+        ([[1.0, 1.0]], [[1.0, 0.0]])
+
+    Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
+    """
+    targets = masked(model)
+    probes = {
+        target.name: [_probe(part_of) for part_of in _part_stacks(target)] for target in targets
+    }
+    try:
+        yield DenseGradients(probes)
+    finally:
+        for stack in _stacks(model):
+            stack.probe = None
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            inside = {id(stack) for stack in _stacks(module)}
+            for target in targets:
+                for stacks, probe in zip(_part_stacks(target), probes[target.name], strict=True):
+                    if any(id(stack) in inside for stack in stacks):
+                        _average(probe, module.process_group)
+
+
+def _probe(stacks: list[MaskedParametrizationList]) -> Tensor:
+    """Arm all `stacks` of one tensor with one probe, so that ties add up as in `.grad`."""
+    with torch.no_grad():
+        like = stacks[0].stored()
+    probe = torch.zeros_like(like).requires_grad_()
+    for stack in stacks:
+        stack.probe = probe
+    return probe
+
+
+def _average(probe: Tensor, group: torch.distributed.ProcessGroup) -> None:
+    # A process whose loss did not reach the tensor takes part all the same.
+    grad = torch.zeros_like(probe) if probe.grad is None else probe.grad
+    torch.distributed.all_reduce(grad, group=group)
+    probe.grad = grad / torch.distributed.get_world_size(group)
+
+
+def _part_stacks(target: Target) -> list[list[MaskedParametrizationList]]:
+    found = [[stack_of(site.module, site.attr) for site in p] for p in target.parts]
+    return [[s for s in part if isinstance(s, MaskedParametrizationList)] for part in found]
+
+
+def _stacks(model: nn.Module) -> list[MaskedParametrizationList]:
+    return [stack for module in model.modules() for _, stack in _attach.masked_stacks(module)]

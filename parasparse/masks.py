@@ -1,0 +1,185 @@
+"""Masks of a model by name: list them, read them, replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse import _attach
+from parasparse._checks import listed, nearest
+from parasparse.parametrizations import Mask, as_mask
+from parasparse.targets import Target, collect, masked
+
+
+def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
+    """Yield the plain parameter name and the mask of each masked tensor of `model`.
+
+    In the order of `named_modules`; a mask that several tensors share comes once. An unset mask is
+    None; that of a `Gate` is what multiplies the weight now.
+
+    Args:
+        model: any module.
+        prefix: put before each name, with a dot.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> model = sparsify(nn.Linear(10, 10), 0.9)
+        >>> [(name, int(mask.sum())) for name, mask in named_masks(model)]
+        [('weight', 10)]
+    """
+    for target in masked(model):
+        mask = target.masks()[0]
+        yield (f"{prefix}.{target.name}" if prefix else target.name), getattr(mask, "mask", None)
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether any tensor of `model` carries a mask.
+
+    Example:
+        >>> is_sparse(nn.Linear(2, 2))
+        False
+    """
+    return any(any(True for _ in _attach.masked_stacks(module)) for module in model.modules())
+
+
+def mask_of(model: nn.Module, name: str) -> Tensor | None:
+    """Return the mask of tensor `name`, the live one; None if it is not set.
+
+    Raises:
+        ValueError: no masked tensor has this name.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> mask_of(sparsify(nn.Linear(2, 2), 0.5), "weight").sum().item()
+        2
+    """
+    mask = _find(masked(model), name, "masked tensor").masks()[0]
+    return getattr(mask, "mask", None)
+
+
+def stored(model: nn.Module, name: str) -> Tensor:
+    """Return tensor `name` without its mask: a Parameter, or what other parametrizations compute.
+
+    A pair gives a complex tensor, detached.
+
+    Raises:
+        ValueError: no tensor has this name.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> int((stored(sparsify(nn.Linear(2, 2), 0.5), "weight") != 0).sum())
+        4
+    """
+    target = _find([*masked(model), *collect(model)], name, "tensor")
+    if len(target.parts) == 2:
+        parts = {p[0].attr: p[0] for p in target.parts}
+        joint = target.name.rpartition(".")[2]
+        own = [s for attr, s in parts.items() if name.endswith(attr) and attr != joint]
+        if not own or name == target.name:
+            return target.stored()
+        return _attach.stored(own[0].module, own[0].attr)
+    site = target.parts[0][0]
+    return _attach.stored(site.module, site.attr)
+
+
+def deploy_masks(
+    model: nn.Module,
+    masks: Mapping[str, Any] | None = None,
+    *,
+    state_dict: Mapping[str, Any] | None = None,
+    prefix: str = "",
+    reset: bool = False,
+    strict: bool = True,
+) -> nn.Module:
+    """Set the masks of `model` that are there already; return the model.
+
+    Args:
+        model: a model with masks; changed in place.
+        masks: mask by name, as `named_masks` yields them; `layer`, `layer.mask` and
+            `layer.weight_mask` name the mask of `layer.weight`. Any mask that `Mask.mask_` takes;
+            None unsets.
+        state_dict: another word for `masks`.
+        prefix: take the keys that start with it and a dot, without them; others are not looked at.
+        reset: unset all masks that are not given.
+        strict: refuse keys that name no mask.
+
+    Raises:
+        ValueError: an unknown key; two keys for one mask; a mask with NaN.
+        RuntimeError: a mask's shape does not match. The model is as it was.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> model = deploy_masks(sparsify(nn.Linear(2, 1), 0.5), {"weight": [[True, False]]})
+        >>> mask_of(model, "weight").tolist()
+        [[True, False]]
+
+    Reference: cplxmodule, `nn.masked.deploy_masks`. Differs: a key that names no mask is refused.
+    """
+    given = masks if masks is not None else state_dict
+    if given is None:
+        raise TypeError("`masks` must be given, a mask by name; got None.")
+    targets = masked(model)
+    keys = mask_keys(targets)
+    if prefix:
+        start = f"{prefix}."
+        given = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
+        if strict and not given:
+            raise ValueError(f'`masks` must hold keys that start with "{start}"; there are none.')
+    unknown = [key for key in given if key not in keys]
+    if unknown and strict:
+        near = "".join(nearest(key, keys) for key in unknown[:1])
+        raise ValueError(
+            f"`masks` must name masks of the model; {listed(unknown)} name none of "
+            f"{len(targets)}{near}. To put masks on dense tensors use `sparsify(model, masks)`, to "
+            "pass over such keys `strict=False`."
+        )
+    chosen: dict[int, tuple[Mask, Any]] = {}
+    for key, value in given.items():
+        if key in keys:
+            mask = _plain_mask(keys[key])
+            if id(mask) in chosen:
+                raise ValueError(f'`masks` must name each mask once; "{key}" names one again.')
+            checked = None if value is None else as_mask(value, keys[key].stored().shape)
+            chosen[id(mask)] = (mask, checked)
+    if reset:
+        for target in targets:
+            mask = _plain_mask(target)
+            chosen.setdefault(id(mask), (mask, None))
+    for mask, value in chosen.values():
+        mask.mask_(value)
+    return model
+
+
+def mask_keys(targets: list[Target]) -> dict[str, Target]:
+    """Return what a mask may be called in a dict of masks, for each of `targets`."""
+    keys = {name: target for target in targets for name in target.names}
+    for target in targets:
+        for name in target.names:
+            layer, dot, own = name.rpartition(".")
+            keys.setdefault(f"{name}_mask", target)
+            keys.setdefault(f"{name}.mask", target)
+            if own == "weight":
+                keys.setdefault(layer, target)
+                keys.setdefault(f"{layer}{dot}mask", target)
+    # A layer whose joint tensor `weight` holds `real` and `imag` is called by its own name as well.
+    return keys
+
+
+def _plain_mask(target: Target) -> Mask:
+    mask = target.masks()[0]
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f'`masks` must name plain masks; that of "{target.name}" is a {type(mask).__name__}. '
+            "`binarize` the model first."
+        )
+    return mask
+
+
+def _find(targets: list[Target], name: str, what: str) -> Target:
+    for target in targets:
+        if name in target.names:
+            return target
+    names = list(dict.fromkeys(n for target in targets for n in target.names))
+    raise ValueError(f'`name` must be that of a {what}; got "{name}"{nearest(name, names)}.')

@@ -1,0 +1,267 @@
+"""The modules that stand between a stored tensor and the tensor that a module sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import gates
+from parasparse._apply_mask import apply_mask
+
+
+class Mask(nn.Module):
+    """Passes the entries of a tensor whose mask is True bit for bit; the others become +0.0.
+
+    The mask is the persistent buffer `mask`, of the tensor's shape, device and memory format: bool
+    (1 byte an entry) where its entries are all 0 or 1, else real in the tensor's dtype, and then it
+    multiplies. `mask = None` unsets it; an unset mask refuses to be read.
+
+    Args:
+        like: the tensor to be masked; gives shape, dtype, device and memory format.
+        mask: as for `mask_`.
+
+    Example:
+        >>> half = Mask(torch.ones(2, 2), [[True], [False]])
+        >>> half(torch.full((2, 2), 3.0)).tolist()
+        [[3.0, 3.0], [0.0, 0.0]]
+
+    Reference: the masked layers of cplxmodule (`nn.masked`). Differs: assigning copies the mask.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, like: Tensor, mask: object = None) -> None:
+        super().__init__()
+        self.register_buffer("mask", None)
+        self._shape = like.shape
+        self._memory_format = _memory_format(like)
+        # Says where, and in which dtype, a mask that is not set now will be: it follows `.to()`.
+        self._like = torch.empty(0, dtype=_real(like.dtype), device=like.device)
+        self.mask_(mask)
+
+    def mask_(self, mask: object) -> Self:
+        """Set the mask to a copy of `mask`, broadcast and converted; return this module.
+
+        Args:
+            mask: bool, integer or real; tensor, array, nested list or number that broadcasts to the
+                tensor's shape; None unsets.
+
+        Raises:
+            RuntimeError: the shape does not broadcast.
+            TypeError: the mask is complex.
+            ValueError: the mask holds NaN.
+        """
+        if mask is None:
+            self._buffers["mask"] = None
+            return self
+        with torch.inference_mode(False), torch.no_grad():
+            value = self._converted(mask)
+            now = self.mask
+            if now is not None and now.dtype == value.dtype and now.device == value.device:
+                now.copy_(value)  # in place: compiled graphs and DDP hold this very buffer
+            else:
+                new = torch.empty(
+                    self._shape,
+                    dtype=value.dtype,
+                    device=value.device,
+                    memory_format=self._memory_format,
+                )
+                self._buffers["mask"] = new.copy_(value)
+        return self
+
+    def _converted(self, mask: object) -> Tensor:
+        value = as_mask(mask, self._shape)
+        if value.dtype != torch.bool:
+            dtype = _real(self._like.dtype)
+            value = value.to(torch.float32 if dtype.itemsize == 1 else dtype)
+        return value.to(self._like.device)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return `weight` masked."""
+        mask = self.mask
+        if mask is None:
+            raise RuntimeError(
+                f"this tensor of shape {tuple(self._shape)} has no sparsity mask. Set one "
+                "(`deploy_masks`, `Mask.mask_`; `torch.tensor(1.)` keeps everything), or take the "
+                "masking off with `unsparsify`."
+            )
+        return apply_mask(weight, _distributed_like(mask, weight))
+
+    def merged(self, value: Tensor, stored: Tensor) -> Tensor:
+        """Return what to store so that kept entries read as `value`, and dropped ones stay."""
+        mask = self.mask
+        if mask is None:
+            raise RuntimeError("a tensor that has no sparsity mask cannot be assigned to.")
+        mask = _distributed_like(mask, stored)
+        value = value.to(stored)  # device and dtype
+        return torch.where(mask != 0, value if mask.dtype == torch.bool else value / mask, stored)
+
+    def hardened(self, threshold: float | None = None) -> Tensor:
+        """Return what multiplies the tensor, 0 where entries are dropped for good."""
+        assert self.mask is not None
+        return self.mask
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return `value`: what a stock `register_parametrization` stores."""
+        return value
+
+    def extra_repr(self) -> str:
+        """Return the shape, and the kind of mask that is set."""
+        kind = "unset" if self.mask is None else str(self.mask.dtype).removeprefix("torch.")
+        return f"{tuple(self._shape)}, {kind}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask" and "mask" in self.__dict__.get("_buffers", {}):
+            self.mask_(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._like = fn(self._like)
+        if self.mask is not None:
+            self._memory_format = _memory_format(self.mask)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load any mask that `mask_` takes; None unsets, and what is missing stays as it is."""
+        key = prefix + "mask"
+        if key in state_dict:
+            value = state_dict[key]
+            if local_metadata.get("assign_to_params_buffers", False) and value is not None:
+                self._like = self._like.new_empty(0, device=value.device)
+            try:
+                self.mask_(value)
+            except (RuntimeError, TypeError, ValueError) as error:
+                error_msgs.append(f"While loading the mask {key}: {error}")
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k != key]
+
+
+class SoftMask(nn.Module):
+    """Multiplies a tensor by a gate of learned logits: m = sigmoid(T s) / sigmoid(s0).
+
+    Attributes:
+        logits: s, a Parameter of the tensor's shape, all `init` at first.
+        temperature: T, a scalar tensor buffer, so that changing it (`temperature.fill_`) recompiles
+            nothing.
+        hard: use the limit for T -> inf, (s > 0) / sigmoid(s0), which trains no logits.
+
+    Args:
+        like: the tensor to be masked; gives shape, dtype, device and memory format.
+        init: s0.
+
+    Example:
+        >>> SoftMask(torch.ones(2))(torch.tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+
+    Reference: Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification", 2019,
+        arXiv:1912.04427, section 3.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, like: Tensor, *, init: float = 0.0) -> None:
+        super().__init__()
+        self.init = init
+        self.hard = False
+        self.logits = nn.Parameter(torch.full_like(like, init, dtype=_real(like.dtype)))
+        self.register_buffer("temperature", self.logits.new_ones(()))
+
+    @property
+    def mask(self) -> Tensor:
+        """What multiplies the tensor now."""
+        return gates.sigmoid(self.logits, self.temperature, init=self.init, hard=self.hard)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return `weight` times the gate; +0.0 where a hard gate is closed."""
+        mask = self.mask
+        return apply_mask(weight, mask) if self.hard else weight * mask
+
+    def merged(self, value: Tensor, stored: Tensor) -> Tensor:
+        """Return what to store so that open entries read as `value`, and closed ones stay."""
+        return torch.where(self.mask != 0, value.to(stored) / self.mask, stored)
+
+    def hardened(self, threshold: float | None = None) -> Tensor:
+        """Return the hard gate's multiplier, 0 where logits are not above `threshold` (None: 0)."""
+        return gates.sigmoid(self.logits - (threshold or 0.0), init=self.init, hard=True)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return `value`: what a stock `register_parametrization` stores."""
+        return value
+
+    def extra_repr(self) -> str:
+        """Return the shape, s0 and whether the gate is hard."""
+        return f"{tuple(self.logits.shape)}, init={self.init}" + (", hard" if self.hard else "")
+
+
+def as_mask(mask: object, shape: torch.Size) -> Tensor:
+    """Return `mask` as a tensor of `shape`, bool where its entries are all 0 or 1.
+
+    Raises:
+        RuntimeError: it does not broadcast to `shape`.
+        TypeError: it is complex, or no array of numbers.
+        ValueError: it holds NaN.
+    """
+    try:
+        value = torch.as_tensor(mask).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"a mask must be a tensor, array or nested list of numbers; got {mask!r:.80}."
+        ) from error
+    if value.is_complex():
+        raise TypeError(f"a mask must be bool, integer or real; got {value.dtype}.")
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    if value.dtype != torch.bool and not value.is_meta:
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError("a mask must not hold NaN.")
+        if bool(((value == 0) | (value == 1)).all()):
+            value = value != 0
+    try:
+        return value.expand(shape)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a mask must match the existing size {tuple(shape)} of its tensor, or broadcast to "
+            f"it; got a mask of shape {tuple(value.shape)}."
+        ) from error
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            tensor.ndim == ndim
+            and tensor.is_contiguous(memory_format=memory_format)
+            and not tensor.is_contiguous()
+        ):
+            return memory_format
+    return torch.contiguous_format
+
+
+def _distributed_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return `mask` laid out over processes as `weight` is, when that is a DTensor."""
+    # A plain weight is the only case that is hot, and must import nothing.
+    if type(weight) is type(mask) or not hasattr(weight, "device_mesh"):
+        return mask
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(weight, DTensor) or isinstance(mask, DTensor):
+        return mask
+    # Every process holds the whole mask: each takes its own part, nothing is sent.
+    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)

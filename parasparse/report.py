@@ -1,0 +1,181 @@
+"""What the masks of a model amount to, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import _attach
+from parasparse._tables import as_html, as_text
+from parasparse.parametrizations import Mask
+from parasparse.targets import Target, collect, masked
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One masked tensor, or a total.
+
+    Attributes:
+        name: plain name of the tensor.
+        shape: its shape; () in a total.
+        pattern: which pattern the mask keeps to: "dense", "empty", "channel(dim)", "n:m" of groups
+            along dimension 1, "unstructured"; "soft" or "real-valued" if it is not bool; "unset".
+        numel: number of entries.
+        kept: entries whose mask is not 0; None where the mask is not set.
+        bytes_dense: of the tensor alone.
+        bytes_now: of the tensor with its mask.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    numel: int
+    kept: int | None
+    bytes_dense: int
+    bytes_now: int
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros; None where the mask is not set."""
+        return None if self.kept is None else 1 - self.kept / max(self.numel, 1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The masked tensors of a model, tied ones once, and two totals; prints as a table.
+
+    Attributes:
+        rows: one for each masked tensor.
+        masked: their total.
+        model: the total over all parameters, masked or not.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    masked: SummaryRow
+    model: SummaryRow
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as plain numbers, strings and lists."""
+        rows = [{**asdict(row), "sparsity": row.sparsity} for row in self.rows]
+        totals = {
+            key: {**asdict(row), "sparsity": row.sparsity}
+            for key, row in (("masked", self.masked), ("model", self.model))
+        }
+        return {"tensors": rows, **totals}
+
+    def __repr__(self) -> str:
+        return as_text(_HEAD, list(self._cells()))
+
+    def _repr_html_(self) -> str:
+        return as_html(_HEAD, list(self._cells()))
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for row in (*self.rows, self.masked, self.model):
+            yield (
+                row.name,
+                " x ".join(map(str, row.shape)),
+                row.pattern,
+                "?" if row.kept is None else f"{row.kept:,}",
+                "?" if row.sparsity is None else f"{row.sparsity:.2%}",
+                f"{row.bytes_dense:,}",
+                f"{row.bytes_now:,}",
+            )
+
+
+_HEAD = ("name", "shape", "pattern", "kept", "sparsity", "bytes dense", "bytes now")
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return the table of the masked tensors of `model`: pattern, entries kept, sparsity, bytes.
+
+    Tensors that are shared count once. A mask adds bytes while it is attached; `squash` drops them.
+
+    Example:
+        >>> from parasparse import sparsify
+        >>> summary(sparsify(nn.Linear(10, 10), 0.9)).masked.kept
+        10
+    """
+    rows = [_row(target) for target in masked(model)]
+    total = _total("masked tensors", rows)
+    known = {name for row in rows for name in (row.name,)}
+    others = [t for t in collect(model) if not t.is_buffer and not t.masks()]
+    dense = [_dense_row(target) for target in others if target.name not in known]
+    return Summary(tuple(rows), total, _total("all parameters", [*rows, *dense]))
+
+
+def _row(target: Target) -> SummaryRow:
+    tensor = target.stored()
+    module = target.masks()[0]
+    mask = getattr(module, "mask", None)
+    size = _bytes(target)
+    extra = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    parts = len(target.parts)
+    return SummaryRow(
+        name=target.name,
+        shape=tuple(tensor.shape),
+        pattern=_pattern(module, mask),
+        numel=tensor.numel() * parts,
+        kept=None if mask is None or mask.is_meta else int(torch.count_nonzero(mask)) * parts,
+        bytes_dense=size,
+        bytes_now=size + extra,
+    )
+
+
+def _dense_row(target: Target) -> SummaryRow:
+    size, numel = _bytes(target), target.stored().numel() * len(target.parts)
+    return SummaryRow(target.name, tuple(target.stored().shape), "", numel, numel, size, size)
+
+
+def _bytes(target: Target) -> int:
+    firsts = [part[0] for part in target.parts]
+    return sum(_attach.stored(site.module, site.attr).nbytes for site in firsts)
+
+
+def _total(name: str, rows: list[SummaryRow]) -> SummaryRow:
+    kept = [row.kept for row in rows]
+    return SummaryRow(
+        name=name,
+        shape=(),
+        pattern="",
+        numel=sum(row.numel for row in rows),
+        kept=None if None in kept else sum(k for k in kept if k is not None),
+        bytes_dense=sum(row.bytes_dense for row in rows),
+        bytes_now=sum(row.bytes_now for row in rows),
+    )
+
+
+def _pattern(module: nn.Module, mask: Tensor | None) -> str:
+    """Return the name of the narrowest pattern that `mask` keeps to."""
+    if mask is None or mask.is_meta:
+        return "unset" if mask is None else "unknown"
+    if not isinstance(module, Mask):
+        return "soft"
+    if mask.dtype != torch.bool:
+        return "real-valued"
+    if bool(mask.all()):
+        return "dense"
+    if not bool(mask.any()):
+        return "empty"
+    for dim in range(min(mask.ndim, 2) if mask.ndim > 1 else 0):
+        flat = mask.movedim(dim, 0).flatten(1)
+        if bool((flat.all(1) == flat.any(1)).all()):
+            return f"channel({dim})"
+    return _n_of_m(mask) or "unstructured"
+
+
+def _n_of_m(mask: Tensor) -> str | None:
+    """Return "n:m" if at most n <= m/2 of every m entries along dimension 1 are kept."""
+    if mask.ndim < 2:
+        return None
+    last = mask.movedim(1, -1)
+    for m in (2, 4, 8, 16, 32):
+        if last.shape[-1] % m == 0:
+            n = int(last.unflatten(-1, (math.ceil(last.shape[-1] / m), m)).sum(-1).max())
+            if n <= m // 2:
+                return f"{n}:{m}"
+    return None

@@ -1,0 +1,46 @@
+"""Scores: saliency of each entry of a tensor. Higher = keep.
+
+A score is any callable `(tensor, name) -> scores` whose result is real and has the tensor's shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def magnitude(tensor: Tensor, name: str = "") -> Tensor:
+    """Return |w|, the modulus where the tensor is complex.
+
+    Args:
+        tensor: real or complex, any shape.
+        name: not used; part of the protocol.
+
+    Example:
+        >>> magnitude(torch.tensor([-2.0, 0.5, 1.0])).tolist()
+        [2.0, 0.5, 1.0]
+
+    Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural
+        Networks", 2015, arXiv:1506.02626, section 3.
+    """
+    if tensor.dtype.itemsize == 1:  # float8 has no abs
+        tensor = tensor.to(torch.float32)
+    return tensor.detach().abs()
+
+
+def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None = None) -> Tensor:
+    """Return scores drawn uniformly from [0, 1).
+
+    Args:
+        tensor: gives the shape and the device.
+        name: not used; part of the protocol.
+        generator: source of randomness, torch's global one if None. Bind it with
+            `functools.partial(random, generator=g)` to use this as a score.
+
+    Example:
+        >>> draw = lambda: random(torch.ones(3), generator=torch.Generator().manual_seed(0))
+        >>> bool((draw() == draw()).all())
+        True
+    """
+    device = tensor.device if generator is None else generator.device
+    return torch.rand(tensor.shape, generator=generator, device=device).to(tensor.device)

@@ -1,0 +1,218 @@
+"""Checkpoints: dense ones into sparse models and back, and those of other libraries."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import _attach
+from parasparse._apply_mask import apply_mask
+from parasparse._checks import listed, nearest
+from parasparse.parametrizations import as_mask
+from parasparse.targets import PAIR_ENDINGS, Target, collect, named_modules
+from parasparse.transforms import sparsify, unsparsify
+from parasparse.treatments import Fixed
+
+
+def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Return the `state_dict` that the squashed model would have; `model` stays as it is.
+
+    Values are detached. Those that are not masked are the model's own, as in `state_dict`; tensors
+    that are tied in the model are tied in the result.
+
+    Raises:
+        RuntimeError: a mask is not set.
+
+    Example:
+        >>> list(dense_state_dict(sparsify(nn.Linear(2, 2), 0.5)))
+        ['weight', 'bias']
+    """
+    state = model.state_dict()
+    renamed: dict[str, Any] = {}
+    tied: dict[tuple[int, ...], Tensor] = {}
+    for _, name, module, _ in named_modules(model):
+        prefix = f"{name}." if name else ""
+        for attr, stack in _attach.masked_stacks(module):
+            key = tuple(id(tensor) for tensor in _attach.originals(module, attr))
+            if key not in tied:
+                tied[key] = _attach.effective(module, attr).detach()
+            inside = f"{prefix}parametrizations.{attr}."
+            if any(f"{inside}{own}" in state for own in _attach.original_names(stack)):
+                renamed[f"{prefix}{attr}"] = tied[key]
+            for gone in [k for k in state if k.startswith(inside)]:
+                del state[gone]
+    every = {**state, **renamed}
+    first = [key for key in _dense_order(model) if key in every]
+    # What a module's own state_dict hook has added or renamed is not ours to order.
+    rest = [key for key in every if key not in set(first)]
+    result: OrderedDict[str, Tensor] = OrderedDict((key, every[key]) for key in [*first, *rest])
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        kept = {k: v for k, v in metadata.items() if "parametrizations" not in k.split(".")}
+        result._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
+    return result
+
+
+def _dense_order(model: nn.Module) -> Iterable[str]:
+    for _, name, module, _ in named_modules(model):
+        prefix = f"{name}." if name else ""
+        parameters, buffers = _attach.tensor_names(module)
+        yield from (f"{prefix}{own}" for own in (*parameters, *buffers, "_extra_state"))
+        if _attach.has_stacks(module):  # what stays parametrized is a child like any other
+            held = module.get_submodule("parametrizations").state_dict()
+            yield from (f"{prefix}parametrizations.{own}" for own in held)
+
+
+def load_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True, assign: bool = False
+) -> Any:
+    """Attach what `state_dict` has masks for, then load it; return the missing and unexpected keys.
+
+    Reads dense checkpoints, ours, those of torch.nn.utils.prune (`weight_orig`, `weight_mask`) and
+    of cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets).
+
+    Args:
+        model: dense or with masks; changed in place.
+        state_dict: not changed.
+        strict: as for `torch.nn.Module.load_state_dict`.
+        assign: likewise.
+
+    Raises:
+        RuntimeError: keys or shapes do not match. Masks attached for the load are taken off again;
+            values that torch had copied by then stay, as they do in its own `load_state_dict`.
+
+    Example:
+        >>> checkpoint = sparsify(nn.Linear(2, 2), 0.5).state_dict()
+        >>> model = nn.Linear(2, 2)
+        >>> load_state_dict(model, checkpoint), int((model.weight != 0).sum())
+        (<All keys matched successfully>, 2)
+    """
+    state = dict(state_dict)
+    found = _found_masks(model, state)
+    names = [target.name for target in found.values() if not target.masks()]
+    if names:
+        sparsify(model, {name: Fixed(None) for name in names})
+    for key, target in found.items():
+        if len(target.parts) == 2 and not _OWN_MASK.fullmatch(key):
+            # The mask of a pair hangs at its layer; a stack knows what lies beside it only.
+            state[_own_mask_key(target)] = state.pop(key)
+    try:
+        return model.load_state_dict(state, strict=strict, assign=assign)
+    except BaseException:
+        if names:
+            unsparsify(model, names)
+        raise
+
+
+_OWN_MASK = re.compile(r"(?:(?P<layer>.+)\.)?parametrizations\.(?P<attr>[^.]+)\.\d+\.mask")
+
+
+def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target]:
+    """Return the key of the mask in `state` of each tensor of `model` that has one there."""
+    own = {}
+    for key in state:
+        match = _OWN_MASK.fullmatch(key)
+        if match:
+            own[".".join(filter(None, match.groups()))] = key
+    held = set(model.state_dict())
+    found = {}
+    for target in collect(model):
+        for name in target.names:
+            layer, _, attr = name.rpartition(".")
+            foreign = [f"{name}_mask"]
+            if attr == "weight":
+                foreign.append(f"{layer}.mask" if layer else "mask")
+            for key in (own.get(name, ""), *foreign):
+                if key in state and (key in own.values() or key not in held):
+                    found[key] = target
+    return found
+
+
+def _own_mask_key(target: Target) -> str:
+    layer, _, attr = target.names[1].rpartition(".")  # the real part's first name
+    return f"{layer}.parametrizations.{attr}.0.mask".removeprefix(".")
+
+
+def binarize_masks(
+    state_dict: Mapping[str, Any], masks: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return new dicts: the weights times their masks, without -0.0; the masks as bool, `!= 0`.
+
+    Args:
+        state_dict: dense (`layer.weight`), complex in parts (`layer.weight.real` and `.imag`), or
+            of a masked model (`layer.parametrizations.weight.original`); masks in it are made bool
+            as well.
+        masks: by the names that `deploy_masks` takes; each broadcasts to its weight. A mask given
+            as None is left out.
+
+    Raises:
+        ValueError: a key of `masks` belongs to no weight of `state_dict`.
+        RuntimeError: a mask's shape does not match.
+
+    Example:
+        >>> weights = {"weight": torch.tensor([-1.0, 2.0])}
+        >>> state, masks = binarize_masks(weights, {"weight": [0.0, 0.5]})
+        >>> state["weight"].tolist(), masks["weight"].tolist()
+        ([0.0, 1.0], [False, True])
+
+    Reference: cplxmodule, `nn.masked.binarize_masks`. Differs: negative entries count as kept.
+    """
+    result = dict(state_dict)
+    bools: dict[str, Tensor] = {}
+    unknown = [
+        key for key, mask in masks.items() if mask is not None and not _weights_of(key, result)
+    ]
+    if unknown:
+        raise ValueError(
+            f"`masks` must belong to weights of `state_dict`; {listed(unknown)} do not"
+            f"{nearest(unknown[0], result)}."
+        )
+    for key, mask in masks.items():
+        if mask is None:
+            continue
+        for name in _weights_of(key, result):
+            weight = result[name]
+            full = as_mask(mask, weight.shape).to(weight.device)
+            result[name] = apply_mask(weight.detach(), full)
+        own = as_mask(mask, torch.as_tensor(mask).shape)
+        bools[key] = own != 0
+        for held in _mask_names(key):
+            if result.get(held) is not None:
+                result[held] = as_mask(result[held], result[held].shape) != 0
+    return result, bools
+
+
+def _weights_of(key: str, state: Mapping[str, Any]) -> list[str]:
+    """Return the tensors of `state` that mask `key` of a dict of masks is for."""
+    for name in _weight_names(key):
+        layer, dot, attr = name.rpartition(".")
+        stored = f"{layer}{dot}parametrizations.{attr}.original"
+        pairs = [(f"{name}{re_}", f"{name}{im}") for re_, im in ((".real", ".imag"), *PAIR_ENDINGS)]
+        for group in [(name,), (stored,), (f"{name}_orig",), *pairs]:
+            if all(member in state for member in group):
+                return list(group)
+    return []
+
+
+def _weight_names(key: str) -> list[str]:
+    """Return the weights that `key` may name: layer.weight for layer, layer.mask and so on."""
+    names = [key]
+    for ending in ("_mask", ".mask"):
+        names += [key.removesuffix(ending)] if key.endswith(ending) else []
+    layers = [*names, ""] if key == "mask" else names
+    return [*names, *(f"{layer}.weight".removeprefix(".") for layer in layers)]
+
+
+def _mask_names(key: str) -> list[str]:
+    """Return what a state dict may call the mask that `key` names."""
+    names = []
+    for name in _weight_names(key):
+        layer, dot, attr = name.rpartition(".")
+        names += [f"{name}_mask", f"{layer}{dot}parametrizations.{attr}.0.mask"]
+        names += [f"{layer}{dot}mask"] if attr == "weight" else []
+    return names

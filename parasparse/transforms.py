@@ -1,0 +1,233 @@
+"""The verbs on models: attach masks by rules, fold them into weights, make soft ones hard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parasparse import _attach
+from parasparse._resolve import Step, resolve
+from parasparse._snapshot import restored_on_error
+from parasparse._stack import MaskedParametrizationList, stack_of
+from parasparse._tables import Plan, PlanRow, described
+from parasparse.parametrizations import Mask, SoftMask
+from parasparse.targets import Site, Target, masked
+
+
+def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
+    """Attach masks to the tensors of `model` that `rules` reach; return the model.
+
+    Parameters stay the objects they were: optimizers, hooks and DDP wrappers made before go on
+    working. A tensor that has a mask gets the new one instead, ranked by the stored weights.
+
+    Args:
+        model: any module; changed in place.
+        rules: `{target: treatment}`, the first rule that reaches a tensor has it; or a treatment
+            alone, for every weight. Target: name, glob, compiled regex, module type or tuple of
+            types, predicate `(name, module, tensor) -> bool`. Treatment: a sparsity in [0, 1],
+            "zeros", a mask, `Prune`, `Fixed`, `Gate`, None, or a callable
+            `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
+        pairs: a real and an imaginary tensor of one module (`x_re`/`x_im`, `x_real`/`x_imag`, a
+            ParameterDict with `real` and `imag`) share one mask.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a rule cannot be followed. The model is as it was.
+
+    Example:
+        >>> model = sparsify(nn.Linear(10, 10), 0.9)
+        >>> int((model.weight != 0).sum())
+        10
+    """
+    steps = resolve(model, rules, pairs=pairs)
+    with restored_on_error(site.module for step in steps for site in step.target.sites):
+        masks = [_attached(step) for step in steps]
+    for step, mask in zip(steps, masks, strict=True):
+        if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
+            mask.mask_(step.result)
+    return model
+
+
+def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
+    """Return the table of what `sparsify(model, rules)` would do; change nothing.
+
+    Args, Raises: as `sparsify`.
+
+    Example:
+        >>> plan(nn.Linear(10, 10), 0.9)[0].kept
+        10
+    """
+    rows = []
+    for step in resolve(model, rules, pairs=pairs):
+        tensor = step.target.stored()
+        masked = isinstance(step.result, Tensor) and not step.result.is_meta
+        rows.append(
+            PlanRow(
+                name=step.target.name,
+                shape=tuple(tensor.shape),
+                rule=described(step.rule),
+                treatment=described(step.treatment),
+                kept=int(torch.count_nonzero(step.result)) if masked else None,  # type: ignore[arg-type]
+            )
+        )
+    return Plan(rows)
+
+
+def squash(model: nn.Module, targets: Any = None) -> nn.Module:
+    """Fold masks into plain weights and take them off; return the model.
+
+    Afterwards classes, `state_dict` keys and the order of parameters are those of the dense model,
+    and the Parameters are the objects they were. The exception: where other parametrizations lie
+    under the mask, all of them are baked into one new Parameter.
+
+    Args:
+        model: any module; changed in place. One without masks stays as it is.
+        targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
+
+    Raises:
+        RuntimeError: a mask is not set. The model is as it was.
+        ValueError: a target reaches no masked tensor.
+
+    Example:
+        >>> model = squash(sparsify(nn.Linear(10, 10), 0.9))
+        >>> type(model) is nn.Linear, int((model.weight != 0).sum())
+        (True, 10)
+    """
+    chosen = masked(model, targets)
+    for target in chosen:
+        target.effective()  # an unset mask raises here, before anything has changed
+    for target in chosen:
+        for part in target.parts:
+            _fold(part)
+    _refresh_ddp(model)
+    return model
+
+
+def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
+    """Take masks off without folding them: the stored weights come back; return the model.
+
+    Args, Raises: as `squash`, but a mask need not be set.
+
+    Example:
+        >>> model = unsparsify(sparsify(nn.Linear(10, 10), 0.9))
+        >>> int((model.weight != 0).sum())
+        100
+    """
+    for target in masked(model, targets):
+        for site in target.sites:
+            _attach.detach(site.module, site.attr)
+    _refresh_ddp(model)
+    return model
+
+
+def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None = None) -> nn.Module:
+    """Make soft and real-valued masks bool, fold their scale into the weights; return the model.
+
+    An entry is kept where its mask is not 0; under a `Gate`, where its logit is above `threshold`.
+    Dropped entries keep what they store.
+
+    Args:
+        model: any module; changed in place. Bool masks stay as they are.
+        targets: which masked tensors, as in `squash`.
+        threshold: of the logits of a `Gate`; None: 0, where the hard gate has it.
+
+    Raises:
+        ValueError: a target reaches no masked tensor; or another parametrization, such as
+            weight_norm, lies under a mask that is not bool, so that its scale cannot be folded.
+        RuntimeError: a mask is not set.
+
+    Example:
+        >>> model = sparsify(nn.Linear(2, 1), {"weight": [[0.5, 0.0]]})
+        >>> binarize(model).parametrizations.weight[0].mask.tolist()
+        [[True, False]]
+    """
+    work = [target for target in masked(model, targets) if not _is_bool(target)]
+    for target in work:
+        target.effective()  # an unset mask raises here
+        if any(len(_stack(site)) > 1 for site in target.sites):
+            raise ValueError(
+                f"a mask that `binarize` makes bool must be the only parametrization; "
+                f'"{target.name}" has others underneath. `squash` it instead.'
+            )
+    with torch.no_grad():
+        for target in work:
+            _harden(target, threshold)
+    return model
+
+
+def _attached(step: Step) -> nn.Module:
+    """Return what masks the tensor of `step`, hung at all its places."""
+    mask: nn.Module
+    if isinstance(step.result, nn.Module):
+        mask = step.result
+    else:
+        site = step.target.parts[0][0]
+        mask = step.reuse or Mask(_attach.stored(site.module, site.attr))
+    for site in step.target.sites:
+        if _attach.mask_module(site.module, site.attr) is None:
+            _attach.attach(site.module, site.attr, mask)
+        else:
+            _stack(site).mask = mask
+    return mask
+
+
+def _stack(site: Site) -> MaskedParametrizationList:
+    stack = stack_of(site.module, site.attr)
+    assert isinstance(stack, MaskedParametrizationList)
+    return stack
+
+
+def _fold(part: tuple[Site, ...]) -> None:
+    """Make the masked values of one tensor, tied at the sites of `part`, its plain values."""
+    with torch.no_grad():
+        values = [_attach.effective(site.module, site.attr) for site in part]
+    baked: Tensor | None = None
+    for site, value in zip(part, values, strict=True):
+        stack = _stack(site)
+        if len(stack) == 1:
+            with torch.no_grad():
+                stack.original.copy_(value)
+            _attach.detach(site.module, site.attr)
+            continue
+        if baked is None:
+            tensors = _attach.originals(site.module, site.attr)
+            grad = any(tensor.requires_grad for tensor in tensors)
+            held = isinstance(tensors[0], nn.Parameter)
+            baked = nn.Parameter(value, requires_grad=grad) if held else value
+        _attach.detach(site.module, site.attr, baked)
+
+
+def _is_bool(target: Target) -> bool:
+    mask = target.masks()[0]
+    return isinstance(mask, Mask) and mask.mask is not None and mask.mask.dtype == torch.bool
+
+
+def _harden(target: Target, threshold: float | None) -> None:
+    """Give `target` a bool mask, with the scale of the mask it had in the stored values."""
+    mask = target.masks()[0]
+    site = target.parts[0][0]
+    like = _attach.stored(site.module, site.attr)
+    if isinstance(mask, (Mask, SoftMask)):
+        scale = mask.hardened(threshold)
+        keep = scale != 0
+    else:  # a module of the user's own: what it gives now is all that is known of it
+        scale, keep = None, _attach.effective(site.module, site.attr) != 0
+    for part in target.parts:
+        original = _stack(part[0]).original
+        read = _attach.effective(part[0].module, part[0].attr)
+        original.copy_(torch.where(keep, read if scale is None else original * scale, original))
+    hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(like, keep)
+    for site in target.sites:
+        _stack(site).mask = hard
+
+
+def _refresh_ddp(model: nn.Module) -> None:
+    """Tell DDP wrappers in `model` that masks are no buffers of theirs any more.
+
+    Else the next forward broadcasts an empty list (test_ddp_forward_after_squash).
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module._assign_modules_buffers()

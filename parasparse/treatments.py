@@ -1,0 +1,219 @@
+"""What a rule does with the tensors that it reaches.
+
+A treatment is a callable that takes the group of tensors of its rule, by name, and returns a mask
+(or a module that masks) for each: `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import patterns, scores
+from parasparse._checks import check_sparsity, listed
+from parasparse.parametrizations import SoftMask
+
+Score = Callable[[Tensor, str], Tensor]
+Pattern = Callable[..., Tensor]
+Distribution = Callable[[dict[str, torch.Size], float], dict[str, float]]
+Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Score the tensors, and drop the share `sparsity` of their entries with the lowest scores.
+
+    Args:
+        sparsity: share of zeros, in [0, 1]; not given where the pattern brings its own.
+        score: `(tensor, name) -> scores`, real, of the same shape, higher = keep.
+        pattern: `(scores, sparsity) -> mask`.
+        scope: "local" gives every tensor this sparsity; "global" ranks all entries of the group
+            jointly, so that the group as a whole has it.
+        distribution: `(shapes by name, sparsity) -> sparsity by name`; with "local" only.
+
+    Raises:
+        ValueError: a value out of its range, or two that exclude each other.
+        TypeError: `sparsity` is no number.
+
+    Example:
+        >>> Prune(0.5)({"w": torch.tensor([3.0, 1.0, -2.0, 0.0])})["w"].tolist()
+        [True, False, True, False]
+    """
+
+    sparsity: float | None = None
+    score: Score = field(default=scores.magnitude, kw_only=True)
+    pattern: Pattern = field(default=patterns.unstructured, kw_only=True)
+    scope: Literal["local", "global"] = field(default="local", kw_only=True)
+    distribution: Distribution | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        fixed = getattr(self.pattern, "sparsity", None)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if fixed is not None and self.sparsity is not None:
+            raise ValueError(
+                f"`sparsity` must be left out with {self.pattern}, which brings its own, "
+                f"{fixed:g}; got {self.sparsity}."
+            )
+        if fixed is None and self.sparsity is None:
+            raise ValueError("`sparsity` must be given, the share of zeros in [0, 1]; got None.")
+        if self.scope not in ("local", "global"):
+            raise ValueError(f'`scope` must be "local" or "global"; got {self.scope!r}.')
+        if self.scope == "global" and (self.distribution is not None or fixed is not None):
+            other = f"{self.pattern}" if fixed is not None else "a `distribution`"
+            raise ValueError(
+                f'`scope` must be "local" with {other}, which decides for each tensor; '
+                'got "global".'
+            )
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a bool mask for each of `tensors`."""
+        if self.sparsity is None:
+            return {n: self._mask(self._score(t, n), n) for n, t in tensors.items()}
+        if self.scope == "global":
+            return self._jointly({n: self._score(t, n) for n, t in tensors.items()}, self.sparsity)
+        shares = dict.fromkeys(tensors, self.sparsity)
+        if self.distribution is not None:
+            shares = self.distribution({n: t.shape for n, t in tensors.items()}, self.sparsity)
+            if shares.keys() != tensors.keys():
+                raise ValueError(
+                    "`distribution` must return a sparsity for each of the tensors "
+                    f"{listed(tensors)}; got {listed(shares)}."
+                )
+        return {
+            n: self._mask(self._score(t, n), n, check_sparsity(shares[n], f"sparsity of {n}"))
+            for n, t in tensors.items()
+        }
+
+    def _score(self, tensor: Tensor, name: str) -> Tensor:
+        result = self.score(tensor, name)
+        if not isinstance(result, Tensor) or result.shape != tensor.shape or result.is_complex():
+            got = (
+                f"{result.dtype} of shape {tuple(result.shape)}"
+                if isinstance(result, Tensor)
+                else type(result).__name__
+            )
+            raise ValueError(
+                f"`score` must return a real tensor of shape {tuple(tensor.shape)} for {name!r}; "
+                f"got {got}."
+            )
+        return result.detach()
+
+    def _mask(self, scores: Tensor, name: str, *sparsity: float) -> Tensor:
+        try:
+            mask = self.pattern(scores, *sparsity)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"while pruning {name!r}")
+            raise
+        if mask.dtype != torch.bool or mask.shape != scores.shape:
+            raise ValueError(
+                f"`pattern` must return a bool mask of shape {tuple(scores.shape)} for {name!r}; "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
+        return mask
+
+    def _jointly(self, scored: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        device = next(iter(scored.values())).device
+        joint = torch.cat([s.flatten().to(device) for s in scored.values()])
+        mask = self._mask(joint, " + ".join(scored), sparsity)
+        parts = mask.split([s.numel() for s in scored.values()])
+        return {
+            n: part.view(s.shape).to(s.device)
+            for (n, s), part in zip(scored.items(), parts, strict=True)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Give every tensor this mask.
+
+    Args:
+        mask: bool, integer or real; tensor, array, nested list or number that broadcasts to the
+            tensor; None attaches a mask that is not set yet.
+        layout: "out_in" as weights are; "in_out" for a mask whose first dimension is the inputs.
+
+    Raises:
+        ValueError: an unknown layout, or "in_out" with fewer than two dimensions.
+
+    Example:
+        >>> Fixed([[1, 0], [1, 1]], layout="in_out")({"w": torch.ones(2, 2)})["w"].tolist()
+        [[1, 1], [0, 1]]
+
+    Reference: CustomizedLinear, whose masks are (in, out).
+    """
+
+    mask: Any
+    layout: Literal["out_in", "in_out"] = field(default="out_in", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("out_in", "in_out"):
+            raise ValueError(f'`layout` must be "out_in" or "in_out"; got {self.layout!r}.')
+        if (
+            self.layout == "in_out"
+            and self.mask is not None
+            and torch.as_tensor(self.mask).ndim < 2
+        ):
+            raise ValueError('`layout="in_out"` must come with a mask of two or more dimensions.')
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the mask for each of `tensors`."""
+        mask = self.mask
+        if mask is not None and self.layout == "in_out":
+            mask = torch.as_tensor(mask).transpose(0, 1)
+        return dict.fromkeys(tensors, mask)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Attach learned soft masks: w * sigmoid(T s) / sigmoid(s0), with logits s trained beside w.
+
+    Args:
+        init: s0, the value of all logits at first.
+
+    Example:
+        >>> Gate(init=0.5)({"w": torch.ones(2, 2)})["w"]
+        SoftMask((2, 2), init=0.5)
+
+    Reference: Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification", 2019,
+        arXiv:1912.04427, section 3.
+    """
+
+    init: float = field(default=0.0, kw_only=True)
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """Return a `SoftMask` for each of `tensors`."""
+        return {name: SoftMask(tensor, init=self.init) for name, tensor in tensors.items()}
+
+
+def keep_nonzero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks that keep what is not 0 now: the treatment "zeros"."""
+    return {name: tensor != 0 for name, tensor in tensors.items()}
+
+
+def as_treatment(value: Any) -> Treatment | None:
+    """Return the treatment that the right side of a rule stands for; None leaves tensors alone.
+
+    Raises:
+        TypeError, ValueError: it stands for none.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value != "zeros":
+            raise ValueError(f'a treatment that is a string must be "zeros"; got {value!r}.')
+        return keep_nonzero
+    if callable(value) and not isinstance(value, (Tensor, type)):
+        return value  # type: ignore[no-any-return]
+    if _is_array(value):
+        return Fixed(value)
+    return Prune(check_sparsity(value, "rules"))
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (Tensor, list, tuple)) or (
+        hasattr(value, "__array__") and getattr(value, "shape", ()) != ()
+    )
