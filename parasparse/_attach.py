@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from parasparse._dense_keys import accept_dense_keys
 from parasparse._foreign import prune_mask, pruned_names, undo_prune
 from parasparse._masked_class import base_class, is_masked_class, is_stock_class, masked_class
-from parasparse._stack import MaskedParametrizationList, stack_of
+from parasparse._stack import MaskedParametrizationList, put_stack, stack_of
 
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
@@ -90,16 +90,12 @@ def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
         stack._modules[str(len(stack))] = mask
         stack.__class__ = MaskedParametrizationList
     else:
-        if "parametrizations" not in module._modules:
-            module.add_module("parametrizations", nn.ModuleDict())
         persistent = name not in module._non_persistent_buffers_set
         held = module._parameters if name in module._parameters else module._buffers
         tensor = held.pop(name)
         assert tensor is not None
         stack = MaskedParametrizationList(tensor, mask, persistent=persistent)
-        # Not `parametrizations[name] = stack`: ModuleDict refuses the names of its own methods,
-        # such as "keys" (test_a_parameter_called_keys_can_be_masked).
-        _stacks(module)[name] = stack
+        put_stack(module, name, stack)
     stack.train(module.training)
     if not any(_is_key_hook(hook) for hook in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(accept_dense_keys)

@@ -18,6 +18,28 @@ def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | 
     return found if isinstance(found, parametrize.ParametrizationList) else None
 
 
+def put_stack(module: nn.Module, name: str, stack: parametrize.ParametrizationList) -> None:
+    """Make `stack` what parametrizes tensor `name` of `module`."""
+    if "parametrizations" not in module._modules:
+        module.add_module("parametrizations", nn.ModuleDict())
+    stacks = module._modules["parametrizations"]
+    assert stacks is not None
+    if hasattr(nn.ModuleDict, name):
+        stacks.__class__ = _AnyNames  # ModuleDict itself refuses such a name
+    stacks._modules[name] = stack
+
+
+class _AnyNames(nn.ModuleDict):
+    """Holds tensors that are called as a method of ModuleDict is, such as `keys` and `values`.
+
+    `functional_call` and exporters find them as attributes (test_laws.py, odd_names).
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        held = super().__getattribute__("__dict__").get("_modules", {})
+        return held[name] if name in held else super().__getattribute__(name)
+
+
 class MaskedParametrizationList(parametrize.ParametrizationList):
     """A ParametrizationList whose last module is the mask; reading it gives the masked tensor.
 

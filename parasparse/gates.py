@@ -9,13 +9,15 @@ from torch import Tensor
 def sigmoid(
     logits: Tensor, temperature: Tensor | float = 1.0, *, init: float = 0.0, hard: bool = False
 ) -> Tensor:
-    """Return the gate m(s) with m = 1 / sigmoid(s0) / (1 + exp(-T s)), or its limit for T -> inf.
+    """Return the gate of Continuous Sparsification, or its limit for T -> inf.
+
+    m = sigmoid(T s) / sigmoid(s0); in the limit (s > 0) / sigmoid(s0).
 
     Args:
         logits: s, real, any shape.
         temperature: T > 0; the higher, the closer to 0 or 1/sigmoid(s0).
         init: s0, the value that all logits had at first: there and at T = 1 the mask is 1.
-        hard: return the limit, (s > 0) / sigmoid(s0), which has no gradient.
+        hard: return the limit, which has no gradient.
 
     Example:
         >>> sigmoid(torch.tensor([-1.0, 0.0, 2.0]), hard=True).tolist()

@@ -37,7 +37,7 @@ class Mask(nn.Module):
         super().__init__()
         self.register_buffer("mask", None)
         self._shape = like.shape
-        self._memory_format = _memory_format(like)
+        self._channels_last = _is_channels_last(like)
         # Says where, and in which dtype, a mask that is not set now will be: it follows `.to()`.
         self._like = torch.empty(0, dtype=_real(like.dtype), device=like.device)
         self.mask_(mask)
@@ -63,12 +63,9 @@ class Mask(nn.Module):
             if now is not None and now.dtype == value.dtype and now.device == value.device:
                 now.copy_(value)  # in place: compiled graphs and DDP hold this very buffer
             else:
-                new = torch.empty(
-                    self._shape,
-                    dtype=value.dtype,
-                    device=value.device,
-                    memory_format=self._memory_format,
-                )
+                new = torch.empty_like(value, memory_format=torch.contiguous_format)
+                if self._channels_last:
+                    new = new.contiguous(memory_format=_CHANNELS_LAST[new.ndim])
                 self._buffers["mask"] = new.copy_(value)
         return self
 
@@ -123,7 +120,7 @@ class Mask(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
         if self.mask is not None:
-            self._memory_format = _memory_format(self.mask)
+            self._channels_last = _is_channels_last(self.mask)
         return self
 
     def _load_from_state_dict(
@@ -243,15 +240,16 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if (
-            tensor.ndim == ndim
-            and tensor.is_contiguous(memory_format=memory_format)
-            and not tensor.is_contiguous()
-        ):
-            return memory_format
-    return torch.contiguous_format
+def _is_channels_last(tensor: Tensor) -> bool:
+    memory_format = _CHANNELS_LAST.get(tensor.ndim)
+    return (
+        memory_format is not None
+        and tensor.is_contiguous(memory_format=memory_format)
+        and not tensor.is_contiguous()
+    )
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _distributed_like(mask: Tensor, weight: Tensor) -> Tensor:

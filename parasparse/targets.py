@@ -268,7 +268,7 @@ def reaches(spec: Spec, target: Target) -> bool:
     if target.is_buffer:
         return False
     tensor = target.stored()
-    return any(spec(name, owner, tensor) for name, owner in target.owners)  # type: ignore[operator]
+    return any(spec(name, owner, tensor) for name, owner in target.owners)
 
 
 def assign(specs: Mapping[int, Spec | None], targets: list[Target]) -> dict[int, list[Target]]:
