@@ -136,8 +136,9 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
 
 
 def _stacks(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    stacks = module._modules.get("parametrizations")
-    return {} if stacks is None else stacks._modules  # type: ignore[return-value]
+    if "parametrizations" not in module._modules:
+        return {}
+    return module._modules["parametrizations"]._modules  # type: ignore[union-attr, return-value]
 
 
 def _reclass(module: nn.Module) -> None:

@@ -35,7 +35,8 @@ def accept_dense_keys(
             if key in state_dict:
                 _store(state_dict, inside, stack, state_dict.pop(key))
                 for own, tensor in stack.state_dict(prefix=inside).items():
-                    state_dict.setdefault(own, tensor)
+                    if own != mask_key:  # an absent mask stays anyhow, and may be shared
+                        state_dict.setdefault(own, tensor)
 
 
 def _store(

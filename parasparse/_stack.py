@@ -13,7 +13,8 @@ from parasparse._apply_mask import is_tracing
 
 def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
     """Return what parametrizes tensor `name` of `module`, ours or torch's own, or None."""
-    stacks = module._modules.get("parametrizations")
+    modules = module._modules  # of a ScriptModule, which knows no `get`
+    stacks = modules["parametrizations"] if "parametrizations" in modules else None  # noqa: SIM401
     found = None if stacks is None else stacks._modules.get(name)
     return found if isinstance(found, parametrize.ParametrizationList) else None
 
@@ -69,8 +70,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         """The module that masks."""
         return self[-1]
 
-    @mask.setter
-    def mask(self, module: nn.Module) -> None:
+    def replace_mask(self, module: nn.Module) -> None:
+        """Put `module` in the place of the module that masks."""
         self._modules[str(len(self) - 1)] = module
 
     def below(self) -> list[nn.Module]:
@@ -189,6 +190,28 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
                 return False
             todo += [function for function, _ in node.next_functions]
         return value.grad_fn is not None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load; a mask counts as missing where the whole tensor is, else an absent mask stays.
+
+        safetensors leaves out all but one name of a tied tensor, and wants the others reported.
+        """
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = f"{prefix}{len(self) - 1}.mask"
+        is_set = getattr(self.mask, "_buffers", {}).get("mask") is not None
+        if f"{prefix}original" in missing_keys and is_set and key not in state_dict:
+            missing_keys.append(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("frozen", "probe")}

@@ -44,7 +44,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for stack in stacks:
-            stack.frozen = None
+            stack.__dict__.pop("frozen", None)
 
 
 class DenseGradients(Mapping[str, Tensor | None]):
@@ -99,11 +99,13 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     probes = {
         target.name: [_probe(part_of) for part_of in _part_stacks(target)] for target in targets
     }
+    armed = [stack for target in targets for part in _part_stacks(target) for stack in part]
     try:
         yield DenseGradients(probes)
     finally:
-        for stack in _stacks(model):
-            stack.probe = None
+        for stack in armed:
+            # Not set to None: compiled graphs guard on the attribute not being there.
+            stack.__dict__.pop("probe", None)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             inside = {id(stack) for stack in _stacks(module)}

@@ -303,8 +303,9 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     if isinstance(spec, str):
         names = [name for target in targets for name in target.names]
         modules = [part for target in targets for part in _ancestors(target.name)[1:]]
-        ending = spec[spec.index("*") :] if "*" in spec else ""
-        near = nearest(spec, dict.fromkeys([*(f"{m}{ending}" for m in modules), *modules, *names]))
+        ending = re.search(r"\.?[*?\[].*", spec)
+        globs = [module + ending[0] for module in modules] if ending else []
+        near = nearest(spec, dict.fromkeys([*globs, *modules, *names]))
     what = "a sparsity alone" if spec is None else f'"{_shown(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "

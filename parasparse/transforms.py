@@ -169,7 +169,7 @@ def _attached(step: Step) -> nn.Module:
         if _attach.mask_module(site.module, site.attr) is None:
             _attach.attach(site.module, site.attr, mask)
         else:
-            _stack(site).mask = mask
+            _stack(site).replace_mask(mask)
     return mask
 
 
@@ -220,7 +220,7 @@ def _harden(target: Target, threshold: float | None) -> None:
         original.copy_(torch.where(keep, read if scale is None else original * scale, original))
     hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(like, keep)
     for site in target.sites:
-        _stack(site).mask = hard
+        _stack(site).replace_mask(hard)
 
 
 def _refresh_ddp(model: nn.Module) -> None:

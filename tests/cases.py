@@ -129,14 +129,16 @@ CASES = {
     ),
     "conv3d": Case(lambda: nn.Conv3d(2, 3, 2), floats(1, 2, 4, 4, 4)),
     "conv_transpose2d": Case(lambda: nn.ConvTranspose2d(3, 4, 2), floats(2, 3, 4, 4)),
-    "bilinear": Case(
-        lambda: nn.Bilinear(4, 5, 3), lambda: (torch.randn(2, 4), torch.randn(2, 5))
-    ),
+    "bilinear": Case(lambda: nn.Bilinear(4, 5, 3), lambda: (torch.randn(2, 4), torch.randn(2, 5))),
     "embedding": Case(lambda: nn.Embedding(12, 6), indices(2, 5), {"weight": 0.5}),
     "embedding_bag": Case(lambda: nn.EmbeddingBag(12, 6), indices(2, 5), {"weight": 0.5}),
     "batchnorm_weight": Case(lambda: nn.BatchNorm1d(6), floats(3, 6), {"weight": 0.5}),
-    "lstm": Case(lambda: nn.LSTM(4, 5, num_layers=2, bidirectional=True), floats(3, 2, 4), compiles=False),
-    "gru_one_of_two_weights": Case(lambda: nn.GRU(4, 5), floats(3, 2, 4), {"weight_hh_l0": 0.5}, compiles=False),
+    "lstm": Case(
+        lambda: nn.LSTM(4, 5, num_layers=2, bidirectional=True), floats(3, 2, 4), compiles=False
+    ),
+    "gru_one_of_two_weights": Case(
+        lambda: nn.GRU(4, 5), floats(3, 2, 4), {"weight_hh_l0": 0.5}, compiles=False
+    ),
     "rnn": Case(lambda: nn.RNN(4, 5), floats(3, 2, 4), compiles=False),
     "lstm_cell": Case(lambda: nn.LSTMCell(4, 5), floats(3, 4)),
     "mha": Case(lambda: nn.MultiheadAttention(8, 2), attention((3, 2, 8))),
@@ -148,7 +150,9 @@ CASES = {
     "shared": Case(Shared, floats(2, 6)),
     "frozen_parameter": Case(frozen_linear, floats(3, 6)),
     "weight_norm": Case(
-        lambda: parametrizations.weight_norm(nn.Linear(6, 4)), floats(3, 6), underneath=True,
+        lambda: parametrizations.weight_norm(nn.Linear(6, 4)),
+        floats(3, 6),
+        underneath=True,
         pickles=False,  # torch registers a local function
     ),
     "spectral_norm": Case(
@@ -163,7 +167,9 @@ CASES = {
         compiles=False,  # matrix_exp and householder break dense graphs as well
     ),
     "complex": Case(
-        lambda: nn.Linear(6, 4, dtype=torch.cfloat), floats(3, 6, dtype=torch.cfloat), compiles=False
+        lambda: nn.Linear(6, 4, dtype=torch.cfloat),
+        floats(3, 6, dtype=torch.cfloat),
+        compiles=False,
     ),
     "complex128": Case(
         lambda: nn.Linear(6, 4, dtype=torch.cdouble),

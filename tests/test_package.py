@@ -1,0 +1,88 @@
+"""The shape of the package: which way imports point, what importing it brings."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import parasparse as ps
+
+ROOT = Path(ps.__file__).parent
+PURE = {"scores", "patterns", "gates"}
+ALLOWED = {
+    "_checks": set(),
+    "_apply_mask": set(),
+    "_foreign": set(),
+    "_tables": set(),
+    "_snapshot": set(),
+    "scores": {"_checks"},
+    "patterns": {"_checks"},
+    "gates": {"_checks"},
+    "parametrizations": {"gates", "_apply_mask"},
+    "_stack": {"_apply_mask"},
+    "_masked_class": {"_stack"},
+    "_dense_keys": {"_stack"},
+    "_attach": {"_stack", "_masked_class", "_dense_keys", "_foreign"},
+    "targets": {"_attach", "_checks"},
+    "treatments": {"_checks", "scores", "patterns", "parametrizations"},
+    "_resolve": {"_checks", "_foreign", "parametrizations", "targets", "treatments"},
+    "transforms": {
+        "_attach", "_resolve", "_snapshot", "_stack", "_tables", "parametrizations", "targets",
+    },
+    "masks": {"_attach", "_checks", "parametrizations", "targets"},
+    "contexts": {"_attach", "_stack", "targets"},
+    "report": {"_attach", "_tables", "parametrizations", "targets"},
+    "state": {
+        "_apply_mask", "_attach", "_checks", "parametrizations", "targets", "transforms",
+        "treatments",
+    },
+}  # fmt: skip
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "parasparse":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("parasparse."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_point_one_way():
+    modules = {path.stem: imports(path) for path in ROOT.glob("*.py") if path.stem != "__init__"}
+    assert modules.keys() == ALLOWED.keys()
+    for name, found in modules.items():
+        assert found <= ALLOWED[name], name
+    order = []
+    while len(order) < len(ALLOWED):  # the table itself has no cycle
+        free = [n for n in ALLOWED if n not in order and ALLOWED[n] <= set(order)]
+        assert free
+        order += free
+
+
+def test_the_pure_row_knows_no_modules():
+    for name in PURE:
+        assert "nn" not in {
+            alias.name
+            for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+
+
+def test_importing_brings_no_extra():
+    extras = ["torchvision", "matplotlib", "safetensors", "rich", "lightning", "transformers"]
+    code = f"import sys, parasparse; print([m for m in {extras} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in ps.__all__:
+        assert getattr(ps, name).__doc__
+
+
+def test_files_keep_to_one_job():
+    for path in ROOT.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 350, path.name
