@@ -14,7 +14,7 @@ def num_kept(numel: int, sparsity: float) -> int:
         numel: number of entries (or of units), >= 0.
         sparsity: share of zeros, in [0, 1].
 
-    Example:
+    Examples:
         >>> [num_kept(10, s) for s in (0.0, 0.25, 0.9, 1.0)]
         [10, 8, 1, 0]
     """

@@ -12,12 +12,17 @@ from parasparse._stack import MaskedParametrizationList
 
 
 def accept_dense_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    *_: object,
 ) -> None:
     """Rename in `state_dict` what others call the masked tensors of `module` (a load pre-hook).
 
     `weight` and `weight_orig` become the stored tensor, `weight_mask` and `mask` the mask. What a
-    checkpoint that brings values says nothing of, such as the mask in a dense one, stays.
+    checkpoint that brings values says nothing of, such as the mask in a dense one, stays; but a
+    mask on the meta device, which has no values to stay, is unset where values are assigned.
     """
     if not parametrize.is_parametrized(module):
         return
@@ -33,10 +38,13 @@ def accept_dense_keys(
                 state_dict[mask_key] = state_dict.pop(prefix + key)
         for key in (f"{prefix}{name}", f"{prefix}{name}_orig"):
             if key in state_dict:
-                _store(state_dict, inside, stack, state_dict.pop(key))
+                value = state_dict.pop(key)
+                _store(state_dict, inside, stack, value)
                 for own, tensor in stack.state_dict(prefix=inside).items():
                     if own != mask_key:  # an absent mask stays anyhow, and may be shared
                         state_dict.setdefault(own, tensor)
+                    elif tensor.is_meta and local_metadata.get("assign_to_params_buffers"):
+                        stack.mask.forget_(value.device)  # type: ignore[operator]
 
 
 def _store(

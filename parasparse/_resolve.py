@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from parasparse._checks import listed
 from parasparse._foreign import legacy_hook
+from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
-from parasparse.targets import Spec, Target, assign, collect
+from parasparse.targets import Spec, assign
 from parasparse.treatments import Treatment, as_treatment, keep_nonzero
 
 

@@ -18,7 +18,7 @@ class PlanRow:
     Attributes:
         name: plain name of the tensor.
         shape: its shape.
-        rule: the left side of the rule that has it; None for a treatment alone.
+        rule: the left side of the rule that has it; "every weight" for a treatment alone.
         treatment: the right side.
         kept: entries that the mask keeps; None where that is not known: an unset or learned mask,
             or a tensor on the meta device.
@@ -70,11 +70,12 @@ def as_html(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def described(value: Any) -> str:
     """Return a rule's target or treatment in a few words."""
     if isinstance(value, re.Pattern):
-        return repr(value.pattern)
+        return str(value.pattern)
     if isinstance(value, tuple) and all(isinstance(v, type) for v in value):
         return " | ".join(v.__name__ for v in value)
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         return f"mask of shape {tuple(value.shape)}"
     if isinstance(value, (str, int, float)) or value is None:
         return str(value)
-    return getattr(value, "__name__", re.sub(r"<function (\S+) at \w+>", r"\1", f"{value!r:.120}"))
+    text = re.sub(r"<function (\S+) at \w+>", r"\1", repr(value))
+    return str(getattr(value, "__name__", text))

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
 from parasparse._stack import MaskedParametrizationList, stack_of
-from parasparse.targets import Target, masked
+from parasparse._tensors import Target
+from parasparse.targets import masked
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         RuntimeError: grad mode is on; a mask is not set.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(2, 2), 0.5)
         >>> with torch.no_grad(), frozen(model):
@@ -85,7 +86,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     Yields:
         A mapping from plain name to gradient, None where no backward came by.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(2, 1, bias=False), {"weight": [[True, False]]})
         >>> with dense_gradients(model) as grads:

@@ -19,7 +19,7 @@ def sigmoid(
         init: s0, the value that all logits had at first: there and at T = 1 the mask is 1.
         hard: return the limit, which has no gradient.
 
-    Example:
+    Examples:
         >>> sigmoid(torch.tensor([-1.0, 0.0, 2.0]), hard=True).tolist()
         [0.0, 0.0, 2.0]
 

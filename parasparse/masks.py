@@ -9,35 +9,36 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
+from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
-from parasparse.targets import Target, collect, masked
+from parasparse.targets import masked
 
 
 def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
     """Yield the plain parameter name and the mask of each masked tensor of `model`.
 
     In the order of `named_modules`; a mask that several tensors share comes once. An unset mask is
-    None; that of a `Gate` is what multiplies the weight now.
+    None; that of a `Gate` is what multiplies the weight now, that of a module of your own what is
+    not 0 now.
 
     Args:
         model: any module.
         prefix: put before each name, with a dot.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(10, 10), 0.9)
         >>> [(name, int(mask.sum())) for name, mask in named_masks(model)]
         [('weight', 10)]
     """
     for target in masked(model):
-        mask = target.masks()[0]
-        yield (f"{prefix}.{target.name}" if prefix else target.name), getattr(mask, "mask", None)
+        yield (f"{prefix}.{target.name}" if prefix else target.name), target.mask()
 
 
 def is_sparse(model: nn.Module) -> bool:
     """Whether any tensor of `model` carries a mask.
 
-    Example:
+    Examples:
         >>> is_sparse(nn.Linear(2, 2))
         False
     """
@@ -50,13 +51,12 @@ def mask_of(model: nn.Module, name: str) -> Tensor | None:
     Raises:
         ValueError: no masked tensor has this name.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> mask_of(sparsify(nn.Linear(2, 2), 0.5), "weight").sum().item()
         2
     """
-    mask = _find(masked(model), name, "masked tensor").masks()[0]
-    return getattr(mask, "mask", None)
+    return _find(masked(model), name, "masked tensor").mask()
 
 
 def stored(model: nn.Module, name: str) -> Tensor:
@@ -67,7 +67,7 @@ def stored(model: nn.Module, name: str) -> Tensor:
     Raises:
         ValueError: no tensor has this name.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> int((stored(sparsify(nn.Linear(2, 2), 0.5), "weight") != 0).sum())
         4
@@ -109,7 +109,7 @@ def deploy_masks(
         ValueError: an unknown key; two keys for one mask; a mask with NaN.
         RuntimeError: a mask's shape does not match. The model is as it was.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> model = deploy_masks(sparsify(nn.Linear(2, 1), 0.5), {"weight": [[True, False]]})
         >>> mask_of(model, "weight").tolist()

@@ -23,7 +23,7 @@ class Mask(nn.Module):
         like: the tensor to be masked; gives shape, dtype, device and memory format.
         mask: as for `mask_`.
 
-    Example:
+    Examples:
         >>> half = Mask(torch.ones(2, 2), [[True], [False]])
         >>> half(torch.full((2, 2), 3.0)).tolist()
         [[3.0, 3.0], [0.0, 0.0]]
@@ -68,6 +68,11 @@ class Mask(nn.Module):
                     new = new.contiguous(memory_format=_CHANNELS_LAST[new.ndim])
                 self._buffers["mask"] = new.copy_(value)
         return self
+
+    def forget_(self, device: torch.device) -> None:
+        """Unset the mask; the next one will be on `device`."""
+        self._like = self._like.new_empty(0, device=device)
+        self._buffers["mask"] = None
 
     def _converted(self, mask: object) -> Tensor:
         value = as_mask(mask, self._shape)
@@ -160,7 +165,7 @@ class SoftMask(nn.Module):
         like: the tensor to be masked; gives shape, dtype, device and memory format.
         init: s0.
 
-    Example:
+    Examples:
         >>> SoftMask(torch.ones(2))(torch.tensor([1.0, 2.0])).tolist()
         [1.0, 2.0]
 

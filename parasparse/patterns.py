@@ -26,7 +26,7 @@ def unstructured(scores: Tensor, sparsity: float) -> Tensor:
     Raises:
         ValueError: NaN among the scores; sparsity outside [0, 1].
 
-    Example:
+    Examples:
         >>> unstructured(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.25).tolist()
         [True, True, False, True]
     """
@@ -58,7 +58,7 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
     Raises:
         ValueError: n outside [0, m]; on call: `dim` is not there, or m does not divide its size.
 
-    Example:
+    Examples:
         >>> n_of_m(2, 4)(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).tolist()
         [[False, True, False, True]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._tables import as_html, as_text
-from parasparse.parametrizations import Mask
-from parasparse.targets import Target, collect, masked
+from parasparse._tensors import Target, collect
+from parasparse.parametrizations import Mask, SoftMask
+from parasparse.targets import masked
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SummaryRow:
         name: plain name of the tensor.
         shape: its shape; () in a total.
         pattern: which pattern the mask keeps to: "dense", "empty", "channel(dim)", "n:m" of groups
-            along dimension 1, "unstructured"; "soft" or "real-valued" if it is not bool; "unset".
+            along dimension 1, "unstructured"; "soft" or "real-valued" if it is not bool; "custom"
+            under a module of your own; "unset".
         numel: number of entries.
         kept: entries whose mask is not 0; None where the mask is not set.
         bytes_dense: of the tensor alone.
@@ -42,7 +43,9 @@ class SummaryRow:
     @property
     def sparsity(self) -> float | None:
         """Share of zeros; None where the mask is not set."""
-        return None if self.kept is None else 1 - self.kept / max(self.numel, 1)
+        if self.kept is None:
+            return None
+        return 1 - self.kept / self.numel if self.numel else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def summary(model: nn.Module) -> Summary:
 
     Tensors that are shared count once. A mask adds bytes while it is attached; `squash` drops them.
 
-    Example:
+    Examples:
         >>> from parasparse import sparsify
         >>> summary(sparsify(nn.Linear(10, 10), 0.9)).masked.kept
         10
@@ -111,7 +114,7 @@ def summary(model: nn.Module) -> Summary:
 def _row(target: Target) -> SummaryRow:
     tensor = target.stored()
     module = target.masks()[0]
-    mask = getattr(module, "mask", None)
+    mask = target.mask()
     size = _bytes(target)
     extra = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     parts = len(target.parts)
@@ -154,7 +157,7 @@ def _pattern(module: nn.Module, mask: Tensor | None) -> str:
     if mask is None or mask.is_meta:
         return "unset" if mask is None else "unknown"
     if not isinstance(module, Mask):
-        return "soft"
+        return "soft" if isinstance(module, SoftMask) else "custom"
     if mask.dtype != torch.bool:
         return "real-valued"
     if bool(mask.all()):
@@ -169,13 +172,13 @@ def _pattern(module: nn.Module, mask: Tensor | None) -> str:
 
 
 def _n_of_m(mask: Tensor) -> str | None:
-    """Return "n:m" if at most n <= m/2 of every m entries along dimension 1 are kept."""
+    """Return "n:m" if exactly n <= m/2 of every m entries along dimension 1 are kept."""
     if mask.ndim < 2:
         return None
     last = mask.movedim(1, -1)
     for m in (2, 4, 8, 16, 32):
         if last.shape[-1] % m == 0:
-            n = int(last.unflatten(-1, (math.ceil(last.shape[-1] / m), m)).sum(-1).max())
-            if n <= m // 2:
-                return f"{n}:{m}"
+            counts = last.reshape(-1, m).sum(1)
+            if bool((counts == counts[0]).all()) and int(counts[0]) <= m // 2:
+                return f"{int(counts[0])}:{m}"
     return None

@@ -16,7 +16,7 @@ def magnitude(tensor: Tensor, name: str = "") -> Tensor:
         tensor: real or complex, any shape.
         name: not used; part of the protocol.
 
-    Example:
+    Examples:
         >>> magnitude(torch.tensor([-2.0, 0.5, 1.0])).tolist()
         [2.0, 0.5, 1.0]
 
@@ -37,7 +37,7 @@ def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None 
         generator: source of randomness, torch's global one if None. Bind it with
             `functools.partial(random, generator=g)` to use this as a score.
 
-    Example:
+    Examples:
         >>> draw = lambda: random(torch.ones(3), generator=torch.Generator().manual_seed(0))
         >>> bool((draw() == draw()).all())
         True

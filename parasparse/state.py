@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from parasparse import _attach
 from parasparse._apply_mask import apply_mask
 from parasparse._checks import listed, nearest
+from parasparse._tensors import PAIR_ENDINGS, Target, collect, named_modules
 from parasparse.parametrizations import as_mask
-from parasparse.targets import PAIR_ENDINGS, Target, collect, named_modules
 from parasparse.transforms import sparsify, unsparsify
 from parasparse.treatments import Fixed
 
@@ -28,7 +28,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     Raises:
         RuntimeError: a mask is not set.
 
-    Example:
+    Examples:
         >>> list(dense_state_dict(sparsify(nn.Linear(2, 2), 0.5)))
         ['weight', 'bias']
     """
@@ -86,7 +86,7 @@ def load_state_dict(
         RuntimeError: keys or shapes do not match. Masks attached for the load are taken off again;
             values that torch had copied by then stay, as they do in its own `load_state_dict`.
 
-    Example:
+    Examples:
         >>> checkpoint = sparsify(nn.Linear(2, 2), 0.5).state_dict()
         >>> model = nn.Linear(2, 2)
         >>> load_state_dict(model, checkpoint), int((model.weight != 0).sum())
@@ -154,7 +154,7 @@ def binarize_masks(
         ValueError: a key of `masks` belongs to no weight of `state_dict`.
         RuntimeError: a mask's shape does not match.
 
-    Example:
+    Examples:
         >>> weights = {"weight": torch.tensor([-1.0, 2.0])}
         >>> state, masks = binarize_masks(weights, {"weight": [0.0, 0.5]})
         >>> state["weight"].tolist(), masks["weight"].tolist()

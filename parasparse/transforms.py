@@ -13,8 +13,9 @@ from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tables import Plan, PlanRow, described
+from parasparse._tensors import Site, Target
 from parasparse.parametrizations import Mask, SoftMask
-from parasparse.targets import Site, Target, masked
+from parasparse.targets import masked
 
 
 def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
@@ -36,7 +37,7 @@ def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
     Raises:
         TypeError, ValueError, RuntimeError: a rule cannot be followed. The model is as it was.
 
-    Example:
+    Examples:
         >>> model = sparsify(nn.Linear(10, 10), 0.9)
         >>> int((model.weight != 0).sum())
         10
@@ -55,7 +56,7 @@ def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
 
     Args, Raises: as `sparsify`.
 
-    Example:
+    Examples:
         >>> plan(nn.Linear(10, 10), 0.9)[0].kept
         10
     """
@@ -67,7 +68,7 @@ def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
             PlanRow(
                 name=step.target.name,
                 shape=tuple(tensor.shape),
-                rule=described(step.rule),
+                rule="every weight" if step.rule is None else described(step.rule),
                 treatment=described(step.treatment),
                 kept=int(torch.count_nonzero(step.result)) if masked else None,  # type: ignore[arg-type]
             )
@@ -90,7 +91,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
         RuntimeError: a mask is not set. The model is as it was.
         ValueError: a target reaches no masked tensor.
 
-    Example:
+    Examples:
         >>> model = squash(sparsify(nn.Linear(10, 10), 0.9))
         >>> type(model) is nn.Linear, int((model.weight != 0).sum())
         (True, 10)
@@ -110,7 +111,7 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
 
     Args, Raises: as `squash`, but a mask need not be set.
 
-    Example:
+    Examples:
         >>> model = unsparsify(sparsify(nn.Linear(10, 10), 0.9))
         >>> int((model.weight != 0).sum())
         100
@@ -138,7 +139,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
             weight_norm, lies under a mask that is not bool, so that its scale cannot be folded.
         RuntimeError: a mask is not set.
 
-    Example:
+    Examples:
         >>> model = sparsify(nn.Linear(2, 1), {"weight": [[0.5, 0.0]]})
         >>> binarize(model).parametrizations.weight[0].mask.tolist()
         [[True, False]]

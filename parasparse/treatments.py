@@ -39,7 +39,7 @@ class Prune:
         ValueError: a value out of its range, or two that exclude each other.
         TypeError: `sparsity` is no number.
 
-    Example:
+    Examples:
         >>> Prune(0.5)({"w": torch.tensor([3.0, 1.0, -2.0, 0.0])})["w"].tolist()
         [True, False, True, False]
     """
@@ -139,7 +139,7 @@ class Fixed:
     Raises:
         ValueError: an unknown layout, or "in_out" with fewer than two dimensions.
 
-    Example:
+    Examples:
         >>> Fixed([[1, 0], [1, 1]], layout="in_out")({"w": torch.ones(2, 2)})["w"].tolist()
         [[1, 1], [0, 1]]
 
@@ -174,7 +174,7 @@ class Gate:
     Args:
         init: s0, the value of all logits at first.
 
-    Example:
+    Examples:
         >>> Gate(init=0.5)({"w": torch.ones(2, 2)})["w"]
         SoftMask((2, 2), init=0.5)
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 import parasparse as ps
-from parasparse.targets import collect, masked
+from parasparse._tensors import collect
+from parasparse.targets import masked
 from tests.cases import CASES
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -23,17 +23,19 @@ ALLOWED = {
     "_masked_class": {"_stack"},
     "_dense_keys": {"_stack"},
     "_attach": {"_stack", "_masked_class", "_dense_keys", "_foreign"},
-    "targets": {"_attach", "_checks"},
+    "_tensors": {"_attach"},
+    "targets": {"_attach", "_checks", "_tensors"},
     "treatments": {"_checks", "scores", "patterns", "parametrizations"},
-    "_resolve": {"_checks", "_foreign", "parametrizations", "targets", "treatments"},
+    "_resolve": {"_checks", "_foreign", "_tensors", "parametrizations", "targets", "treatments"},
     "transforms": {
-        "_attach", "_resolve", "_snapshot", "_stack", "_tables", "parametrizations", "targets",
+        "_attach", "_resolve", "_snapshot", "_stack", "_tables", "_tensors", "parametrizations",
+        "targets",
     },
-    "masks": {"_attach", "_checks", "parametrizations", "targets"},
-    "contexts": {"_attach", "_stack", "targets"},
-    "report": {"_attach", "_tables", "parametrizations", "targets"},
+    "masks": {"_attach", "_checks", "_tensors", "parametrizations", "targets"},
+    "contexts": {"_attach", "_stack", "_tensors", "targets"},
+    "report": {"_attach", "_tables", "_tensors", "parametrizations", "targets"},
     "state": {
-        "_apply_mask", "_attach", "_checks", "parametrizations", "targets", "transforms",
+        "_apply_mask", "_attach", "_checks", "_tensors", "parametrizations", "transforms",
         "treatments",
     },
 }  # fmt: skip
@@ -85,4 +87,4 @@ def test_every_public_name_is_there_and_documented():
 
 def test_files_keep_to_one_job():
     for path in ROOT.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 350, path.name
+        assert len(path.read_text().splitlines()) <= 300, path.name

@@ -24,8 +24,8 @@ CHECKER = torch.tensor([1, 0, 1, 0, 0, 1, 0, 1]).bool()
         (torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])[:, None], "channel(0)"),
         (torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])[None], "channel(1)"),
         (torch.stack([CHECKER, ~CHECKER] * 4), "1:2"),
-        (torch.eye(8).roll(1, 0), "1:2"),
-        (torch.tensor([1, 1, 0, 0]).repeat(8, 2).roll(1, 0).tril(), "2:4"),
+        (torch.eye(8).roll(1, 0), "1:8"),
+        (torch.eye(4).roll(1, 0).add(torch.eye(4)).repeat(2, 2), "2:4"),
         (torch.rand(8, 8).argsort().lt(7), "unstructured"),
         (torch.tensor(0.5), "real-valued"),
         (None, "unset"),
@@ -74,3 +74,22 @@ def test_gates_and_unset_masks_and_dense_models_have_their_rows():
     assert "?" in repr(unset)
     assert ps.summary(nn.Linear(4, 4)).rows == ()
     assert ps.summary(nn.Linear(4, 4)).model.kept == 20
+    assert ps.summary(nn.Linear(4, 4)).masked.sparsity == 0.0
+
+
+class Positive(nn.Module):
+    def forward(self, tensor):
+        return tensor.clamp(min=0)
+
+
+def test_a_module_of_the_users_own_is_reported_by_what_it_leaves():
+    model = nn.Linear(4, 4)
+    dense = model.weight.detach().clone()
+    ps.sparsify(model, {"weight": lambda tensors: {n: Positive() for n in tensors}})
+    assert ps.summary(model).rows[0].pattern == "custom"
+    assert ps.summary(model).masked.kept == int((dense > 0).sum())
+    assert torch.equal(ps.mask_of(model, "weight"), dense > 0)
+
+
+def test_a_random_mask_is_not_called_n_of_m():
+    assert ps.summary(ps.sparsify(nn.Linear(64, 64), 0.9)).rows[0].pattern == "unstructured"

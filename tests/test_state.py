@@ -216,6 +216,17 @@ def test_a_model_on_the_meta_device_takes_a_checkpoint_by_assignment(kind):
     model(x).sum().backward()
 
 
+def test_a_dense_checkpoint_assigned_to_a_meta_model_leaves_its_masks_unset():
+    with torch.device("meta"):
+        model = ps.sparsify(net(), 0.5)
+    dense = net()
+    model.load_state_dict(dense.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="has no sparsity mask"):
+        model(x)
+    ps.sparsify(model, 0.5)
+    assert int((model.first.weight != 0).sum()) == 6
+
+
 def test_a_meta_model_can_be_emptied_onto_a_device_and_loaded():
     source = sparse()
     with torch.device("meta"):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import parasparse as ps
-from parasparse.targets import collect, reaches
+from parasparse._tensors import collect
+from parasparse.targets import reaches
 from tests.cases import DictLinear, OddNames, PairLinear, Tied
 
 

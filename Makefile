@@ -1,0 +1,53 @@
+# Every target makes the environment it needs when that is not there.
+PYTHON ?= python3
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := .venv/$(BIN)
+FLOOR := .venv-floor
+# The oldest torch that the suite passes on, with the torchvision and numpy of its time.
+FLOOR_PACKAGES := "torch==2.6.0" "torchvision==0.21.0"
+
+.PHONY: demo test test-long test-floor lint types docs bench clean
+
+demo: .venv/ready
+	$(RUN)/python examples/quickstart.py
+
+test: .venv/ready
+	$(RUN)/python -m pytest
+
+test-long: .venv/ready  ## 2,000 hypothesis examples a property instead of 60
+	HYPOTHESIS_PROFILE=long $(RUN)/python -m pytest tests
+
+test-floor: $(FLOOR)/ready
+	$(FLOOR)/$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: .venv/ready
+	$(RUN)/mypy
+
+docs: .venv/docs
+	$(RUN)/mkdocs build --strict
+
+bench: .venv/ready
+	$(RUN)/python -m benchmarks.overhead
+
+clean:
+	rm -rf .venv .venv-floor site out
+
+# uv installs torch several times faster than pip; pip brings it from the same registry.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[test,demo,lint]"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(RUN)/uv pip install --quiet --python $(RUN)/python ".[docs]"
+	touch $@
+
+$(FLOOR)/ready: .venv/ready
+	$(PYTHON) -m venv $(FLOOR)
+	$(RUN)/uv pip install --quiet --python $(FLOOR)/$(BIN)/python $(FLOOR_PACKAGES) --editable ".[test]"
+	touch $@

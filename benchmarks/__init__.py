@@ -1,0 +1,1 @@
+"""Benchmarks: one script a question. Compare ratios within one run; machines are shared."""

@@ -1,0 +1,216 @@
+"""The tensors of a model: each once, with all its names and places, pairs joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from parasparse import _attach
+
+_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+_WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+PAIR_ENDINGS = (("_re", "_im"), ("_real", "_imag"))
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where a tensor hangs."""
+
+    module: nn.Module
+    attr: str
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One tensor with all the names and places that it has, or a pair of a real and imaginary one.
+
+    Attributes:
+        name: the first plain name; the joint name of a pair.
+        names: every name that reaches it: those of ties and of a pair's parts, with and without
+            the prefixes of wrappers.
+        owners: plain name and owning module, for types and predicates.
+        parts: the places of the tensor; of the real and of the imaginary tensor if it is a pair.
+        is_buffer: it is no parameter.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    owners: tuple[tuple[str, nn.Module], ...]
+    parts: tuple[tuple[Site, ...], ...]
+    is_buffer: bool
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every place of every part."""
+        return [site for part in self.parts for site in part]
+
+    def stored(self) -> Tensor:
+        """Return the tensor without its mask, detached; complex if it is a pair."""
+        return self._joined(_attach.stored)
+
+    def effective(self) -> Tensor:
+        """Return the tensor as its module sees it, detached; complex if it is a pair."""
+        return self._joined(_attach.effective)
+
+    def _joined(self, read: Callable[[nn.Module, str], Tensor]) -> Tensor:
+        with torch.no_grad():
+            parts = [read(part[0].module, part[0].attr).detach() for part in self.parts]
+            if len(parts) == 1:
+                return parts[0]
+            wide = parts[0].dtype if parts[0].dtype == torch.float64 else torch.float32
+            return torch.complex(parts[0].to(wide), parts[1].to(wide))
+
+    def masks(self) -> list[nn.Module]:
+        """Return what masks it: nothing, one module, or several where its places differ."""
+        found = [_attach.mask_module(site.module, site.attr) for site in self.sites]
+        return list({id(mask): mask for mask in found if mask is not None}.values())
+
+    def mask(self) -> Tensor | None:
+        """Return the mask as it is now, None if it is not set.
+
+        Under a module that has no `mask` it is what is not 0 now.
+        """
+        module = self.masks()[0]
+        if hasattr(module, "mask"):
+            return module.mask  # type: ignore[return-value]
+        return self.effective() != 0
+
+
+@dataclass
+class _Entry:
+    """A tensor while its names are being collected."""
+
+    names: list[str] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    owners: list[tuple[str, nn.Module]] = field(default_factory=list)
+    sites: dict[tuple[int, str], Site] = field(default_factory=dict)
+    is_buffer: bool = False
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
+    """Yield plain name, name, module and parent of every module, shared ones under each name.
+
+    Plain names lack the prefixes of wrappers. What parametrizes tensors is left out.
+    """
+
+    def walk(
+        plain: str, name: str, module: nn.Module, parent: nn.Module | None
+    ) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
+        yield plain, name, module, parent
+        for key, child in module._modules.items():
+            if child is None or (key == "parametrizations" and _attach.has_stacks(module)):
+                continue
+            wrapped = key in _WRAPPED_NAMES or (key == "module" and isinstance(module, _WRAPPERS))
+            below = plain if wrapped else _join(plain, key)
+            yield from walk(below, _join(name, key), child, module)
+
+    return walk("", "", model, None)
+
+
+def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
+    """Return the tensors of `model`, each once, in the order of `named_parameters`.
+
+    Args:
+        model: any module.
+        pairs: join a real and an imaginary tensor of one module into one target.
+
+    Raises:
+        RuntimeError: a lazy module has not seen its first batch.
+    """
+    entries = _entries(model)
+    return _paired(entries, _alike) if pairs else [_target(entry) for entry in entries]
+
+
+def collect_masked(model: nn.Module) -> list[Target]:
+    """Return the masked tensors of `model`; a pair is one where its parts share their mask."""
+    return [target for target in _paired(_entries(model), _share_a_mask) if target.masks()]
+
+
+def _entries(model: nn.Module) -> list[_Entry]:
+    entries: dict[tuple[int, ...], _Entry] = {}
+    for plain, name, module, parent in named_modules(model):
+        if any(is_lazy(t) for t in module._parameters.values() if t is not None):
+            raise RuntimeError(
+                f"`model` must know its shapes; the lazy module {name!r} ({type(module).__name__}) "
+                "does not yet. Run a dummy batch through the model first."
+            )
+        parameters, buffers = _attach.tensor_names(module)
+        for attr in (*parameters, *buffers):
+            key = tuple(id(tensor) for tensor in _attach.originals(module, attr))
+            entry = entries.setdefault(key, _Entry(is_buffer=attr in buffers))
+            entry.names.append(_join(plain, attr))
+            entry.raw.append(_join(name, attr))
+            # The tensors of a ParameterDict belong to the layer that holds it.
+            owner = parent if isinstance(module, nn.ParameterDict) and parent else module
+            entry.owners += [(entry.names[-1], owner)]
+            entry.owners += [(entry.names[-1], module)] if owner is not module else []
+            entry.sites[id(module), attr] = Site(module, attr)
+    return list(entries.values())
+
+
+def _target(entry: _Entry, imaginary: _Entry | None = None, joint: str = "") -> Target:
+    both = [entry] if imaginary is None else [entry, imaginary]
+    joints = [joint] if joint else []
+    owners = entry.owners if imaginary is None else [(joint, owner) for _, owner in entry.owners]
+    names = [*joints, *(n for e in both for n in (*e.names, *e.raw))]
+    return Target(
+        name=names[0],
+        names=tuple(dict.fromkeys(names)),
+        owners=tuple(owners),
+        parts=tuple(tuple(e.sites.values()) for e in both),
+        is_buffer=entry.is_buffer,
+    )
+
+
+def _paired(entries: list[_Entry], belong: Callable[[_Entry, _Entry], bool]) -> list[Target]:
+    """Join real and imaginary tensors; a pair stands where its first part stood."""
+    by_site = {site: entry for entry in entries for site in entry.sites}
+    joined: dict[int, tuple[_Entry, _Entry, str] | None] = {}
+    for entry in entries:
+        for site in entry.sites.values():
+            for other, joint in _counterparts(site, entry.names[0]):
+                imaginary = by_site.get((id(site.module), other))
+                if imaginary is None or id(entry) in joined or id(imaginary) in joined:
+                    continue
+                if not belong(entry, imaginary):
+                    continue
+                first, second = sorted((entry, imaginary), key=entries.index)
+                joined[id(first)], joined[id(second)] = (entry, imaginary, joint), None
+    targets = []
+    for entry in entries:
+        pair = joined.get(id(entry), (entry, None, ""))
+        if pair is not None:
+            targets.append(_target(*pair))
+    return targets
+
+
+def _counterparts(site: Site, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the attribute of the imaginary tensor of the real one at `site`, and the joint name."""
+    if isinstance(site.module, nn.ParameterDict) and site.attr == "real":
+        yield "imag", name.removesuffix(".real")
+    for real, imaginary in PAIR_ENDINGS:
+        if site.attr.endswith(real) and site.attr != real:
+            yield site.attr.removesuffix(real) + imaginary, name.removesuffix(real)
+
+
+def _alike(real: _Entry, imaginary: _Entry) -> bool:
+    if real.is_buffer or imaginary.is_buffer:
+        return False
+    one, two = (next(iter(entry.sites.values())) for entry in (real, imaginary))
+    a, b = _attach.stored(one.module, one.attr), _attach.stored(two.module, two.attr)
+    return a.shape == b.shape and a.dtype == b.dtype and a.is_floating_point()
+
+
+def _share_a_mask(real: _Entry, imaginary: _Entry) -> bool:
+    masks = [_target(entry).masks() for entry in (real, imaginary)]
+    return len(masks[0]) == len(masks[1]) == 1 and masks[0][0] is masks[1][0]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

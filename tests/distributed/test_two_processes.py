@@ -1,0 +1,122 @@
+"""Two gloo processes on this machine."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import parasparse as ps
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def data(rank):
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+
+
+def loss(model, x):
+    return model(x).pow(2).mean()
+
+
+def ddp_wrapped_before_sparsify(rank):
+    model = net()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    ps.sparsify(ddp, 0.5)
+    alone = ps.sparsify(net(), 0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(ddp, data(rank)).backward()
+        alone.zero_grad()
+        ((loss(alone, data(0)) + loss(alone, data(1))) / 2).backward()
+        for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
+        optimizer.step()
+        alone.load_state_dict(model.state_dict())
+
+
+def ddp_forward_after_squash(rank):
+    model = ps.sparsify(net(), 0.5)
+    ddp = DistributedDataParallel(model)
+    loss(ddp, data(rank)).backward()
+    ps.squash(ddp)
+    loss(ddp, data(rank)).backward()
+
+
+def dense_gradients_are_averaged(rank):
+    ddp = DistributedDataParallel(ps.sparsify(net(), 0.5))
+    alone = ps.squash(ps.sparsify(net(), 0.5))
+    ((loss(alone, data(0)) + loss(alone, data(1))) / 2).backward()
+    with ps.dense_gradients(ddp) as grads:
+        loss(ddp, data(rank)).backward()
+        own = grads["0.weight"].clone()
+    torch.testing.assert_close(grads["0.weight"], alone[0].weight.grad)
+    torch.testing.assert_close(grads["2.weight"], alone[2].weight.grad)
+    assert not torch.allclose(own, grads["0.weight"])
+
+
+def fsdp2_matches_one_process(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    alone = ps.sparsify(net(), 0.5)
+    model = ps.sparsify(net(), 0.5)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        out = loss(model, data(rank))
+        torch.testing.assert_close(out, loss(alone, data(rank)))
+        out.backward()
+    loss(alone, data(0)).add(loss(alone, data(1))).backward()
+    stored = ps.stored(model, "0.weight")
+    torch.testing.assert_close(stored.grad.full_tensor(), ps.stored(alone, "0.weight").grad)
+    with torch.no_grad():
+        effective = model[0].weight
+    assert isinstance(effective, DTensor)
+    torch.testing.assert_close(effective.full_tensor(), alone[0].weight.detach())
+    with pytest.raises(RuntimeError, match="before `fully_shard`"):
+        ps.sparsify(model, {"0.bias": 0.5})
+
+
+JOBS = [
+    ddp_wrapped_before_sparsify,
+    ddp_forward_after_squash,
+    dense_gradients_are_averaged,
+    fsdp2_matches_one_process,
+]
+
+
+def _process(rank, port, job):
+    warnings.simplefilter("ignore")  # torch's own, about gloo and CPU meshes
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        JOBS[job](rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("job", range(len(JOBS)), ids=[job.__name__ for job in JOBS])
+def test_on_two_processes(job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(port, job), nprocs=2)

@@ -1,0 +1,28 @@
+"""Every Python block of README and of the documentation runs, page by page."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.filterwarnings("ignore")  # examples are not the place to silence torch
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    if page.name not in ("api.md",):
+        assert blocks
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_readme_names_its_two_commands():
+    text = PAGES[0].read_text()
+    assert "make demo" in text
+    assert "make test" in text
