@@ -158,7 +158,7 @@ def _reclass(module: nn.Module) -> None:
     if old is base or is_masked_class(old) or is_stock_class(old):
         module.__class__ = new
     else:
-        # A class that fully_shard put on top (test_distributed.py): the same, over the new one.
+        # Somebody put a class on top (test_a_class_put_on_top_stays): the same, over the new one.
         bases = tuple(new if issubclass(b, base) else b for b in old.__bases__)
         module.__class__ = types.new_class(
             old.__name__, bases, exec_body=lambda namespace: namespace.update(_own(old))
@@ -180,6 +180,13 @@ def _in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]
 def _reorder(held: dict[str, Any], first: list[str]) -> None:
     for name in _in_order(list(held), first):
         held[name] = held.pop(name)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` manages the parameters of any module in `model`."""
+    return any(
+        cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__
+    )
 
 
 def has_stacks(module: nn.Module) -> bool:

@@ -78,15 +78,14 @@ class _SharedClass(type):
                 f"torch's remove_parametrizations cannot take the mask off {name!r}. Use "
                 "parasparse.squash(module), or parasparse.unsparsify(module)."
             )
-        if not isinstance(vars(cls).get(name), _TensorProperty):
+        getter = getattr(vars(cls).get(name), "fget", None)
+        if getattr(getter, "__module__", None) != __name__:  # ours stays: it falls back by itself
             super().__delattr__(name)
 
 
-class _TensorProperty(property):
-    """Reads a tensor through its parametrizations where it has some, else as nn.Module does."""
+def _tensor_property(name: str) -> property:
+    """Return what reads a tensor through its parametrizations if it has some, else plainly."""
 
-
-def _tensor_property(name: str) -> _TensorProperty:
     def read(self: nn.Module) -> Tensor:
         stack = stack_of(self, name)
         if stack is None:
@@ -104,7 +103,7 @@ def _tensor_property(name: str) -> _TensorProperty:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         stack.right_inverse(value)
 
-    return _TensorProperty(read, write)
+    return property(read, write)
 
 
 def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse import _attach
 from parasparse._checks import listed
 from parasparse._foreign import legacy_hook
 from parasparse._tensors import Target, collect
@@ -48,7 +49,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     targets = collect(model, pairs=pairs)
     groups = assign({n: spec for n, (spec, _) in numbered.items()}, targets)
     users = Counter(id(mask) for target in targets for mask in target.masks())
-    sharded = any(_is_sharded(module) for module in model.modules())
+    sharded = _attach.is_sharded(model)
     steps = []
     for number, group in groups.items():
         treatment = treatments[number]
@@ -161,7 +162,3 @@ def _check_module(target: Target, module: nn.Module) -> None:
             f'a module that masks "{target.name}" must return a tensor like it, {tensor.dtype} '
             f"{tuple(tensor.shape)}; {type(module).__name__} returns {got}."
         )
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

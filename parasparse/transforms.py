@@ -88,7 +88,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
         targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
 
     Raises:
-        RuntimeError: a mask is not set. The model is as it was.
+        RuntimeError: a mask is not set; `fully_shard` manages the model. The model is as it was.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -96,7 +96,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
         >>> type(model) is nn.Linear, int((model.weight != 0).sum())
         (True, 10)
     """
-    chosen = masked(model, targets)
+    chosen = _to_take_off(model, targets)
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
     for target in chosen:
@@ -116,7 +116,7 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
         >>> int((model.weight != 0).sum())
         100
     """
-    for target in masked(model, targets):
+    for target in _to_take_off(model, targets):
         for site in target.sites:
             _attach.detach(site.module, site.attr)
     _refresh_ddp(model)
@@ -172,6 +172,17 @@ def _attached(step: Step) -> nn.Module:
         else:
             _stack(site).replace_mask(mask)
     return mask
+
+
+def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
+    chosen = masked(model, targets)
+    if chosen and _attach.is_sharded(model):
+        raise RuntimeError(
+            "masks must be taken off before `fully_shard`, which holds on to the tensors where "
+            "they are. To get plain weights, gather `dense_state_dict(model)` (`full_tensor()`) "
+            "and load it into a dense model."
+        )
+    return chosen
 
 
 def _stack(site: Site) -> MaskedParametrizationList:

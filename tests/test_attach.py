@@ -243,7 +243,8 @@ def test_an_rnn_follows_its_masks_and_training():
         ps.stored(model, "weight_hh_l0").zero_()
     twin.load_state_dict(ps.dense_state_dict(model))
     assert torch.equal(model(x)[0], twin(x)[0])
-    assert torch.equal(model.double()(x.double())[0].float(), model.float()(x)[0]) or True
+    torch.testing.assert_close(model.double()(x.double())[0].float(), twin(x)[0])
+    model.float()
     ps.squash(model)
     assert torch.equal(model(x)[0], twin(x)[0])
 
@@ -429,6 +430,17 @@ def test_masked_modules_and_their_classes_are_freed():
     del Local
     gc.collect()
     assert cls() is None
+
+
+def test_a_class_put_on_top_stays():
+    model = ps.sparsify(nn.Linear(4, 4), 0.5)
+    model.__class__ = type("Noted", (type(model),), {"note": "kept"})
+    expected = model.weight.detach().clone()
+    ps.squash(model)
+    assert type(model).__name__ == "Noted"
+    assert type(model).__mro__[1] is nn.Linear
+    assert model.note == "kept"
+    assert torch.equal(model.weight, expected)
 
 
 def test_a_buffer_that_is_not_persistent_stays_so():

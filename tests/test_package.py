@@ -26,7 +26,9 @@ ALLOWED = {
     "_tensors": {"_attach"},
     "targets": {"_attach", "_checks", "_tensors"},
     "treatments": {"_checks", "scores", "patterns", "parametrizations"},
-    "_resolve": {"_checks", "_foreign", "_tensors", "parametrizations", "targets", "treatments"},
+    "_resolve": {
+        "_attach", "_checks", "_foreign", "_tensors", "parametrizations", "targets", "treatments",
+    },
     "transforms": {
         "_attach", "_resolve", "_snapshot", "_stack", "_tables", "_tensors", "parametrizations",
         "targets",

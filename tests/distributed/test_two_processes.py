@@ -92,6 +92,16 @@ def fsdp2_matches_one_process(rank):
     torch.testing.assert_close(effective.full_tensor(), alone[0].weight.detach())
     with pytest.raises(RuntimeError, match="before `fully_shard`"):
         ps.sparsify(model, {"0.bias": 0.5})
+    dense = ps.dense_state_dict(model)
+    torch.testing.assert_close(
+        dense["0.weight"].full_tensor(), ps.dense_state_dict(alone)["0.weight"]
+    )
+    for verb in (ps.squash, ps.unsparsify):
+        with pytest.raises(RuntimeError, match="dense_state_dict"):
+            verb(model)
+    ps.deploy_masks(model, {"0": torch.tensor(1.0)})  # masks themselves can change
+    with torch.no_grad():
+        assert model[0].weight.full_tensor().all()
 
 
 JOBS = [
