@@ -71,7 +71,7 @@ def picture(table: "ps.report.Summary", path: Path) -> None:
     axes.axvline(table.masked.sparsity, color="#cc3311", label="all masked tensors")
     axes.invert_yaxis()
     axes.set(xlabel="sparsity", xlim=(0, 1), title="ResNet-18 at 90 % by global magnitude")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 

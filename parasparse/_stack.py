@@ -36,9 +36,19 @@ class _AnyNames(nn.ModuleDict):
     `functional_call` and exporters find them as attributes (test_laws.py, odd_names).
     """
 
-    def __getattribute__(self, name: str) -> Any:
-        held = super().__getattribute__("__dict__").get("_modules", {})
-        return held[name] if name in held else super().__getattribute__(name)
+
+def _held_first(name: str) -> property:
+    def read(self: nn.ModuleDict) -> Any:
+        return (
+            self._modules[name] if name in self._modules else getattr(super(_AnyNames, self), name)
+        )
+
+    return property(read)
+
+
+# No parameter is called as a method of every module is; these are ModuleDict's own.
+for _name in [name for name in vars(nn.ModuleDict) if not name.startswith("_")]:
+    setattr(_AnyNames, _name, _held_first(_name))
 
 
 class MaskedParametrizationList(parametrize.ParametrizationList):
@@ -225,6 +235,6 @@ _NOT_DIFFERENTIABLE = (
 
 
 def _is_exporting() -> bool:
-    # torch.compiler.is_exporting came with torch 2.7.
-    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-    return bool(is_exporting())
+    # Not torch.compiler.is_exporting(): up to torch 2.10 it is true under torch.compile as well
+    # (test_frozen_compiles_and_lets_go).
+    return bool(torch.compiler._is_exporting_flag)
