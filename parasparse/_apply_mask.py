@@ -77,7 +77,7 @@ class _ApplyMask(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if torch._C._dispatch_keys(grad).has(_FIRST_VMAP):
             # `autograd.grad(is_grads_batched=True)` runs torch's first vmap, which knows neither
-            # Functions nor views as integers (test_gradcheck_once_and_twice_...).
+            # Functions nor views as integers (test_gradcheck_once_and_twice_forward_and_backward).
             return _masked(grad, mask), None
         return apply_mask(grad, mask), None
 

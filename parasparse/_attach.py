@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,17 +42,33 @@ def stored(module: nn.Module, name: str) -> Tensor:
     """Return tensor `name` of `module` without its mask, whatever lies underneath."""
     stack = stack_of(module, name)
     if isinstance(stack, MaskedParametrizationList):
-        return stack.stored()
+        with _at_rest(stack):
+            return stack.stored()
     if name in pruned_names(module):
         return getattr(module, f"{name}_orig")  # type: ignore[no-any-return]
-    return getattr(module, name)  # type: ignore[no-any-return]
+    with _at_rest(stack):
+        return getattr(module, name)  # type: ignore[no-any-return]
 
 
 def effective(module: nn.Module, name: str) -> Tensor:
     """Return tensor `name` of `module` as the module sees it."""
     if name in pruned_names(module):  # the attribute is stale until the next forward
         return stored(module, name) * prune_mask(module, name)
-    return getattr(module, name)  # type: ignore[no-any-return]
+    with _at_rest(stack_of(module, name)):
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _at_rest(stack: nn.Module | None) -> Iterator[None]:
+    """Read without changing anything: spectral_norm in training mode iterates at each reading."""
+    training = [] if stack is None else [module for module in stack.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def originals(module: nn.Module, name: str) -> tuple[Tensor, ...]:
@@ -84,7 +101,8 @@ def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
     """Put `mask` between tensor `name` of `module` and its reader; the tensor has none so far."""
     if name in pruned_names(module):
         undo_prune(module, name)
-    module.__dict__.setdefault("_dense_order", tensor_names(module))
+    if "_dense_order" not in module.__dict__:
+        module.__dict__["_dense_order"] = tensor_names(module)
     stack = stack_of(module, name)
     if stack is not None:  # weight_norm, say: it stays, underneath
         stack._modules[str(len(stack))] = mask
@@ -187,8 +205,3 @@ def is_sharded(model: nn.Module) -> bool:
     return any(
         cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__
     )
-
-
-def has_stacks(module: nn.Module) -> bool:
-    """Whether any tensor of `module` is parametrized, by us or otherwise."""
-    return parametrize.is_parametrized(module)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from parasparse import _attach
 from parasparse._checks import listed
 from parasparse._foreign import legacy_hook
+from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
-from parasparse.targets import Spec, assign
-from parasparse.treatments import Treatment, as_treatment, keep_nonzero
+from parasparse.targets import Spec, group_by_rule
+from parasparse.treatments import Treatment, as_treatment, is_array, keep_nonzero
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     numbered = dict(enumerate(_as_pairs(rules)))
     treatments = {n: as_treatment(treatment) for n, (_, treatment) in numbered.items()}
     targets = collect(model, pairs=pairs)
-    groups = assign({n: spec for n, (spec, _) in numbered.items()}, targets)
+    groups = group_by_rule({n: spec for n, (spec, _) in numbered.items()}, targets)
     users = Counter(id(mask) for target in targets for mask in target.masks())
     sharded = _attach.is_sharded(model)
     steps = []
@@ -67,7 +68,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
 
 def _as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
     """Return `rules` as (target, treatment); the target of a treatment alone is None."""
-    if isinstance(rules, (Tensor, list, tuple)) and not _are_pairs(rules):
+    if is_array(rules) and not _are_pairs(rules):
         raise TypeError(
             "`rules` must be {target: treatment}, pairs of these, or a treatment alone; got "
             f'{rules!r:.60}. A mask needs the name of its tensor: {{"weight": mask}}.'
@@ -84,7 +85,9 @@ def _as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
 
 
 def _are_pairs(rules: Any) -> bool:
-    return all(isinstance(pair, tuple) and len(pair) == 2 for pair in rules)
+    return isinstance(rules, (list, tuple)) and all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in rules
+    )
 
 
 def _check_target(target: Target, sharded: bool) -> None:
@@ -92,7 +95,7 @@ def _check_target(target: Target, sharded: bool) -> None:
     if not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
             f'a masked tensor must be real or complex floating point; "{target.name}" is {dtype}. '
-            "Leave it out with a rule to None before this one."
+            "Leave it out of your rules, or put a rule to None before this one."
         )
     for site in target.sites:
         hook = legacy_hook(site.module, site.attr)
@@ -118,8 +121,12 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     # What is 0 now is what the module sees; scores rank what is stored.
     now = treatment is keep_nonzero
     tensors = {t.name: t.effective() if now else t.stored() for t in group}
-    with torch.no_grad():
-        results = treatment(tensors)
+    try:
+        with torch.no_grad():
+            results = treatment(tensors)
+    except Exception as error:
+        error.add_note(f"while applying {described(treatment)} to {listed(tensors)}")
+        raise
     if not isinstance(results, Mapping) or results.keys() != tensors.keys():
         got = listed(results) if isinstance(results, Mapping) else type(results).__name__
         raise ValueError(
@@ -146,7 +153,9 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
         _check_module(target, result)
         return result
     try:
-        return as_mask(result, target.stored().shape)
+        # A copy: it may be the live mask of another tensor that gets a new one before this.
+        tensor = target.stored()
+        return as_mask(result, tensor.shape, tensor.dtype).clone()
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f'for the mask of "{target.name}"')
         raise

@@ -65,7 +65,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
         # Not ParametrizationList's: it reads the tensor, which an unset mask refuses, and calls
-        # `set_` on it, which replaces its AccumulateGrad node (test_ddp_wrapped_before_sparsify).
+        # `set_` on it, which replaces its AccumulateGrad node (ddp_wrapped_before_sparsify).
         nn.ModuleList.__init__(self, [mask])
         self.is_tensor = True
         self.ntensors = 1

@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +21,8 @@ class PlanRow:
         shape: its shape.
         rule: the left side of the rule that has it; "every weight" for a treatment alone.
         treatment: the right side.
-        kept: entries that the mask keeps; None where that is not known: an unset or learned mask,
-            or a tensor on the meta device.
+        kept: entries that the mask keeps, of both tensors of a pair; None where that is not known:
+            an unset or learned mask, or a tensor on the meta device.
     """
 
     name: str
@@ -71,11 +72,13 @@ def described(value: Any) -> str:
     """Return a rule's target or treatment in a few words."""
     if isinstance(value, re.Pattern):
         return str(value.pattern)
-    if isinstance(value, tuple) and all(isinstance(v, type) for v in value):
+    if isinstance(value, tuple) and value and all(isinstance(v, type) for v in value):
         return " | ".join(v.__name__ for v in value)
+    if isinstance(value, (str, Real)) or value is None:
+        return str(value)
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         return f"mask of shape {tuple(value.shape)}"
-    if isinstance(value, (str, int, float)) or value is None:
-        return str(value)
-    text = re.sub(r"<function (\S+) at \w+>", r"\1", repr(value))
+    if isinstance(value, (list, tuple)):
+        return "mask in a list"
+    text = re.sub(r"<(?:function|built-in method) (\S+) .*?>", r"\1", repr(value))
     return str(getattr(value, "__name__", text))

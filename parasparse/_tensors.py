@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from parasparse import _attach
@@ -37,6 +38,8 @@ class Target:
         owners: plain name and owning module, for types and predicates.
         parts: the places of the tensor; of the real and of the imaginary tensor if it is a pair.
         is_buffer: it is no parameter.
+        ndim: number of its dimensions.
+        places: its names, and those of the modules around it.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Target:
     owners: tuple[tuple[str, nn.Module], ...]
     parts: tuple[tuple[Site, ...], ...]
     is_buffer: bool
+    ndim: int
+    places: frozenset[str]
 
     @property
     def sites(self) -> list[Site]:
@@ -82,7 +87,7 @@ class Target:
         return self.effective() != 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """A tensor while its names are being collected."""
 
@@ -104,7 +109,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Mo
     ) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
         yield plain, name, module, parent
         for key, child in module._modules.items():
-            if child is None or (key == "parametrizations" and _attach.has_stacks(module)):
+            if child is None or (key == "parametrizations" and is_parametrized(module)):
                 continue
             wrapped = key in _WRAPPED_NAMES or (key == "module" and isinstance(module, _WRAPPERS))
             below = plain if wrapped else _join(plain, key)
@@ -127,9 +132,9 @@ def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     return _paired(entries, _alike) if pairs else [_target(entry) for entry in entries]
 
 
-def collect_masked(model: nn.Module) -> list[Target]:
-    """Return the masked tensors of `model`; a pair is one where its parts share their mask."""
-    return [target for target in _paired(_entries(model), _share_a_mask) if target.masks()]
+def collect_as_masked(model: nn.Module) -> list[Target]:
+    """Return the tensors of `model`; a pair is one unless its parts have masks of their own."""
+    return _paired(_entries(model), _share_a_mask)
 
 
 def _entries(model: nn.Module) -> list[_Entry]:
@@ -154,49 +159,56 @@ def _entries(model: nn.Module) -> list[_Entry]:
     return list(entries.values())
 
 
-def _target(entry: _Entry, imaginary: _Entry | None = None, joint: str = "") -> Target:
+def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, ...] = ()) -> Target:
     both = [entry] if imaginary is None else [entry, imaginary]
-    joints = [joint] if joint else []
-    owners = entry.owners if imaginary is None else [(joint, owner) for _, owner in entry.owners]
-    names = [*joints, *(n for e in both for n in (*e.names, *e.raw))]
+    names = [*joints, *(name for e in both for name in (*e.names, *e.raw))]
+    owners = entry.owners if not joints else [(joints[0], owner) for _, owner in entry.owners]
+    site = next(iter(entry.sites.values()))
     return Target(
         name=names[0],
         names=tuple(dict.fromkeys(names)),
         owners=tuple(owners),
         parts=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
+        ndim=_attach.stored(site.module, site.attr).ndim,
+        places=frozenset(place for name in names for place in _ancestors(name)),
     )
 
 
 def _paired(entries: list[_Entry], belong: Callable[[_Entry, _Entry], bool]) -> list[Target]:
     """Join real and imaginary tensors; a pair stands where its first part stood."""
     by_site = {site: entry for entry in entries for site in entry.sites}
-    joined: dict[int, tuple[_Entry, _Entry, str] | None] = {}
+    position = {id(entry): i for i, entry in enumerate(entries)}
+    taken = {name for entry in entries for name in entry.names}
+    pairs: dict[int, tuple[_Entry, _Entry, tuple[str, ...]]] = {}  # by the position of the first
+    second: set[int] = set()
     for entry in entries:
         for site in entry.sites.values():
-            for other, joint in _counterparts(site, entry.names[0]):
-                imaginary = by_site.get((id(site.module), other))
-                if imaginary is None or id(entry) in joined or id(imaginary) in joined:
+            for real, imag in _endings(site):
+                other = by_site.get((id(site.module), site.attr.removesuffix(real) + imag))
+                joints = _joints(entry, real)
+                if other is None or not belong(entry, other) or joints[0] in taken:
                     continue
-                if not belong(entry, imaginary):
-                    continue
-                first, second = sorted((entry, imaginary), key=entries.index)
-                joined[id(first)], joined[id(second)] = (entry, imaginary, joint), None
-    targets = []
-    for entry in entries:
-        pair = joined.get(id(entry), (entry, None, ""))
-        if pair is not None:
-            targets.append(_target(*pair))
-    return targets
+                first, last = sorted((position[id(entry)], position[id(other)]))
+                if not {first, last} & (pairs.keys() | second):
+                    pairs[first] = (entry, other, joints)
+                    second.add(last)
+    return [_target(*pairs.get(i, (entry,))) for i, entry in enumerate(entries) if i not in second]
 
 
-def _counterparts(site: Site, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the attribute of the imaginary tensor of the real one at `site`, and the joint name."""
+def _endings(site: Site) -> Iterator[tuple[str, str]]:
+    """Yield how the name of the real tensor at `site` ends, and how the imaginary one's does."""
     if isinstance(site.module, nn.ParameterDict) and site.attr == "real":
-        yield "imag", name.removesuffix(".real")
-    for real, imaginary in PAIR_ENDINGS:
+        yield "real", "imag"
+    for real, imag in PAIR_ENDINGS:
         if site.attr.endswith(real) and site.attr != real:
-            yield site.attr.removesuffix(real) + imaginary, name.removesuffix(real)
+            yield real, imag
+
+
+def _joints(entry: _Entry, ending: str) -> tuple[str, ...]:
+    """Return the joint names of the pair whose real part is `entry`, plain ones first."""
+    names = [n.removesuffix(ending).removesuffix(".") or n for n in (*entry.names, *entry.raw)]
+    return tuple(dict.fromkeys(names))
 
 
 def _alike(real: _Entry, imaginary: _Entry) -> bool:
@@ -209,7 +221,15 @@ def _alike(real: _Entry, imaginary: _Entry) -> bool:
 
 def _share_a_mask(real: _Entry, imaginary: _Entry) -> bool:
     masks = [_target(entry).masks() for entry in (real, imaginary)]
+    if not any(masks):
+        return _alike(real, imaginary)
     return len(masks[0]) == len(masks[1]) == 1 and masks[0][0] is masks[1][0]
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return `name` and the names of the modules around it: a.b.c -> a.b.c, a.b, a."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _join(prefix: str, name: str) -> str:

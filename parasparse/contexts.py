@@ -119,7 +119,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 def _probe(stacks: list[MaskedParametrizationList]) -> Tensor:
     """Arm all `stacks` of one tensor with one probe, so that ties add up as in `.grad`."""
     with torch.no_grad():
-        like = stacks[0].stored()
+        like = stacks[0].original if stacks[0].is_tensor else stacks[0].stored()
     probe = torch.zeros_like(like).requires_grad_()
     for stack in stacks:
         stack.probe = probe

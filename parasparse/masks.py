@@ -141,7 +141,7 @@ def deploy_masks(
             mask = _plain_mask(keys[key])
             if id(mask) in chosen:
                 raise ValueError(f'`masks` must name each mask once; "{key}" names one again.')
-            checked = None if value is None else as_mask(value, keys[key].stored().shape)
+            checked = None if value is None else _copied(value, keys[key])
             chosen[id(mask)] = (mask, checked)
     if reset:
         for target in targets:
@@ -163,8 +163,13 @@ def mask_keys(targets: list[Target]) -> dict[str, Target]:
             if own == "weight":
                 keys.setdefault(layer, target)
                 keys.setdefault(f"{layer}{dot}mask", target)
-    # A layer whose joint tensor `weight` holds `real` and `imag` is called by its own name as well.
     return keys
+
+
+def _copied(value: Any, target: Target) -> Tensor:
+    """Return a mask for `target`; not the live one of another target, which may change first."""
+    tensor = target.stored()
+    return as_mask(value, tensor.shape, tensor.dtype).clone()
 
 
 def _plain_mask(target: Target) -> Mask:

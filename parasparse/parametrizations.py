@@ -52,13 +52,13 @@ class Mask(nn.Module):
         Raises:
             RuntimeError: the shape does not broadcast.
             TypeError: the mask is complex.
-            ValueError: the mask holds NaN.
+            ValueError: the mask holds NaN, inf, or what the tensor's dtype rounds to inf or 0.
         """
         if mask is None:
             self._buffers["mask"] = None
             return self
         with torch.inference_mode(False), torch.no_grad():
-            value = self._converted(mask)
+            value = as_mask(mask, self._shape, self._like.dtype).to(self._like.device)
             now = self.mask
             if now is not None and now.dtype == value.dtype and now.device == value.device:
                 now.copy_(value)  # in place: compiled graphs and DDP hold this very buffer
@@ -73,13 +73,6 @@ class Mask(nn.Module):
         """Unset the mask; the next one will be on `device`."""
         self._like = self._like.new_empty(0, device=device)
         self._buffers["mask"] = None
-
-    def _converted(self, mask: object) -> Tensor:
-        value = as_mask(mask, self._shape)
-        if value.dtype != torch.bool:
-            dtype = _real(self._like.dtype)
-            value = value.to(torch.float32 if dtype.itemsize == 1 else dtype)
-        return value.to(self._like.device)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` masked."""
@@ -100,11 +93,6 @@ class Mask(nn.Module):
         mask = _distributed_like(mask, stored)
         value = value.to(stored)  # device and dtype
         return torch.where(mask != 0, value if mask.dtype == torch.bool else value / mask, stored)
-
-    def hardened(self, threshold: float | None = None) -> Tensor:
-        """Return what multiplies the tensor, 0 where entries are dropped for good."""
-        assert self.mask is not None
-        return self.mask
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value`: what a stock `register_parametrization` stores."""
@@ -209,14 +197,22 @@ class SoftMask(nn.Module):
         return f"{tuple(self.logits.shape)}, init={self.init}" + (", hard" if self.hard else "")
 
 
-def as_mask(mask: object, shape: torch.Size) -> Tensor:
-    """Return `mask` as a tensor of `shape`, bool where its entries are all 0 or 1.
+def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return `mask` as a tensor of `shape`: bool if its entries are all 0 or 1, else real.
+
+    Args:
+        mask: bool, integer or real; tensor, array, nested list or number.
+        shape: of the tensor to be masked; the result may be a view that repeats `mask`.
+        dtype: of the tensor to be masked; a real mask has it, or its real part's, or float32 where
+            that has a single byte.
 
     Raises:
         RuntimeError: it does not broadcast to `shape`.
         TypeError: it is complex, or no array of numbers.
-        ValueError: it holds NaN.
+        ValueError: it holds NaN, inf, or what `dtype` cannot hold.
     """
+    if hasattr(mask, "__array__") and not isinstance(mask, Tensor) and hasattr(mask, "copy"):
+        mask = mask.copy()  # torch takes neither negative strides nor read-only memory
     try:
         value = torch.as_tensor(mask).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -228,10 +224,7 @@ def as_mask(mask: object, shape: torch.Size) -> Tensor:
     if value.layout != torch.strided:
         value = value.to_dense()
     if value.dtype != torch.bool and not value.is_meta:
-        if value.is_floating_point() and bool(value.isnan().any()):
-            raise ValueError("a mask must not hold NaN.")
-        if bool(((value == 0) | (value == 1)).all()):
-            value = value != 0
+        value = _bool_or_real(value, torch.float32 if dtype.itemsize == 1 else _real(dtype))
     try:
         return value.expand(shape)
     except RuntimeError as error:
@@ -239,6 +232,18 @@ def as_mask(mask: object, shape: torch.Size) -> Tensor:
             f"a mask must match the existing size {tuple(shape)} of its tensor, or broadcast to "
             f"it; got a mask of shape {tuple(value.shape)}."
         ) from error
+
+
+def _bool_or_real(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if bool(((value == 0) | (value == 1)).all()):
+        return value != 0
+    real = value.to(dtype)
+    if not bool(real.isfinite().all()) or bool(((real != 0) != (value != 0)).any()):
+        raise ValueError(
+            f"a mask must not hold NaN, inf, or what {dtype} rounds to inf or 0; its entries go "
+            f"from {value.min()} to {value.max()}."
+        )
+    return real
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

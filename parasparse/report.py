@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._tables import as_html, as_text
-from parasparse._tensors import Target, collect
+from parasparse._tensors import Target, collect_as_masked
 from parasparse.parametrizations import Mask, SoftMask
 from parasparse.targets import masked
 
@@ -105,9 +105,8 @@ def summary(model: nn.Module) -> Summary:
     """
     rows = [_row(target) for target in masked(model)]
     total = _total("masked tensors", rows)
-    known = {name for row in rows for name in (row.name,)}
-    others = [t for t in collect(model) if not t.is_buffer and not t.masks()]
-    dense = [_dense_row(target) for target in others if target.name not in known]
+    others = [t for t in collect_as_masked(model) if not t.is_buffer and not t.masks()]
+    dense = [_dense_row(target) for target in others]
     return Summary(tuple(rows), total, _total("all parameters", [*rows, *dense]))
 
 

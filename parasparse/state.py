@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from parasparse import _attach
 from parasparse._apply_mask import apply_mask
@@ -63,7 +64,7 @@ def _dense_order(model: nn.Module) -> Iterable[str]:
         prefix = f"{name}." if name else ""
         parameters, buffers = _attach.tensor_names(module)
         yield from (f"{prefix}{own}" for own in (*parameters, *buffers, "_extra_state"))
-        if _attach.has_stacks(module):  # what stays parametrized is a child like any other
+        if is_parametrized(module):  # what stays parametrized is a child like any other
             held = module.get_submodule("parametrizations").state_dict()
             yield from (f"{prefix}parametrizations.{own}" for own in held)
 
@@ -177,13 +178,13 @@ def binarize_masks(
             continue
         for name in _weights_of(key, result):
             weight = result[name]
-            full = as_mask(mask, weight.shape).to(weight.device)
+            full = as_mask(mask, weight.shape, weight.dtype).to(weight.device)
             result[name] = apply_mask(weight.detach(), full)
-        own = as_mask(mask, torch.as_tensor(mask).shape)
+        own = torch.as_tensor(mask)
         bools[key] = own != 0
         for held in _mask_names(key):
             if result.get(held) is not None:
-                result[held] = as_mask(result[held], result[held].shape) != 0
+                result[held] = result[held] != 0
     return result, bools
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse import _attach
 from parasparse._checks import listed, nearest
-from parasparse._tensors import Target, collect_masked
+from parasparse._tables import described
+from parasparse._tensors import Target, collect_as_masked
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
 Spec = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
@@ -27,11 +27,12 @@ def masked(model: nn.Module, specs: Any = None) -> list[Target]:
     Raises:
         ValueError: one of `specs` reaches no masked tensor.
     """
-    found = collect_masked(model)
+    found = [target for target in collect_as_masked(model) if target.masks()]
     if specs is None:
         return found
     wanted: set[int] = set()
-    for spec in specs if isinstance(specs, list) else [specs]:
+    several = isinstance(specs, (list, tuple, set)) and not _is_types(specs)
+    for spec in specs if several else [specs]:
         reached = [target for target in found if reaches(spec, target)]
         if not reached:
             raise ValueError(_misses(spec, found, "`targets` must each reach a masked tensor"))
@@ -47,7 +48,8 @@ def is_weight(target: Target) -> bool:
     """
     dense = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
     return (
-        _is_parameter_of_two_dimensions(target)
+        not target.is_buffer
+        and target.ndim >= 2
         and any(
             own.startswith("weight") or own.endswith("weight")
             for own in (name.rpartition(".")[2] for name in target.names)
@@ -62,12 +64,14 @@ def reaches(spec: Spec, target: Target) -> bool:
     Raises:
         TypeError: `spec` is none of the kinds that the rules know.
     """
-    wide = _is_parameter_of_two_dimensions(target)
+    wide = not target.is_buffer and target.ndim >= 2
     if isinstance(spec, str):
-        if spec in target.names:
+        if spec in target.names or (wide and spec in target.places):
             return True
-        return wide and any(
-            fnmatchcase(part, spec) for name in target.names for part in _ancestors(name)
+        return (
+            wide
+            and any(c in spec for c in "*?[")
+            and any(fnmatchcase(place, spec) for place in target.places)
         )
     if isinstance(spec, re.Pattern):
         return wide and any(spec.fullmatch(name) for name in target.names)
@@ -84,7 +88,9 @@ def reaches(spec: Spec, target: Target) -> bool:
     return any(spec(name, owner, tensor) for name, owner in target.owners)
 
 
-def assign(specs: Mapping[int, Spec | None], targets: list[Target]) -> dict[int, list[Target]]:
+def group_by_rule(
+    specs: Mapping[int, Spec | None], targets: list[Target]
+) -> dict[int, list[Target]]:
     """Return the targets that each rule gets: the first rule that reaches a target has it.
 
     Args:
@@ -102,10 +108,10 @@ def assign(specs: Mapping[int, Spec | None], targets: list[Target]) -> dict[int,
             raise ValueError(_misses(spec, targets, "`rules` must each reach a tensor"))
         groups[number] = [t for t in reached if id(t) not in taken]
         if not groups[number]:
-            earlier = listed(dict.fromkeys(_shown(specs[taken[id(t)]]) for t in reached))
+            earlier = listed(dict.fromkeys(described(specs[taken[id(t)]]) for t in reached))
             raise ValueError(
                 "`rules` must each reach a tensor that no earlier rule took; all that "
-                f"{_shown(spec)!r} reaches was taken by {earlier}. Put the narrower rule first."
+                f'"{described(spec)}" reaches was taken by {earlier}. Put the narrower rule first.'
             )
         taken |= {id(t): number for t in groups[number]}
     return groups
@@ -115,11 +121,11 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     near = ""
     if isinstance(spec, str):
         names = [name for target in targets for name in target.names]
-        modules = [part for target in targets for part in _ancestors(target.name)[1:]]
+        modules = [place for t in targets for place in t.places if place not in t.names]
         ending = re.search(r"\.?[*?\[].*", spec)
         globs = [module + ending[0] for module in modules] if ending else []
         near = nearest(spec, dict.fromkeys([*globs, *modules, *names]))
-    what = "a sparsity alone" if spec is None else f'"{_shown(spec)}"'
+    what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "
         "reach parameters with two or more dimensions; one with fewer, or a buffer, is reached by "
@@ -127,25 +133,6 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     )
 
 
-def _shown(spec: Spec | None) -> str:
-    if isinstance(spec, re.Pattern):
-        return spec.pattern
-    if isinstance(spec, tuple):
-        return " | ".join(map(_shown, spec))
-    return spec if isinstance(spec, str) else getattr(spec, "__qualname__", str(spec))
-
-
 def _is_types(spec: object) -> bool:
     types = spec if isinstance(spec, tuple) and spec else (spec,)
     return all(isinstance(t, type) for t in types)
-
-
-def _is_parameter_of_two_dimensions(target: Target) -> bool:
-    site = target.parts[0][0]
-    return not target.is_buffer and _attach.stored(site.module, site.attr).ndim >= 2
-
-
-def _ancestors(name: str) -> list[str]:
-    """Return `name` and the names of the modules around it: a.b.c -> a.b.c, a.b, a."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

@@ -62,15 +62,15 @@ def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
     """
     rows = []
     for step in resolve(model, rules, pairs=pairs):
-        tensor = step.target.stored()
-        masked = isinstance(step.result, Tensor) and not step.result.is_meta
+        known = isinstance(step.result, Tensor) and not step.result.is_meta
+        kept = int(torch.count_nonzero(step.result)) if known else None  # type: ignore[arg-type]
         rows.append(
             PlanRow(
                 name=step.target.name,
-                shape=tuple(tensor.shape),
+                shape=tuple(step.target.stored().shape),
                 rule="every weight" if step.rule is None else described(step.rule),
                 treatment=described(step.treatment),
-                kept=int(torch.count_nonzero(step.result)) if masked else None,  # type: ignore[arg-type]
+                kept=None if kept is None else kept * len(step.target.parts),
             )
         )
     return Plan(rows)
@@ -221,15 +221,17 @@ def _harden(target: Target, threshold: float | None) -> None:
     mask = target.masks()[0]
     site = target.parts[0][0]
     like = _attach.stored(site.module, site.attr)
-    if isinstance(mask, (Mask, SoftMask)):
-        scale = mask.hardened(threshold)
+    scale = mask.hardened(threshold) if isinstance(mask, SoftMask) else getattr(mask, "mask", None)
+    if isinstance(scale, Tensor):
         keep = scale != 0
     else:  # a module of the user's own: what it gives now is all that is known of it
-        scale, keep = None, _attach.effective(site.module, site.attr) != 0
+        keep = _attach.effective(site.module, site.attr) != 0
     for part in target.parts:
         original = _stack(part[0]).original
         read = _attach.effective(part[0].module, part[0].attr)
-        original.copy_(torch.where(keep, read if scale is None else original * scale, original))
+        original.copy_(
+            torch.where(keep, read if not isinstance(scale, Tensor) else original * scale, original)
+        )
     hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(like, keep)
     for site in target.sites:
         _stack(site).replace_mask(hard)
@@ -238,7 +240,7 @@ def _harden(target: Target, threshold: float | None) -> None:
 def _refresh_ddp(model: nn.Module) -> None:
     """Tell DDP wrappers in `model` that masks are no buffers of theirs any more.
 
-    Else the next forward broadcasts an empty list (test_ddp_forward_after_squash).
+    Else the next forward broadcasts an empty list (ddp_forward_after_squash).
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

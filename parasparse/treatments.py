@@ -6,8 +6,10 @@ A treatment is a callable that takes the group of tensors of its rule, by name, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from parasparse import patterns, scores
 from parasparse._checks import check_sparsity, listed
+from parasparse._tables import described
 from parasparse.parametrizations import SoftMask
 
 Score = Callable[[Tensor, str], Tensor]
@@ -51,6 +54,8 @@ class Prune:
     distribution: Distribution | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if isinstance(self.pattern, type):
+            raise TypeError(f"`pattern` must be made first; got the class {self.pattern.__name__}.")
         fixed = getattr(self.pattern, "sparsity", None)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
@@ -69,6 +74,8 @@ class Prune:
                 f'`scope` must be "local" with {other}, which decides for each tensor; '
                 'got "global".'
             )
+        if self.distribution is not None and fixed is not None:
+            raise ValueError(f"`distribution` must be left out with {self.pattern}; got one.")
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a bool mask for each of `tensors`."""
@@ -79,10 +86,11 @@ class Prune:
         shares = dict.fromkeys(tensors, self.sparsity)
         if self.distribution is not None:
             shares = self.distribution({n: t.shape for n, t in tensors.items()}, self.sparsity)
-            if shares.keys() != tensors.keys():
+            if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
+                got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
                 raise ValueError(
                     "`distribution` must return a sparsity for each of the tensors "
-                    f"{listed(tensors)}; got {listed(shares)}."
+                    f"{listed(tensors)}; got {got}."
                 )
         return {
             n: self._mask(self._score(t, n), n, check_sparsity(shares[n], f"sparsity of {n}"))
@@ -90,7 +98,11 @@ class Prune:
         }
 
     def _score(self, tensor: Tensor, name: str) -> Tensor:
-        result = self.score(tensor, name)
+        try:
+            result = self.score(tensor, name)
+        except Exception as error:
+            error.add_note(f"while scoring {name!r}")
+            raise
         if not isinstance(result, Tensor) or result.shape != tensor.shape or result.is_complex():
             got = (
                 f"{result.dtype} of shape {tuple(result.shape)}"
@@ -101,7 +113,7 @@ class Prune:
                 f"`score` must return a real tensor of shape {tuple(tensor.shape)} for {name!r}; "
                 f"got {got}."
             )
-        return result.detach()
+        return result
 
     def _mask(self, scores: Tensor, name: str, *sparsity: float) -> Tensor:
         try:
@@ -109,10 +121,10 @@ class Prune:
         except (TypeError, ValueError) as error:
             error.add_note(f"while pruning {name!r}")
             raise
-        if mask.dtype != torch.bool or mask.shape != scores.shape:
+        if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, scores.shape):
             raise ValueError(
-                f"`pattern` must return a bool mask of shape {tuple(scores.shape)} for {name!r}; "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}."
+                f"`pattern` must return a bool tensor of shape {tuple(scores.shape)} for {name!r}; "
+                f"got {type(mask).__name__} of {mask.dtype} and shape {tuple(mask.shape)}."
             )
         return mask
 
@@ -127,7 +139,7 @@ class Prune:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fixed:
     """Give every tensor this mask.
 
@@ -159,6 +171,9 @@ class Fixed:
         ):
             raise ValueError('`layout="in_out"` must come with a mask of two or more dimensions.')
 
+    def __repr__(self) -> str:
+        return f"Fixed({described(self.mask)}, layout={self.layout!r})"
+
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Return the mask for each of `tensors`."""
         mask = self.mask
@@ -184,6 +199,10 @@ class Gate:
 
     init: float = field(default=0.0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.init):
+            raise ValueError(f"`init` must be finite; got {self.init}.")
+
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
         """Return a `SoftMask` for each of `tensors`."""
         return {name: SoftMask(tensor, init=self.init) for name, tensor in tensors.items()}
@@ -206,14 +225,19 @@ def as_treatment(value: Any) -> Treatment | None:
         if value != "zeros":
             raise ValueError(f'a treatment that is a string must be "zeros"; got {value!r}.')
         return keep_nonzero
-    if callable(value) and not isinstance(value, (Tensor, type)):
-        return value  # type: ignore[no-any-return]
-    if _is_array(value):
+    if isinstance(value, (nn.Module, type)):
+        raise TypeError(
+            f"a treatment must not be a module or a class; got {described(value)}. A callable that "
+            "returns {name: module} attaches modules of your own."
+        )
+    if is_array(value):
         return Fixed(value)
+    if callable(value):
+        return value  # type: ignore[no-any-return]
     return Prune(check_sparsity(value, "rules"))
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, (Tensor, list, tuple)) or (
-        hasattr(value, "__array__") and getattr(value, "shape", ()) != ()
-    )
+def is_array(value: object) -> bool:
+    """Whether `value` is a tensor, array or list; a scalar of numpy is a number."""
+    array = hasattr(value, "__array__") and not isinstance(value, Real)
+    return array or isinstance(value, (Tensor, list, tuple))

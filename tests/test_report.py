@@ -55,6 +55,9 @@ def test_tied_tensors_count_once_and_totals_are_those_of_the_parameters():
 def test_a_pair_counts_both_of_its_tensors():
     row = ps.summary(ps.sparsify(PairLinear(), 0.5)).rows[0]
     assert (row.numel, row.kept, row.bytes_dense, row.bytes_now) == (48, 24, 192, 216)
+    assert ps.plan(PairLinear(), 0.5)[0].kept == 24
+    half = ps.summary(ps.sparsify(PairLinear(), {"weight_re": 0.5}, pairs=False))
+    assert (half.masked.numel, half.model.numel, half.model.kept) == (24, 48, 36)
 
 
 def test_it_prints_and_goes_to_json_and_notebooks():

@@ -187,6 +187,30 @@ def test_a_submodule_called_module_is_no_wrapper():
     assert reached(Holder(nn.Linear(4, 4)), 0.5) == ["module.weight"]
 
 
+@pytest.mark.parametrize("rule", ["module.weight", "weight", "module.weight_re", "weight_im"])
+def test_joint_names_of_pairs_have_prefixes_and_ties_too(rule):
+    assert reached(AveragedModel(PairLinear()), {rule: 0.5}) == ["weight"]
+
+
+@pytest.mark.parametrize("rule", ["0.weight", "1.weight", "1.weight_re"])
+def test_a_shared_complex_layer_is_reached_by_each_of_its_names(rule):
+    layer = PairLinear()
+    model = nn.Sequential(layer, layer)
+    assert reached(model, {rule: 0.5}) == ["0.weight"]
+    assert ps.mask_of(model, "1.weight") is ps.mask_of(model, "0.weight")
+
+
+def test_a_pair_whose_joint_name_is_taken_stays_apart():
+    model = PairLinear()
+    model.weight = nn.Parameter(torch.randn(2, 2))
+    assert reached(model, 0.5) == ["weight_re", "weight_im", "weight"]
+
+
+def test_a_modules_name_with_brackets_is_taken_literally():
+    model = nn.ModuleDict({"a[0]": nn.Linear(4, 4)})
+    assert reached(model, {"a[0]": 0.5}) == ["a[0].weight"]
+
+
 def test_odd_names_are_reached():
     names = ["keys", "items.0", "items.1"]
     assert reached(OddNames(), {"*": 0.5}) == names

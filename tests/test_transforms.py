@@ -3,9 +3,11 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 
 import parasparse as ps
@@ -58,6 +60,53 @@ BAD = {
     "none_alone": (net, lambda: None, ValueError, "at least one rule"),
     "no_rules": (net, dict, ValueError, "at least one rule"),
     "mask_alone": (net, lambda: torch.ones(8, 4), TypeError, "name of its tensor"),
+    "scalar_mask_alone": (net, lambda: torch.tensor(0.5), TypeError, "name of its tensor"),
+    "array_alone": (net, lambda: np.ones((8, 4)), TypeError, "name of its tensor"),
+    "module": (net, lambda: {"0": nn.ReLU()}, TypeError, "must not be a module"),
+    "pattern_class": (
+        net,
+        lambda: ps.Prune(0.5, pattern=ps.patterns.n_of_m),
+        TypeError,
+        "made first; got the class n_of_m",
+    ),
+    "distribution_of_a_fixed_pattern": (
+        net,
+        lambda: ps.Prune(pattern=ps.patterns.n_of_m(2, 4), distribution=lambda s, p: s),
+        ValueError,
+        "`distribution` must be left out",
+    ),
+    "distribution_of_another_kind": (
+        net,
+        lambda: ps.Prune(0.5, distribution=lambda s, p: [0.5]),
+        ValueError,
+        "got list",
+    ),
+    "numpy_pattern": (
+        net,
+        lambda: ps.Prune(0.5, pattern=lambda s, p: s.numpy() > 0),
+        ValueError,
+        "bool tensor.*got ndarray",
+    ),
+    "score_that_fails": (
+        net,
+        lambda: ps.Prune(0.5, score=lambda t, n: {}[n]),
+        KeyError,
+        "while scoring '0.weight'",
+    ),
+    "spectral_norm_and_a_typo": (
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: {"weight": 0.5, "wieght": 0.5},
+        ValueError,
+        "reaches none",
+    ),
+    "gate_of_nan": (net, lambda: ps.Gate(init=float("nan")), ValueError, "finite"),
+    "mask_of_inf": (net, lambda: {"0": torch.tensor(float("inf"))}, ValueError, "inf"),
+    "mask_too_small_for_half": (
+        lambda: net().half(),
+        lambda: {"0": torch.tensor(1e-9)},
+        ValueError,
+        "rounds to inf or 0",
+    ),
     "odd_string": (net, lambda: "zeroes", ValueError, '"zeros"'),
     "odd_target": (net, lambda: {3: 0.5}, TypeError, "predicate"),
     "wrong_shape": (
@@ -112,7 +161,7 @@ BAD = {
         net,
         lambda: {nn.Linear: 0.5, "2.weight": 0.9},
         ValueError,
-        r"'2.weight'.* reaches was taken by \"Linear\"",
+        '"2.weight" reaches was taken by "Linear"',
     ),
     "shadowed_by_two": (
         net,
@@ -146,7 +195,7 @@ BAD = {
         net,
         lambda: ps.Prune(0.5, pattern=lambda s, p: s),
         ValueError,
-        "`pattern` must return a bool mask",
+        "`pattern` must return a bool tensor",
     ),
     "odd_distribution": (
         net,
@@ -181,6 +230,7 @@ def test_bad_rules_are_clear_errors_and_change_nothing(verb, build, rules, error
     model = build()
     before, keys = repr(model), list(model.state_dict())
     classes = [type(module) for module in model.modules()]
+    values = {k: v.clone() for k, v in model.state_dict().items() if not is_lazy(v)}
     masks = {name: getattr(mask, "clone", lambda: None)() for name, mask in masks_of(model)}
     with pytest.raises(error) as caught:
         verb(model, rules())
@@ -189,6 +239,8 @@ def test_bad_rules_are_clear_errors_and_change_nothing(verb, build, rules, error
     assert repr(model) == before
     assert list(model.state_dict()) == keys
     assert [type(module) for module in model.modules()] == classes
+    for name, value in values.items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
     for name, mask in masks_of(model):
         assert torch.equal(mask, masks[name])
 
@@ -258,3 +310,40 @@ def test_verbs_return_the_model_and_a_copy_made_first_is_the_functional_form():
     twin = ps.sparsify(copy.deepcopy(model), 0.5)
     assert not ps.is_sparse(model)
     assert ps.squash(twin) is twin
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model: ps.plan(model, {"*": 0.5}),
+        ps.summary,
+        ps.dense_state_dict,
+        lambda model: ps.stored(model, "weight"),
+        lambda model: dict(ps.named_masks(model)),
+    ],
+    ids=["plan", "summary", "dense_state_dict", "stored", "named_masks"],
+)
+def test_reading_changes_nothing_even_over_spectral_norm_in_training_mode(read):
+    model = ps.sparsify(parametrizations.spectral_norm(nn.Linear(4, 4)), 0.5).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    read(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_squash_in_training_mode_bakes_what_evaluation_reads():
+    model = ps.sparsify(parametrizations.spectral_norm(nn.Linear(4, 4)), 0.5).eval()
+    expected = model.weight.detach().clone()
+    assert torch.equal(ps.squash(model.train()).weight, expected)
+
+
+def test_targets_may_be_a_list_or_a_tuple_of_names():
+    model = ps.squash(ps.sparsify(net(), 0.5), ("0", "2.weight"))
+    assert not ps.is_sparse(model)
+
+
+def test_arrays_that_torch_cannot_share_are_masks_all_the_same():
+    mask = np.array([[1, 0, 0, 1]])
+    read_only = np.broadcast_to(mask, (8, 4))
+    model = ps.sparsify(net(), {"0": read_only[::-1]})
+    assert torch.equal(ps.mask_of(model, "0.weight"), torch.tensor(mask).bool().expand(8, 4))

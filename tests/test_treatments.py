@@ -1,5 +1,6 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -59,12 +60,10 @@ def test_a_group_is_what_one_rule_reaches():
 
 
 def test_resparsifying_ranks_the_stored_weights_and_targets_are_absolute():
-    model = ps.sparsify(nn.Linear(10, 10), ps.Prune(0.9, score=ps.scores.random))
-    ps.sparsify(model, 0.5)
-    fresh = nn.Linear(10, 10)
-    fresh.load_state_dict({**ps.unsparsify(model).state_dict()})
-    assert int((model.weight != 0).sum()) == 100
-    ps.sparsify(model, 0.5)
+    model, fresh = nn.Linear(10, 10), nn.Linear(10, 10)
+    fresh.load_state_dict(model.state_dict())
+    ps.sparsify(model, ps.Prune(0.9, score=ps.scores.random))
+    ps.sparsify(model, 0.5)  # what the first mask dropped comes back where it is large
     ps.sparsify(fresh, 0.5)
     assert torch.equal(ps.mask_of(model, "weight"), ps.mask_of(fresh, "weight"))
 
@@ -141,9 +140,30 @@ def test_a_callable_may_return_modules_that_mask():
     assert torch.equal(ps.squash(model).weight, dense.clamp(min=0))
 
 
+def test_live_masks_of_the_model_can_be_swapped_and_transposed():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ps.sparsify(model, ps.Prune(0.5, score=ps.scores.random))
+    live = dict(ps.named_masks(model))
+    before = {name: mask.clone() for name, mask in live.items()}
+    swapped = {"0.weight": live["1.weight"], "1.weight": live["0.weight"].t()}
+    ps.sparsify(model, swapped)
+    assert torch.equal(ps.mask_of(model, "0.weight"), before["1.weight"])
+    assert torch.equal(ps.mask_of(model, "1.weight"), before["0.weight"].t())
+    ps.deploy_masks(model, {"0": live["1.weight"].t(), "1": live["0.weight"]})
+    assert torch.equal(ps.mask_of(model, "0.weight"), before["0.weight"])
+    assert torch.equal(ps.mask_of(model, "1.weight"), before["1.weight"])
+
+
+def test_scores_that_carry_gradients_leave_none_behind():
+    model = nn.Linear(4, 4)
+    ps.sparsify(model, ps.Prune(0.5, score=lambda t, n: model.weight * 2))
+    assert not ps.mask_of(model, "weight").requires_grad
+    assert int(ps.mask_of(model, "weight").sum()) == 8
+
+
 def test_plan_says_what_sparsify_does_and_changes_nothing():
     model = net()
-    before = repr(model)
+    before, values = repr(model), {k: v.clone() for k, v in model.state_dict().items()}
     rows = ps.plan(model, {"0": ps.Prune(0.9), "2.weight": ps.Gate(init=1.0), "0.bias": [1] * 16})
     assert [(r.name, r.shape, r.rule, r.kept) for r in rows] == [
         ("0.weight", (16, 8), "0", 13),
@@ -151,9 +171,23 @@ def test_plan_says_what_sparsify_does_and_changes_nothing():
         ("0.bias", (16,), "0.bias", 16),
     ]
     assert repr(model) == before
+    assert all(torch.equal(values[k], v) for k, v in model.state_dict().items())
     text = repr(rows)
     assert "0.weight" in text
     assert "Gate(init=1.0)" in text
+    assert "at 0x" not in text
+
+
+@pytest.mark.parametrize(
+    "treatment",
+    [np.float32(0.5), np.float64(0.5), ps.Fixed(torch.ones(16, 8)), ps.Fixed([[1] * 8] * 16)],
+    ids=["float32", "float64", "tensor", "list"],
+)
+def test_plan_shows_every_treatment_on_one_line(treatment):
+    rows = ps.plan(net(), {"0": treatment})
+    assert "\n" not in rows[0].treatment
+    assert len(rows[0].treatment) < 60
+    assert len(repr(rows).splitlines()) == 3
 
 
 def test_gates_train_and_harden_and_fold_their_scale():
