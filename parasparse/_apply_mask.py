@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,7 +22,7 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
         weight: real or complex, any shape.
         mask: same shape; bool, or real.
     """
-    if torch.compiler.is_compiling() or is_tracing():
+    if torch.compiler.is_compiling() or is_tracing() or isinstance(weight, Proxy):
         return _masked(weight, mask)
     result: Tensor = _ApplyMask.apply(weight, mask)
     return result
@@ -60,6 +61,16 @@ def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
     return _masked(weight, mask)
 
 
+def _derivative(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return a gradient or tangent masked as the weight is."""
+    if torch._C._dispatch_keys(tensor).has(_FIRST_VMAP):
+        # `autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` run torch's first
+        # vmap, which knows neither Functions nor views as integers
+        # (test_gradcheck_once_and_twice_forward_and_backward).
+        return _masked(tensor, mask)
+    return apply_mask(tensor, mask)
+
+
 class _ApplyMask(torch.autograd.Function):
     """Linear and its own adjoint: the gradient is masked as the weight is. Saves the mask only."""
 
@@ -75,16 +86,12 @@ class _ApplyMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        if torch._C._dispatch_keys(grad).has(_FIRST_VMAP):
-            # `autograd.grad(is_grads_batched=True)` runs torch's first vmap, which knows neither
-            # Functions nor views as integers (test_gradcheck_once_and_twice_forward_and_backward).
-            return _masked(grad, mask), None
-        return apply_mask(grad, mask), None
+        return _derivative(grad, mask), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (mask,) = ctx.saved_tensors
-        return apply_mask(tangent, mask)
+        return _derivative(tangent, mask)
 
     @staticmethod
     def vmap(

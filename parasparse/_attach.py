@@ -143,13 +143,16 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
         del module._modules["parametrizations"]
     parameters, buffers = module.__dict__["_dense_order"]
     _reclass(module)
+    # Not register_parameter: it asks the module for the name, and some delegate what they lack.
     if isinstance(tensor, nn.Parameter):
-        module.register_parameter(name, tensor)
+        module._parameters[name] = tensor
         _reorder(module._parameters, parameters)
     else:
-        module.register_buffer(name, tensor, persistent=persistent)
+        module._buffers[name] = tensor
         _reorder(module._buffers, buffers)
-    if isinstance(module, nn.RNNBase) and type(module) is base_class(module):
+        if not persistent:
+            module._non_persistent_buffers_set.add(name)
+    if isinstance(module, nn.RNNBase) and not any(True for _ in masked_stacks(module)):
         module._init_flat_weights()
 
 
@@ -174,13 +177,13 @@ def _reclass(module: nn.Module) -> None:
     new = masked_class(base, masked, names) if names else base
     old = type(module)
     if old is base or is_masked_class(old) or is_stock_class(old):
-        module.__class__ = new
+        # Not `module.__class__ = new`: a module's own __setattr__ may refuse.
+        object.__setattr__(module, "__class__", new)
     else:
         # Somebody put a class on top (test_a_class_put_on_top_stays): the same, over the new one.
         bases = tuple(new if issubclass(b, base) else b for b in old.__bases__)
-        module.__class__ = types.new_class(
-            old.__name__, bases, exec_body=lambda namespace: namespace.update(_own(old))
-        )
+        on_top = types.new_class(old.__name__, bases, exec_body=lambda ns: ns.update(_own(old)))
+        object.__setattr__(module, "__class__", on_top)
 
 
 def _own(cls: type) -> dict[str, Any]:

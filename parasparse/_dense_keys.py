@@ -61,4 +61,6 @@ def _store(
 
 
 def _owns(module: nn.Module, name: str) -> bool:
-    return any(name in held for held in (module._parameters, module._buffers, module._modules))
+    stacks = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
+    held = (module._parameters, module._buffers, module._modules, stacks)
+    return any(name in names for names in held)

@@ -88,8 +88,9 @@ def _tensor_property(name: str) -> property:
 
     def read(self: nn.Module) -> Tensor:
         stack = stack_of(self, name)
-        if stack is None:
-            return nn.Module.__getattr__(self, name)  # type: ignore[return-value]
+        if stack is None:  # in a sibling, where it may be an attribute of any kind
+            plain = self.__dict__
+            return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
         if not parametrize._cache_enabled:
             return stack()  # type: ignore[no-any-return]
         key = (id(self), name)  # torch's own key, so that `cached()` works
@@ -100,8 +101,9 @@ def _tensor_property(name: str) -> property:
     def write(self: nn.Module, value: Tensor) -> None:
         stack = stack_of(self, name)
         if stack is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        stack.right_inverse(value)
+            self.__dict__[name] = value
+        else:
+            stack.right_inverse(value)
 
     return property(read, write)
 
@@ -135,7 +137,7 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
         "_base": base,
         "_masked": masked,
     }
-    if issubclass(base, nn.RNNBase):
+    if issubclass(base, nn.RNNBase) and masked:
         namespace |= _RNN
     metaclass: Any = _SharedClass
     if type(base) is not type:  # ABCMeta, say
@@ -148,7 +150,7 @@ def _rebuild(
     masked: frozenset[str], names: frozenset[str], make: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     module = make(*args)
-    module.__class__ = masked_class(type(module), masked, names)
+    object.__setattr__(module, "__class__", masked_class(type(module), masked, names))
     return module
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed
-from parasparse._foreign import legacy_hook
+from parasparse._foreign import legacy_hook, pruned_names
 from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
@@ -110,6 +110,20 @@ def _check_target(target: Target, sharded: bool) -> None:
                 f'`model` must consist of Python modules; "{target.name}" belongs to a '
                 "ScriptModule. Sparsify before scripting, and squash before that."
             )
+        if not isinstance(
+            site.module._modules.get("parametrizations", nn.ModuleDict()), nn.ModuleDict
+        ):
+            raise ValueError(
+                f'`model` must leave the name "parametrizations" to torch; the module that holds '
+                f'"{target.name}" has a submodule of its own there. Rename it.'
+            )
+    if len(target.sites) > len(target.parts) and any(
+        site.attr in pruned_names(site.module) for site in target.sites
+    ):
+        raise ValueError(
+            f"a tied tensor must not be pruned by torch.nn.utils.prune at one of its places; "
+            f'"{target.name}" is. Call torch.nn.utils.prune.remove on it first.'
+        )
     if sharded and not target.masks():
         raise RuntimeError(
             f'`model` must be sparsified before `fully_shard`; "{target.name}" has no mask and its '
@@ -132,6 +146,12 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
         raise ValueError(
             f"a treatment must return a mask for each tensor of its group, {listed(tensors)}; "
             f"got {got}."
+        )
+    modules = [id(result) for result in results.values() if isinstance(result, nn.Module)]
+    if len(set(modules)) < len(modules):
+        raise ValueError(
+            f"a treatment must return a module for each tensor of its own, {listed(tensors)}; it "
+            "returned one for several."
         )
     return dict(results)
 

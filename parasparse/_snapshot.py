@@ -32,7 +32,7 @@ def restored_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     except BaseException:
         for module, cls, attributes, containers in saved:
-            module.__class__ = cls
+            object.__setattr__(module, "__class__", cls)
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for name, contents in containers.items():

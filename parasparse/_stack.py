@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -137,6 +138,11 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
                 )
             mask = self.mask
             merged = getattr(mask, "merged", None)
+            if merged is None and not hasattr(mask, "right_inverse"):
+                raise RuntimeError(
+                    f"a tensor masked by {type(mask).__name__}, which has no `right_inverse`, "
+                    "cannot be assigned to. Write to `parametrizations.<name>.original` instead."
+                )
             inverse: Any = mask.right_inverse(value) if merged is None else merged(value, stored)  # type: ignore[operator]
             self.store(inverse)
 
@@ -162,6 +168,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             ValueError: it has another shape.
             RuntimeError: other parametrizations lie under the mask.
         """
+        if len(self) == 1 and parameter is self.original:
+            return
         if len(self) > 1:
             raise RuntimeError(
                 "a Parameter cannot be tied to a tensor that is parametrized under its mask "
@@ -174,6 +182,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             )
         self._buffers.pop("original", None)
         self.register_parameter("original", parameter)
+        self.replace_mask(copy.deepcopy(self.mask))  # tensors that were tied to it keep theirs
 
     def append(self, module: nn.Module) -> NoReturn:
         """Refuse: the mask must stay last, or what follows would fill its zeros."""

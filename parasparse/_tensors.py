@@ -134,10 +134,11 @@ def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
 
 def collect_as_masked(model: nn.Module) -> list[Target]:
     """Return the tensors of `model`; a pair is one unless its parts have masks of their own."""
-    return _paired(_entries(model), _share_a_mask)
+    return _paired(_entries(model, by_mask=True), _share_a_mask)
 
 
-def _entries(model: nn.Module) -> list[_Entry]:
+def _entries(model: nn.Module, *, by_mask: bool = False) -> list[_Entry]:
+    """Return the tensors of `model`; `by_mask` holds a tie apart where its places' masks differ."""
     entries: dict[tuple[int, ...], _Entry] = {}
     for plain, name, module, parent in named_modules(model):
         if any(is_lazy(t) for t in module._parameters.values() if t is not None):
@@ -148,6 +149,8 @@ def _entries(model: nn.Module) -> list[_Entry]:
         parameters, buffers = _attach.tensor_names(module)
         for attr in (*parameters, *buffers):
             key = tuple(id(tensor) for tensor in _attach.originals(module, attr))
+            if by_mask:
+                key += (id(_attach.mask_module(module, attr)),)
             entry = entries.setdefault(key, _Entry(is_buffer=attr in buffers))
             entry.names.append(_join(plain, attr))
             entry.raw.append(_join(name, attr))
@@ -187,7 +190,12 @@ def _paired(entries: list[_Entry], belong: Callable[[_Entry, _Entry], bool]) -> 
             for real, imag in _endings(site):
                 other = by_site.get((id(site.module), site.attr.removesuffix(real) + imag))
                 joints = _joints(entry, real)
-                if other is None or not belong(entry, other) or joints[0] in taken:
+                if (
+                    other is None
+                    or other is entry
+                    or not belong(entry, other)
+                    or joints[0] in taken
+                ):
                     continue
                 first, last = sorted((position[id(entry)], position[id(other)]))
                 if not {first, last} & (pairs.keys() | second):

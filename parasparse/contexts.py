@@ -83,6 +83,9 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     wraps are averaged over its processes once, at the end of the block, which all of them reach;
     before that each sees its own.
 
+    Raises:
+        RuntimeError: a block of the same model is open already.
+
     Yields:
         A mapping from plain name to gradient, None where no backward came by.
 
@@ -97,6 +100,8 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
     targets = masked(model)
+    if any(stack.probe is not None for stack in _stacks(model)):
+        raise RuntimeError("`dense_gradients` must not be entered twice for one model.")
     probes = {
         target.name: [_probe(part_of) for part_of in _part_stacks(target)] for target in targets
     }

@@ -37,9 +37,10 @@ class Mask(nn.Module):
         super().__init__()
         self.register_buffer("mask", None)
         self._shape = like.shape
-        self._channels_last = _is_channels_last(like)
-        # Says where, and in which dtype, a mask that is not set now will be: it follows `.to()`.
-        self._like = torch.empty(0, dtype=_real(like.dtype), device=like.device)
+        # Says where and how a mask that is not set now will be: it follows `.to()` as weights do.
+        self._like = torch.empty((2,) * like.ndim, dtype=_real(like.dtype), device=like.device)
+        if _is_channels_last(like):
+            self._like = self._like.contiguous(memory_format=_CHANNELS_LAST[like.ndim])
         self.mask_(mask)
 
     def mask_(self, mask: object) -> Self:
@@ -61,22 +62,24 @@ class Mask(nn.Module):
             value = as_mask(mask, self._shape, self._like.dtype).to(self._like.device)
             now = self.mask
             if now is not None and now.dtype == value.dtype and now.device == value.device:
-                now.copy_(value)  # in place: compiled graphs and DDP hold this very buffer
+                # In place: compiled graphs and DDP hold this very buffer, which may be the source.
+                same = now.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+                now.copy_(value.clone() if same else value)
             else:
                 new = torch.empty_like(value, memory_format=torch.contiguous_format)
-                if self._channels_last:
+                if _is_channels_last(self._like):
                     new = new.contiguous(memory_format=_CHANNELS_LAST[new.ndim])
                 self._buffers["mask"] = new.copy_(value)
         return self
 
     def forget_(self, device: torch.device) -> None:
         """Unset the mask; the next one will be on `device`."""
-        self._like = self._like.new_empty(0, device=device)
+        self._like = torch.empty_like(self._like, device=device)
         self._buffers["mask"] = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` masked."""
-        mask = self.mask
+        mask = self._buffers["mask"]  # the tensor itself, also while torch.fx traces
         if mask is None:
             raise RuntimeError(
                 f"this tensor of shape {tuple(self._shape)} has no sparsity mask. Set one "
@@ -91,8 +94,10 @@ class Mask(nn.Module):
         if mask is None:
             raise RuntimeError("a tensor that has no sparsity mask cannot be assigned to.")
         mask = _distributed_like(mask, stored)
-        value = value.to(stored)  # device and dtype
-        return torch.where(mask != 0, value if mask.dtype == torch.bool else value / mask, stored)
+        if mask.dtype != torch.bool:
+            value = value.to(torch.float32) if value.dtype.itemsize == 1 else value  # no float8 /
+            value = value.to(stored.device) / mask
+        return torch.where(mask != 0, value.to(stored), stored)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value`: what a stock `register_parametrization` stores."""
@@ -112,8 +117,6 @@ class Mask(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
-        if self.mask is not None:
-            self._channels_last = _is_channels_last(self.mask)
         return self
 
     def _load_from_state_dict(
@@ -131,7 +134,7 @@ class Mask(nn.Module):
         if key in state_dict:
             value = state_dict[key]
             if local_metadata.get("assign_to_params_buffers", False) and value is not None:
-                self._like = self._like.new_empty(0, device=value.device)
+                self._like = torch.empty_like(self._like, device=value.device)
             try:
                 self.mask_(value)
             except (RuntimeError, TypeError, ValueError) as error:

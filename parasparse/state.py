@@ -39,11 +39,12 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     for _, name, module, _ in named_modules(model):
         prefix = f"{name}." if name else ""
         for attr, stack in _attach.masked_stacks(module):
-            key = tuple(id(tensor) for tensor in _attach.originals(module, attr))
+            own = (*_attach.originals(module, attr), stack.mask)
+            key = tuple(map(id, own))
             if key not in tied:
                 tied[key] = _attach.effective(module, attr).detach()
             inside = f"{prefix}parametrizations.{attr}."
-            if any(f"{inside}{own}" in state for own in _attach.original_names(stack)):
+            if any(f"{inside}{held}" in state for held in _attach.original_names(stack)):
                 renamed[f"{prefix}{attr}"] = tied[key]
             for gone in [k for k in state if k.startswith(inside)]:
                 del state[gone]
@@ -63,10 +64,11 @@ def _dense_order(model: nn.Module) -> Iterable[str]:
     for _, name, module, _ in named_modules(model):
         prefix = f"{name}." if name else ""
         parameters, buffers = _attach.tensor_names(module)
-        yield from (f"{prefix}{own}" for own in (*parameters, *buffers, "_extra_state"))
+        held = (*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state")
+        yield from (f"{prefix}{own}" for own in held)
         if is_parametrized(module):  # what stays parametrized is a child like any other
-            held = module.get_submodule("parametrizations").state_dict()
-            yield from (f"{prefix}parametrizations.{own}" for own in held)
+            inside = module.get_submodule("parametrizations").state_dict()
+            yield from (f"{prefix}parametrizations.{own}" for own in inside)
 
 
 def load_state_dict(
@@ -95,9 +97,14 @@ def load_state_dict(
     """
     state = dict(state_dict)
     found = _found_masks(model, state)
-    names = [target.name for target in found.values() if not target.masks()]
+    apart = _pairs_apart(found, state)
+    names = [t.name for t in found.values() if not t.masks() and id(t) not in apart]
+    names = list(dict.fromkeys(names))
+    parts = [name for t in found.values() if not t.masks() for name in apart.get(id(t), ())]
     if names:
         sparsify(model, {name: Fixed(None) for name in names})
+    if parts:
+        sparsify(model, {name: Fixed(None) for name in dict.fromkeys(parts)}, pairs=False)
     for key, target in found.items():
         if len(target.parts) == 2 and not _OWN_MASK.fullmatch(key):
             # The mask of a pair hangs at its layer; a stack knows what lies beside it only.
@@ -105,8 +112,8 @@ def load_state_dict(
     try:
         return model.load_state_dict(state, strict=strict, assign=assign)
     except BaseException:
-        if names:
-            unsparsify(model, names)
+        if names or parts:
+            unsparsify(model, [*names, *dict.fromkeys(parts)])
         raise
 
 
@@ -132,6 +139,22 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
                 if key in state and (key in own.values() or key not in held):
                     found[key] = target
     return found
+
+
+def _pairs_apart(found: dict[str, Target], state: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Return the parts of the pairs whose two masks in `state` differ."""
+    keys: dict[int, list[str]] = {}
+    for key, target in found.items():
+        if len(target.parts) == 2 and _OWN_MASK.fullmatch(key):
+            keys.setdefault(id(target), []).append(key)
+    apart = {}
+    for pair, both in keys.items():
+        masks = [state[key] for key in both]
+        equal = all(m is not None and torch.equal(m, masks[0]) for m in masks)
+        if len(both) == 1 or not equal:
+            names = [match.groups() for match in map(_OWN_MASK.fullmatch, both) if match]
+            apart[pair] = [".".join(filter(None, name)) for name in names]
+    return apart
 
 
 def _own_mask_key(target: Target) -> str:
@@ -173,16 +196,22 @@ def binarize_masks(
             f"`masks` must belong to weights of `state_dict`; {listed(unknown)} do not"
             f"{nearest(unknown[0], result)}."
         )
+    folded: set[str] = set()
     for key, mask in masks.items():
         if mask is None:
             continue
-        for name in _weights_of(key, result):
-            weight = result[name]
+        names = _weights_of(key, result)
+        if folded & set(names):
+            raise ValueError(f'`masks` must name each weight once; "{key}" names one again.')
+        for name in names:
+            weight = state_dict[name]
             full = as_mask(mask, weight.shape, weight.dtype).to(weight.device)
-            result[name] = apply_mask(weight.detach(), full)
-        own = torch.as_tensor(mask)
-        bools[key] = own != 0
-        for held in _mask_names(key):
+            product = apply_mask(weight.detach(), full)
+            for twin in _twins(name, state_dict):  # the other names of a tied tensor
+                result[twin] = product
+                folded.add(twin)
+        bools[key] = torch.as_tensor(mask) != 0
+        for held in [h for name in {*_weight_names(key), *folded} for h in _mask_names(name)]:
             if result.get(held) is not None:
                 result[held] = result[held] != 0
     return result, bools
@@ -192,12 +221,32 @@ def _weights_of(key: str, state: Mapping[str, Any]) -> list[str]:
     """Return the tensors of `state` that mask `key` of a dict of masks is for."""
     for name in _weight_names(key):
         layer, dot, attr = name.rpartition(".")
-        stored = f"{layer}{dot}parametrizations.{attr}.original"
-        pairs = [(f"{name}{re_}", f"{name}{im}") for re_, im in ((".real", ".imag"), *PAIR_ENDINGS)]
-        for group in [(name,), (stored,), (f"{name}_orig",), *pairs]:
+        inside = f"{layer}{dot}parametrizations.{attr}"
+        pairs = [
+            (f"{start}{real}{end}", f"{start}{imag}{end}")
+            for start, end in ((name, ""), (inside, ".original"))
+            for real, imag in PAIR_ENDINGS
+        ]
+        pairs += [(f"{name}.real", f"{name}.imag")]
+        below = f"{name}.parametrizations"
+        pairs += [(f"{below}.real.original", f"{below}.imag.original")]
+        for group in [(name,), (f"{inside}.original",), (f"{name}_orig",), *pairs]:
             if all(member in state for member in group):
                 return list(group)
     return []
+
+
+def _twins(name: str, state: Mapping[str, Any]) -> list[str]:
+    """Return the names in `state` of the very tensor that is called `name`."""
+    weight = state[name]
+    same = [
+        key
+        for key, other in state.items()
+        if isinstance(other, Tensor)
+        and (other.data_ptr(), other.shape, other.stride())
+        == (weight.data_ptr(), weight.shape, weight.stride())
+    ]
+    return same if weight.numel() and not weight.is_meta else [name]
 
 
 def _weight_names(key: str) -> list[str]:
@@ -215,5 +264,6 @@ def _mask_names(key: str) -> list[str]:
     for name in _weight_names(key):
         layer, dot, attr = name.rpartition(".")
         names += [f"{name}_mask", f"{layer}{dot}parametrizations.{attr}.0.mask"]
+        names += [name.removesuffix(".original") + ".0.mask"] if attr == "original" else []
         names += [f"{layer}{dot}mask"] if attr == "weight" else []
     return names

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
+from parasparse._checks import listed
 from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tables import Plan, PlanRow, described
-from parasparse._tensors import Site, Target
+from parasparse._tensors import Site, Target, collect_as_masked
 from parasparse.parametrizations import Mask, SoftMask
 from parasparse.targets import masked
 
@@ -99,9 +100,11 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     chosen = _to_take_off(model, targets)
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
-    for target in chosen:
-        for part in target.parts:
-            _fold(part)
+    _check_foldable(model, chosen)
+    with restored_on_error(site.module for target in chosen for site in target.sites):
+        for target in chosen:
+            for part in target.parts:
+                _fold(part)
     _refresh_ddp(model)
     return model
 
@@ -191,6 +194,35 @@ def _stack(site: Site) -> MaskedParametrizationList:
     return stack
 
 
+def _check_foldable(model: nn.Module, chosen: list[Target]) -> None:
+    """Raise RuntimeError if the values of a target cannot be written back to where they are."""
+    holders: dict[int, list[Target]] = {}  # of each stored tensor
+    for target in collect_as_masked(model):
+        for original in _originals(target):
+            holders.setdefault(id(original), []).append(target)
+    for target in chosen:
+        for original in _originals(target):
+            names = {holder.name for holder in holders[id(original)]}
+            if len(names) > 1:
+                raise RuntimeError(
+                    "a tied tensor must have one mask at all its places to be squashed; "
+                    f"{listed(sorted(names))} are one Parameter and read differently. Call "
+                    "`sparsify` on the whole model to give them one mask, or `unsparsify`."
+                )
+            strides = zip(original.stride(), original.shape, strict=True)
+            if original.is_inference() or any(s == 0 and n > 1 for s, n in strides):
+                raise RuntimeError(
+                    f'`squash` must be able to write to "{target.name}", which was made in '
+                    "inference mode or by `expand`. Give its module a Parameter of its own first."
+                )
+
+
+def _originals(target: Target) -> list[Tensor]:
+    """Return the tensors that hold the values of `target`, each once."""
+    found = [t for site in target.sites for t in _attach.originals(site.module, site.attr)]
+    return list({id(t): t for t in found}.values())
+
+
 def _fold(part: tuple[Site, ...]) -> None:
     """Make the masked values of one tensor, tied at the sites of `part`, its plain values."""
     with torch.no_grad():
@@ -201,6 +233,9 @@ def _fold(part: tuple[Site, ...]) -> None:
         if len(stack) == 1:
             with torch.no_grad():
                 stack.original.copy_(value)
+                if isinstance(stack.mask, Mask) and stack.mask.mask is not None:
+                    # A place outside the model that was given may share it: scale once only.
+                    stack.mask.mask_(stack.mask.mask != 0)
             _attach.detach(site.module, site.attr)
             continue
         if baked is None:

@@ -86,6 +86,17 @@ def test_gradcheck_once_and_twice_forward_and_backward(dtype, kind):
     assert torch.autograd.gradgradcheck(lambda w: apply_mask(w, mask), weight)
 
 
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
+def test_vectorised_jacobians_agree_with_the_loop(strategy):
+    weight, mask = torch.randn(3, 4), torch.rand(3, 4) < 0.5
+    found = torch.autograd.functional.jacobian(
+        lambda w: apply_mask(w, mask).tanh(), weight, vectorize=True, strategy=strategy
+    )
+    looped = torch.autograd.functional.jacobian(lambda w: apply_mask(w, mask).tanh(), weight)
+    torch.testing.assert_close(found, looped)
+
+
 def masked_net():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     return ps.sparsify(model, 0.5)

@@ -484,3 +484,167 @@ def test_jit_trace_agrees_and_squashed_models_script():
         assert torch.equal(torch.jit.trace(model, x)(x), model(x))
         expected = model(x)
         assert torch.equal(torch.jit.script(ps.squash(model))(x), expected)
+
+
+class Delegating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.inner = nn.Linear(4, 4)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return self.inner(x @ self.weight)
+
+
+class ReadOnly(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.__dict__["sealed"] = True
+
+    def __setattr__(self, name, value):
+        if "sealed" in self.__dict__:
+            raise AttributeError(f"read only: {name}")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize(
+    "build", [Delegating, lambda: ReadOnly(4, 4)], ids=["delegating", "sealed"]
+)
+def test_classes_with_attribute_access_of_their_own_work(build):
+    model, x = build(), torch.randn(2, 4)
+    weight = model.weight
+    ps.sparsify(model, {"weight": 0.5})
+    expected = model(x)
+    ps.squash(model)
+    assert model.weight is weight
+    assert torch.equal(model(x), expected)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in build().named_parameters()]
+
+
+def test_a_stock_registration_leaves_siblings_whose_attribute_is_plain():
+    class Maybe(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.bias = nn.Parameter(torch.zeros(4)) if bias else None
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    one, two = (ps.sparsify(Maybe(bias), {"weight": 0.5}) for bias in (True, False))
+    x = torch.randn(2, 4)
+    expected = two(x)
+    parametrize.register_parametrization(one, "bias", Half())
+    assert torch.equal(two(x), expected)
+    two.bias = None
+    assert torch.equal(two(x), expected)
+
+
+def test_an_rnn_lives_on_when_ours_goes_before_a_stock_parametrization():
+    model, x = nn.GRU(4, 5), torch.randn(3, 2, 4)
+    ps.sparsify(model, {"weight_hh_l0": 0.5})
+    parametrize.register_parametrization(model, "bias_hh_l0", nn.Identity())
+    expected = model(x)[0]
+    ps.squash(model)
+    assert torch.equal(model(x)[0], expected)
+    parametrize.remove_parametrizations(model, "bias_hh_l0")
+    assert torch.equal(model(x)[0], expected)
+
+
+@pytest.mark.parametrize("rules", [None, {"weight": 0.25}], ids=["one_place", "two_masks"])
+def test_a_tie_that_reads_differently_at_its_places_is_not_squashed(rules):
+    model, index = Tied(), torch.arange(5)
+    ps.sparsify(model.head, {"weight": 0.5})
+    if rules:
+        ps.sparsify(model.embedding, rules)
+    expected = model(index)
+    with pytest.raises(RuntimeError, match="one mask at all its places"):
+        ps.squash(model)
+    assert torch.equal(model(index), expected)
+    assert len(list(ps.named_masks(model))) == (2 if rules else 1)
+    assert ps.dense_state_dict(model)["head.weight"].count_nonzero() == 36
+    ps.unsparsify(model)
+    assert type(model.head) is nn.Linear
+
+
+def test_squashing_a_part_scales_a_tie_that_lies_outside_once():
+    model = ps.sparsify(Tied(), {"head.weight": torch.full((12, 6), 0.5)})
+    expected = model.embedding.weight.detach().clone()
+    ps.squash(model.head)
+    assert torch.equal(model.embedding.weight, expected)
+    assert torch.equal(model.head.weight, expected)
+
+
+def test_a_tensor_that_is_tied_elsewhere_leaves_its_mask_to_the_others():
+    model = ps.sparsify(Tied(), {"head.weight": torch.full((12, 6), 0.5)})
+    expected = model.embedding.weight.detach().clone()
+    model.head.weight = nn.Parameter(torch.randn(12, 6))
+    masks = {name: mask.clone() for name, mask in ps.named_masks(model)}
+    assert set(masks) == {"embedding.weight", "head.weight"}
+    ps.deploy_masks(model, masks)
+    ps.binarize(model)
+    assert torch.equal(model.embedding.weight, expected)
+
+
+def test_one_module_for_several_tensors_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    mask = ps.Mask(torch.ones(4, 4), 0.5)
+    with pytest.raises(ValueError, match="one for several"):
+        ps.sparsify(model, {"*": lambda tensors: dict.fromkeys(tensors, mask)})
+    assert not ps.is_sparse(model)
+
+
+def test_prune_at_one_place_of_a_tie_is_refused():
+    model = Tied()
+    prune.l1_unstructured(model.head, "weight", amount=0.5)
+    with pytest.raises(ValueError, match="prune.remove"):
+        ps.sparsify(model, {"head.weight": "zeros"})
+    assert prune.is_pruned(model)
+
+
+def test_a_submodule_called_parametrizations_is_refused():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parametrizations = nn.Linear(4, 4)
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+    model = Own()
+    with pytest.raises(ValueError, match="parametrizations"):
+        ps.sparsify(model, {"weight": 0.5})
+    assert not ps.is_sparse(model)
+
+
+def test_squash_of_what_cannot_be_written_changes_nothing():
+    with torch.inference_mode():
+        fixed = nn.Linear(4, 4)
+    model = ps.sparsify(nn.Sequential(nn.Linear(4, 4), fixed), 0.5)
+    with pytest.raises(RuntimeError, match="inference mode"):
+        ps.squash(model)
+    assert len(list(ps.named_masks(model))) == 2
+
+
+def test_feature_extractors_trace_through_masked_modules():
+    from torchvision.models import swin_t
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = ps.sparsify(swin_t(weights=None).eval(), 0.5)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        features = create_feature_extractor(model, ["flatten"])(x)["flatten"]
+        torch.testing.assert_close(model.head(features), model(x))
+
+
+def test_a_real_and_imaginary_tensor_that_are_one_are_one_target():
+    from tests.cases import PairLinear
+
+    model = PairLinear()
+    model.weight_im = model.weight_re
+    ps.sparsify(model, 0.5)
+    assert [name for name, _ in ps.named_masks(model)] == ["weight_re"]

@@ -87,6 +87,15 @@ def test_dense_gradients_of_a_pair_are_one_complex_gradient():
     torch.testing.assert_close(grads["weight"], wanted)
 
 
+def test_dense_gradients_are_not_entered_twice():
+    model = ps.sparsify(nn.Linear(4, 4), 0.5)
+    with ps.dense_gradients(model) as grads:
+        with pytest.raises(RuntimeError, match="twice"), ps.dense_gradients(model):
+            pass
+        model(torch.ones(1, 4)).sum().backward()
+    assert grads["weight"].all()
+
+
 def test_dense_gradients_accumulate_and_sum_over_ties():
     model = ps.sparsify(Tied(), {"head.weight": 0.5})
     twin = ps.squash(copy.deepcopy(model))

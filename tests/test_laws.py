@@ -13,8 +13,9 @@ from torch.func import functional_call
 import parasparse as ps
 from parasparse._tensors import collect
 from parasparse.targets import masked
-from tests.cases import CASES
+from tests.cases import CASES, Tied
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -267,6 +268,8 @@ def test_export_agrees(case):
     for strict in (False, True):
         if strict and not case.compiles:
             continue
+        if strict and isinstance(model, Tied) and TORCH < (2, 10):
+            continue  # torch 2.9 loses the buffers of a shared module there: a KeyError of its own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own
             program = torch.export.export(model, inputs, strict=strict).module()

@@ -32,8 +32,8 @@ ALLOWED = {
         "treatments",
     },
     "transforms": {
-        "_attach", "_resolve", "_snapshot", "_stack", "_tables", "_tensors", "parametrizations",
-        "targets",
+        "_attach", "_checks", "_resolve", "_snapshot", "_stack", "_tables", "_tensors",
+        "parametrizations", "targets",
     },
     "masks": {"_attach", "_checks", "_tensors", "parametrizations", "targets"},
     "contexts": {"_attach", "_stack", "_tensors", "targets"},

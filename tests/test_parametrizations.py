@@ -114,6 +114,32 @@ def test_an_unset_mask_of_a_channels_last_weight_gets_its_memory_format():
     assert mask_of(module).mask.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_an_unset_mask_follows_a_later_change_of_memory_format():
+    module = ps.sparsify(nn.Conv2d(4, 4, 3), {"weight": ps.Fixed(None)})
+    module.to(memory_format=torch.channels_last)
+    mask_of(module).mask = torch.rand(4, 4, 3, 3) < 0.5
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    mask_of(module).mask = None
+    module.to(memory_format=torch.contiguous_format)
+    mask_of(module).mask = torch.rand(4, 4, 3, 3) < 0.5
+    assert module.weight.is_contiguous()
+
+
+def test_a_mask_can_be_set_to_a_view_of_itself():
+    module = ps.sparsify(nn.Linear(4, 4), 0.5)
+    before = mask_of(module).mask.clone()
+    mask_of(module).mask = mask_of(module).mask.t()
+    assert torch.equal(mask_of(module).mask, before.t())
+
+
+def test_assigning_to_a_real_mask_in_float8():
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+    ps.sparsify(module, {"weight": [0.5, 0.0]})
+    module.weight = torch.tensor([2.0, 3.0]).to(torch.float8_e4m3fn)
+    assert module.weight.float().tolist() == [2.0, 0.0]
+
+
 def test_masks_can_be_swapped_while_training_and_kept_entries_alone_are_updated():
     module = ps.sparsify(nn.Linear(3, 2, bias=False), 0.5)
     stored = ps.stored(module, "weight")

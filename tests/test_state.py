@@ -287,3 +287,53 @@ def test_the_dense_state_changes_nothing_and_is_detached():
     state = ps.dense_state_dict(model)
     assert not any(tensor.requires_grad for tensor in state.values())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [PairLinear, DictLinear])
+def test_a_pair_saved_with_masks_apart_is_loaded_with_masks_apart(build):
+    source = ps.sparsify(build(), {"*": 0.5}, pairs=False)
+    model = build()
+    ps.load_state_dict(model, source.state_dict())
+    assert len(list(ps.named_masks(model))) == 2
+    y = torch.randn(2, 6)
+    assert torch.equal(model(y), source(y))
+    with pytest.raises(RuntimeError):
+        ps.load_state_dict(other := build(), {**source.state_dict(), "nowhere": y})
+    assert not ps.is_sparse(other)
+
+
+@pytest.mark.parametrize("build", [PairLinear, DictLinear, Tied])
+def test_binarize_masks_of_the_own_state_of_pairs_and_ties(build):
+    rule = "head.weight" if build is Tied else "weight"
+    model = ps.sparsify(build(), {rule: ps.Fixed(0.5)})
+    y = torch.arange(5) if build is Tied else torch.randn(2, 6)
+    expected = model(y)
+    new, _ = ps.binarize_masks(model.state_dict(), dict(ps.named_masks(model)))
+    model.load_state_dict(new)
+    torch.testing.assert_close(model(y), expected)
+    assert all(mask.dtype == torch.bool for _, mask in ps.named_masks(model))
+
+
+def test_binarize_masks_refuses_two_masks_for_one_weight():
+    with pytest.raises(ValueError, match="once"):
+        ps.binarize_masks({"weight": torch.ones(2)}, {"weight": 0.5, "weight_mask": 0.5})
+
+
+def test_the_dense_state_keeps_the_order_beside_a_layer_of_torch_prune():
+    model = net()
+    prune.l1_unstructured(model.first, "weight", amount=0.5)
+    ps.sparsify(model, {"last": 0.5})
+    folded = ps.dense_state_dict(model)
+    assert list(folded) == list(ps.squash(model).state_dict())
+
+
+def test_a_parameter_of_its_own_called_like_a_mask_stays_one():
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.weight_mask = nn.Parameter(torch.randn(3, 4))
+
+    model = ps.sparsify(Own(), {"weight*": 0.5})
+    dense = Own().state_dict()
+    model.load_state_dict(dense)
+    assert torch.equal(ps.stored(model, "weight_mask"), dense["weight_mask"])
