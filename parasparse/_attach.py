@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from parasparse._dense_keys import accept_dense_keys
 from parasparse._foreign import prune_mask, pruned_names, undo_prune
 from parasparse._masked_class import base_class, is_masked_class, is_stock_class, masked_class
-from parasparse._stack import MaskedParametrizationList, put_stack, stack_of
+from parasparse._stack import MaskedParametrizationList, original_names, put_stack, stack_of
 
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
@@ -79,11 +79,6 @@ def originals(module: nn.Module, name: str) -> tuple[Tensor, ...]:
     return tuple(getattr(stack, key) for key in original_names(stack))
 
 
-def original_names(stack: parametrize.ParametrizationList) -> list[str]:
-    """Return the attributes of `stack` that hold its tensors."""
-    return ["original"] if stack.is_tensor else [f"original{i}" for i in range(stack.ntensors)]
-
-
 def tensor_names(module: nn.Module) -> tuple[list[str], list[str]]:
     """Return the names of the parameters and of the buffers of `module`, as when it was dense."""
     parameters = [name for name, tensor in module._parameters.items() if tensor is not None]
@@ -92,7 +87,8 @@ def tensor_names(module: nn.Module) -> tuple[list[str], list[str]]:
         parameters[parameters.index(f"{name}_orig")] = name
         buffers.remove(f"{name}_mask")
     for name, stack in _stacks(module).items():
-        (parameters if any(True for _ in stack.parameters()) else buffers).append(name)
+        held = getattr(stack, original_names(stack)[0])
+        (parameters if isinstance(held, nn.Parameter) else buffers).append(name)
     first_parameters, first_buffers = module.__dict__.get("_dense_order", ((), ()))
     return _in_order(parameters, first_parameters), _in_order(buffers, first_buffers)
 

@@ -20,6 +20,11 @@ def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | 
     return found if isinstance(found, parametrize.ParametrizationList) else None
 
 
+def original_names(stack: parametrize.ParametrizationList) -> list[str]:
+    """Return the attributes of `stack` that hold its tensors."""
+    return ["original"] if stack.is_tensor else [f"original{i}" for i in range(stack.ntensors)]
+
+
 def put_stack(module: nn.Module, name: str, stack: parametrize.ParametrizationList) -> None:
     """Make `stack` what parametrizes tensor `name` of `module`."""
     if "parametrizations" not in module._modules:
@@ -152,9 +157,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         for module in reversed(self.below()):
             inverse = module.right_inverse(inverse)  # type: ignore[operator]
         values = [inverse] if self.is_tensor else list(inverse)
-        names = ["original"] if self.is_tensor else [f"original{i}" for i in range(self.ntensors)]
         try:
-            for name, new in zip(names, values, strict=True):
+            for name, new in zip(original_names(self), values, strict=True):
                 getattr(self, name).copy_(new)
         except RuntimeError as error:
             if "transform" in str(error) or "vmap" in str(error):  # W of torch.func's grad or vmap

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from parasparse import _attach
 from parasparse._apply_mask import apply_mask
 from parasparse._checks import listed, nearest
+from parasparse._stack import original_names
 from parasparse._tensors import PAIR_ENDINGS, Target, collect, named_modules
 from parasparse.parametrizations import as_mask
 from parasparse.transforms import sparsify, unsparsify
@@ -44,7 +45,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
             if key not in tied:
                 tied[key] = _attach.effective(module, attr).detach()
             inside = f"{prefix}parametrizations.{attr}."
-            if any(f"{inside}{held}" in state for held in _attach.original_names(stack)):
+            if any(f"{inside}{held}" in state for held in original_names(stack)):
                 renamed[f"{prefix}{attr}"] = tied[key]
             for gone in [k for k in state if k.startswith(inside)]:
                 del state[gone]
@@ -127,7 +128,7 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
         match = _OWN_MASK.fullmatch(key)
         if match:
             own[".".join(filter(None, match.groups()))] = key
-    held = set(model.state_dict())
+    held = set(model.state_dict()) - set(own.values())
     found = {}
     for target in collect(model):
         for name in target.names:
@@ -136,7 +137,7 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
             if attr == "weight":
                 foreign.append(f"{layer}.mask" if layer else "mask")
             for key in (own.get(name, ""), *foreign):
-                if key in state and (key in own.values() or key not in held):
+                if key in state and key not in held:
                     found[key] = target
     return found
 

@@ -39,7 +39,7 @@ ALLOWED = {
     "contexts": {"_attach", "_stack", "_tensors", "targets"},
     "report": {"_attach", "_tables", "_tensors", "parametrizations", "targets"},
     "state": {
-        "_apply_mask", "_attach", "_checks", "_tensors", "parametrizations", "transforms",
+        "_apply_mask", "_attach", "_checks", "_stack", "_tensors", "parametrizations", "transforms",
         "treatments",
     },
 }  # fmt: skip

@@ -213,6 +213,14 @@ def test_gates_train_and_harden_and_fold_their_scale():
     torch.testing.assert_close(ps.squash(model)(x), expected)
 
 
+def test_a_gate_on_a_buffer_leaves_it_a_buffer():
+    model = nn.BatchNorm1d(4)
+    ps.sparsify(model, {"running_mean": ps.Gate()})
+    ps.squash(model)
+    assert list(model._buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert set(dict(model.named_parameters())) == {"weight", "bias"}
+
+
 def test_gates_of_ties_and_pairs_are_shared():
     from tests.cases import PairLinear, Tied
 
