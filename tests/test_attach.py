@@ -1,28 +1,17 @@
 """What attaching must guarantee: the rows of the traps that stock parametrize falls into."""
 
-import abc
 import copy
 import gc
 import multiprocessing
-import pickle
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.utils import parametrize, prune
 
 import parasparse as ps
-from tests.cases import OddNames, Tied
-
-
-class Half(nn.Module):
-    def forward(self, tensor):
-        return tensor * 0.5
-
-    def right_inverse(self, tensor):
-        return tensor * 2
+from tests.cases import Tied
 
 
 def test_the_layout_is_that_of_parametrize():
@@ -54,58 +43,6 @@ def test_cached_copies_read_their_own_weights():
     with parametrize.cached():
         first = model.weight
         assert copy.deepcopy(model).weight is not first
-
-
-@pytest.mark.parametrize("other", ["bias", "weight"])
-def test_stock_registration_beside_ours_leaves_siblings_whole(other):
-    one, two = (ps.sparsify(nn.Linear(4, 3), {"weight": 0.5}) for _ in range(2))
-    x = torch.randn(2, 4)
-    expected = two(x)
-    own = one(x)
-    if other == "bias":
-        bias = one.bias.detach().clone()
-        parametrize.register_parametrization(one, "bias", Half())
-        assert torch.equal(one.bias, bias)  # Half's inverse doubled what is stored
-        assert torch.equal(pickle.loads(pickle.dumps(one))(x), one(x))
-        parametrize.remove_parametrizations(one, "bias")
-        assert torch.equal(one.bias, bias)
-    else:
-        for register in (
-            lambda: parametrize.register_parametrization(one, "weight", Half()),
-            lambda: parametrizations.weight_norm(one),
-            lambda: parametrizations.spectral_norm(one),
-        ):
-            with pytest.raises(RuntimeError, match="parasparse.unsparsify"):
-                register()
-        with pytest.raises(RuntimeError, match="parasparse.squash"):
-            parametrize.remove_parametrizations(one, "weight")
-    assert torch.equal(one(x), own)
-    assert torch.equal(two(x), expected)
-    two.bias = nn.Parameter(torch.zeros(3))
-    assert not two.bias.any()
-    assert torch.equal(copy.deepcopy(two)(x), two(x))
-    ps.squash(one)
-    ps.squash(two)
-    assert type(one) is type(two) is nn.Linear
-    assert [n for n, _ in one.named_parameters()] == ["weight", "bias"]
-
-
-def test_a_stock_parametrization_of_the_bias_stays_when_ours_goes():
-    model = nn.Linear(4, 3)
-    parametrize.register_parametrization(model, "bias", Half())
-    ps.squash(ps.sparsify(model, {"weight": 0.5}))
-    assert parametrize.is_parametrized(model, "bias")
-    parametrize.remove_parametrizations(model, "bias")
-    assert type(model) is nn.Linear
-
-
-def test_parametrizing_a_copy_leaves_the_original_alone():
-    model = ps.sparsify(nn.Linear(4, 3), {"weight": 0.5})
-    twin = copy.deepcopy(model)
-    ps.sparsify(twin, {"bias": 0.5})
-    assert model.bias.all()
-    parametrize.register_parametrization(copy.deepcopy(model), "bias", Half())
-    assert model.bias.all()
 
 
 def test_accumulate_grad_nodes_hooks_and_optimizers_survive():
@@ -228,113 +165,6 @@ def test_assigning_to_a_real_mask_reads_back_what_was_assigned():
     assert ps.stored(model, "weight")[0, 1] == stored[0, 1]
 
 
-def test_an_rnn_follows_its_masks_and_training():
-    model = nn.LSTM(4, 5)
-    x = torch.randn(3, 2, 4)
-    ps.sparsify(model, {"weight_hh_l0": 0.5})
-    first = model(x)[0]
-    ps.deploy_masks(model, {"weight_hh_l0": torch.tensor(0.0)})
-    twin = nn.LSTM(4, 5)
-    twin.load_state_dict(ps.dense_state_dict(model))
-    assert torch.equal(model(x)[0], twin(x)[0])
-    assert not torch.equal(model(x)[0], first)
-    with torch.no_grad():
-        model.bias_ih_l0.add_(1.0)
-        ps.stored(model, "weight_hh_l0").zero_()
-    twin.load_state_dict(ps.dense_state_dict(model))
-    assert torch.equal(model(x)[0], twin(x)[0])
-    torch.testing.assert_close(model.double()(x.double())[0].float(), twin(x)[0])
-    model.float()
-    ps.squash(model)
-    assert torch.equal(model(x)[0], twin(x)[0])
-
-
-def test_an_rnn_deepcopies_after_a_forward_with_gradients():
-    model = ps.sparsify(nn.GRU(4, 5), 0.5)
-    x = torch.randn(3, 2, 4)
-    out = model(x)[0]
-    assert torch.equal(copy.deepcopy(model)(x)[0], out)
-
-
-def test_frozen_brings_an_rnn_to_one_evaluation():
-    model = ps.sparsify(nn.LSTM(4, 5), {"weight_hh_l0": 0.5})
-    calls = []
-    model.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad(), ps.frozen(model):
-        model(torch.randn(3, 2, 4))
-        model(torch.randn(3, 2, 4))
-    assert len(calls) == 1
-
-
-def test_the_fast_path_of_attention_is_still_taken_and_right():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    ps.sparsify(layer, 0.5)
-    x = torch.randn(2, 3, 8)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        fast = layer(x)
-    assert any("_transformer_encoder_layer_fwd" in event.name for event in profile.events())
-    torch.testing.assert_close(fast, layer(x).detach())
-    with torch.no_grad():
-        torch.testing.assert_close(ps.squash(layer)(x), fast)
-
-
-@pytest.mark.parametrize(
-    "normalise", [parametrizations.weight_norm, parametrizations.orthogonal], ids=["norm", "orth"]
-)
-def test_squash_bakes_what_lies_underneath_into_one_parameter(normalise):
-    model = normalise(nn.Linear(4, 4))
-    ps.sparsify(model, 0.5)
-    expected = model.weight.detach().clone()
-    assert torch.equal(ps.stored(model, "weight") * ps.mask_of(model, "weight"), expected)
-    ps.squash(model)
-    assert type(model) is nn.Linear
-    assert torch.equal(model.weight, expected)
-    assert isinstance(model.weight, nn.Parameter)
-    assert model.weight.requires_grad
-
-
-def test_unsparsify_leaves_what_lies_underneath_to_torch():
-    model = parametrizations.weight_norm(nn.Linear(4, 4))
-    dense = model.weight.detach().clone()
-    ps.unsparsify(ps.sparsify(model, 0.5))
-    assert torch.equal(model.weight, dense)
-    parametrize.remove_parametrizations(model, "weight")
-    assert type(model) is nn.Linear
-    torch.testing.assert_close(model.weight, dense)
-
-
-def test_masks_of_torch_prune_are_taken_over():
-    model = nn.Linear(4, 4)
-    weight = model.weight
-    prune.l1_unstructured(model, "weight", amount=0.5)
-    mask = model.weight_mask.bool()
-    before = weight.detach().clone()
-    ps.sparsify(model, "zeros")
-    assert torch.equal(ps.mask_of(model, "weight"), mask)
-    assert ps.stored(model, "weight") is weight
-    assert torch.equal(weight, before)
-    assert not model._forward_pre_hooks
-    ps.sparsify(model, 0.25)
-    assert int(ps.mask_of(model, "weight").sum()) == 12
-    ps.squash(model)
-    assert set(model.state_dict()) == {"weight", "bias"}
-    assert model.weight is weight
-
-
-def test_ema_models_follow_and_their_masks_are_their_own():
-    model = ps.sparsify(nn.Linear(4, 4), 0.5)
-    average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    with torch.no_grad():
-        ps.stored(model, "weight").add_(1)
-    average.update_parameters(model)
-    average.update_parameters(model)
-    mask = ps.mask_of(average, "weight")
-    assert mask is not ps.mask_of(model, "weight")
-    assert not average.module.weight[~mask].any()
-    ps.squash(average)
-    assert type(average.module) is nn.Linear
-
-
 def test_tied_embeddings_train_copy_and_stay_tied():
     model = ps.sparsify(Tied(), {"head.weight": 0.5})
     twin = copy.deepcopy(model)
@@ -350,54 +180,6 @@ def test_tied_embeddings_train_copy_and_stay_tied():
     ps.squash(twin)
     assert twin.head.weight is twin.embedding.weight
     assert len(list(ps.named_masks(model))) == 1
-
-
-def test_a_parameter_called_keys_can_be_masked():
-    model = ps.sparsify(OddNames(), {"keys": 0.5, "values": 0.5})
-    assert parametrize.is_parametrized(model, "keys")
-    assert set(dict(ps.squash(model).named_parameters())) >= {"keys"}
-
-
-class WithCustomCopies(nn.Linear):
-    """As many libraries write __deepcopy__ and __reduce__."""
-
-    def __deepcopy__(self, memo):
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-    def __reduce__(self):
-        return _rebuild, (self.in_features, self.out_features), self.__dict__
-
-
-def _rebuild(*args):
-    return WithCustomCopies(*args)
-
-
-class Abstract(nn.Module, abc.ABC):
-    @abc.abstractmethod
-    def forward(self, x): ...
-
-
-class Concrete(Abstract):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
-@pytest.mark.parametrize("build", [lambda: WithCustomCopies(4, 4), Concrete], ids=["custom", "abc"])
-def test_classes_that_copy_and_build_their_own_way_work(build):
-    model = ps.sparsify(build(), 0.5)
-    x = torch.randn(2, 4)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-        assert type(twin) is type(model)
-        ps.squash(twin)
-    assert int((model.weight != 0).sum()) == 8
 
 
 def _child(queue, model):
@@ -432,17 +214,6 @@ def test_masked_modules_and_their_classes_are_freed():
     assert cls() is None
 
 
-def test_a_class_put_on_top_stays():
-    model = ps.sparsify(nn.Linear(4, 4), 0.5)
-    model.__class__ = type("Noted", (type(model),), {"note": "kept"})
-    expected = model.weight.detach().clone()
-    ps.squash(model)
-    assert type(model).__name__ == "Noted"
-    assert type(model).__mro__[1] is nn.Linear
-    assert model.note == "kept"
-    assert torch.equal(model.weight, expected)
-
-
 def test_a_buffer_that_is_not_persistent_stays_so():
     class Buffered(nn.Module):
         def __init__(self):
@@ -472,89 +243,6 @@ def test_a_failure_halfway_puts_everything_back():
     assert not ps.is_sparse(model)
     model(torch.ones(1, 4))
     assert prune.is_pruned(model)
-
-
-def test_jit_trace_agrees_and_squashed_models_script():
-    model = ps.sparsify(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 0.5)
-    x = torch.randn(2, 4)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates both
-        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
-        expected = model(x)
-        assert torch.equal(torch.jit.script(ps.squash(model))(x), expected)
-
-
-class Delegating(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-        self.inner = nn.Linear(4, 4)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, x):
-        return self.inner(x @ self.weight)
-
-
-class ReadOnly(nn.Linear):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.__dict__["sealed"] = True
-
-    def __setattr__(self, name, value):
-        if "sealed" in self.__dict__:
-            raise AttributeError(f"read only: {name}")
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize(
-    "build", [Delegating, lambda: ReadOnly(4, 4)], ids=["delegating", "sealed"]
-)
-def test_classes_with_attribute_access_of_their_own_work(build):
-    model, x = build(), torch.randn(2, 4)
-    weight = model.weight
-    ps.sparsify(model, {"weight": 0.5})
-    expected = model(x)
-    ps.squash(model)
-    assert model.weight is weight
-    assert torch.equal(model(x), expected)
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in build().named_parameters()]
-
-
-def test_a_stock_registration_leaves_siblings_whose_attribute_is_plain():
-    class Maybe(nn.Module):
-        def __init__(self, bias):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 4))
-            self.bias = nn.Parameter(torch.zeros(4)) if bias else None
-
-        def forward(self, x):
-            return nn.functional.linear(x, self.weight, self.bias)
-
-    one, two = (ps.sparsify(Maybe(bias), {"weight": 0.5}) for bias in (True, False))
-    x = torch.randn(2, 4)
-    expected = two(x)
-    parametrize.register_parametrization(one, "bias", Half())
-    assert torch.equal(two(x), expected)
-    two.bias = None
-    assert torch.equal(two(x), expected)
-
-
-def test_an_rnn_lives_on_when_ours_goes_before_a_stock_parametrization():
-    model, x = nn.GRU(4, 5), torch.randn(3, 2, 4)
-    ps.sparsify(model, {"weight_hh_l0": 0.5})
-    parametrize.register_parametrization(model, "bias_hh_l0", nn.Identity())
-    expected = model(x)[0]
-    ps.squash(model)
-    assert torch.equal(model(x)[0], expected)
-    parametrize.remove_parametrizations(model, "bias_hh_l0")
-    assert torch.equal(model(x)[0], expected)
 
 
 @pytest.mark.parametrize("rules", [None, {"weight": 0.25}], ids=["one_place", "two_masks"])
@@ -600,27 +288,6 @@ def test_one_module_for_several_tensors_is_refused():
     assert not ps.is_sparse(model)
 
 
-def test_prune_at_one_place_of_a_tie_is_refused():
-    model = Tied()
-    prune.l1_unstructured(model.head, "weight", amount=0.5)
-    with pytest.raises(ValueError, match="prune.remove"):
-        ps.sparsify(model, {"head.weight": "zeros"})
-    assert prune.is_pruned(model)
-
-
-def test_a_submodule_called_parametrizations_is_refused():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parametrizations = nn.Linear(4, 4)
-            self.weight = nn.Parameter(torch.randn(4, 4))
-
-    model = Own()
-    with pytest.raises(ValueError, match="parametrizations"):
-        ps.sparsify(model, {"weight": 0.5})
-    assert not ps.is_sparse(model)
-
-
 def test_squash_of_what_cannot_be_written_changes_nothing():
     with torch.inference_mode():
         fixed = nn.Linear(4, 4)
@@ -628,17 +295,6 @@ def test_squash_of_what_cannot_be_written_changes_nothing():
     with pytest.raises(RuntimeError, match="inference mode"):
         ps.squash(model)
     assert len(list(ps.named_masks(model))) == 2
-
-
-def test_feature_extractors_trace_through_masked_modules():
-    from torchvision.models import swin_t
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    model = ps.sparsify(swin_t(weights=None).eval(), 0.5)
-    x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        features = create_feature_extractor(model, ["flatten"])(x)["flatten"]
-        torch.testing.assert_close(model.head(features), model(x))
 
 
 def test_a_real_and_imaginary_tensor_that_are_one_are_one_target():
