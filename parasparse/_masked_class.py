@@ -163,7 +163,8 @@ def _do_nothing(self: nn.RNNBase, *_: object) -> None:
 
 
 # RNNs keep a list of their weights, which would hold stale masked tensors, and refuse a deepcopy
-# with them (test_an_rnn_follows_its_masks, test_an_rnn_deepcopies_after_a_forward).
+# with them (test_an_rnn_follows_its_masks_and_training,
+# test_an_rnn_deepcopies_after_a_forward_with_gradients).
 _RNN: dict[str, Any] = {
     "_flat_weights": property(_flat_weights, _do_nothing),
     "_init_flat_weights": _do_nothing,

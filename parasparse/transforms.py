@@ -103,8 +103,13 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     _check_foldable(model, chosen)
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
+            mask = target.masks()[0]
             for part in target.parts:
                 _fold(part)
+            if isinstance(mask, Mask) and mask.mask is not None:
+                # A place outside the model that was given may share it: scale once only
+                # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
+                mask.mask_(mask.mask != 0)
     _refresh_ddp(model)
     return model
 
@@ -233,9 +238,6 @@ def _fold(part: tuple[Site, ...]) -> None:
         if len(stack) == 1:
             with torch.no_grad():
                 stack.original.copy_(value)
-                if isinstance(stack.mask, Mask) and stack.mask.mask is not None:
-                    # A place outside the model that was given may share it: scale once only.
-                    stack.mask.mask_(stack.mask.mask != 0)
             _attach.detach(site.module, site.attr)
             continue
         if baked is None:

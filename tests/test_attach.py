@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import parasparse as ps
-from tests.cases import Tied
+from tests.cases import DictLinear, PairLinear, Tied
 
 
 def test_the_layout_is_that_of_parametrize():
@@ -259,6 +259,17 @@ def test_a_tie_that_reads_differently_at_its_places_is_not_squashed(rules):
     assert ps.dense_state_dict(model)["head.weight"].count_nonzero() == 36
     ps.unsparsify(model)
     assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize("build", [PairLinear, DictLinear])
+@pytest.mark.parametrize("treatment", [ps.Fixed(0.5), ps.Gate(init=0.5)], ids=["real", "gate"])
+def test_squash_scales_both_tensors_of_a_pair(build, treatment):
+    model, x = ps.sparsify(build(), {"weight": treatment}), torch.randn(2, 6)
+    if isinstance(treatment, ps.Gate):
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "logits" in n).normal_()
+    expected = model(x)
+    assert torch.equal(ps.squash(model)(x), expected)
 
 
 def test_squashing_a_part_scales_a_tie_that_lies_outside_once():
