@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
@@ -24,8 +25,12 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_tracing() or isinstance(weight, Proxy):
         return _masked(weight, mask)
-    result: Tensor = _ApplyMask.apply(weight, mask)
-    return result
+    if torch._C._are_functorch_transforms_active():
+        # Not for all calls: it takes three times as long to call (benchmarks/overhead.py).
+        return _ApplyMaskUnderTransforms.apply(weight, mask)  # type: ignore[no-any-return]
+    if not (torch.is_grad_enabled() and weight.requires_grad) and forward_ad._current_level < 0:
+        return _masked_eagerly(weight, mask)
+    return _ApplyMask.apply(weight, mask)  # type: ignore[no-any-return]
 
 
 def is_tracing() -> bool:
@@ -40,24 +45,21 @@ def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask != 0, (wide * mask).to(weight.dtype), 0)
 
 
-def _masked_by_bits(weight: Tensor, mask: Tensor) -> Tensor:
-    """`where` in a third of its time on a CPU: True is the integer -1, all bits set."""
-    integer = _INTEGER_OF_SIZE[weight.dtype.itemsize]
-    bits = weight.resolve_conj().resolve_neg().view(integer)
-    return mask.view(torch.uint8).to(integer).neg_().bitwise_and_(bits).view(weight.dtype)
-
-
 def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
-    if weight.layout == torch.sparse_coo:  # the gradient of nn.Embedding(sparse=True)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_cpu
+    integer = _INTEGER_OF_SIZE.get(weight.dtype.itemsize)
+    if weight.layout is torch.sparse_coo:  # the gradient of nn.Embedding(sparse=True)
         weight = weight.coalesce()
         indices = weight.indices()
         values = _masked_eagerly(weight.values(), mask[tuple(indices)])
         return torch.sparse_coo_tensor(
             indices, values, weight.shape, is_coalesced=True, check_invariants=False
         )
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
-    if plain and mask.dtype == torch.bool and weight.dtype.itemsize in _INTEGER_OF_SIZE:
-        return _masked_by_bits(weight, mask)
+    if plain and integer is not None and mask.dtype is torch.bool:
+        # `where` in a third of its time: the bits, as an integer, times 0 or 1.
+        if weight.is_conj() or weight.is_neg():
+            weight = weight.resolve_conj().resolve_neg()
+        return mask.to(integer).mul_(weight.view(integer)).view(weight.dtype)
     return _masked(weight, mask)
 
 
@@ -75,13 +77,10 @@ class _ApplyMask(torch.autograd.Function):
     """Linear and its own adjoint: the gradient is masked as the weight is. Saves the mask only."""
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
         return _masked_eagerly(weight, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -92,6 +91,22 @@ class _ApplyMask(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (mask,) = ctx.saved_tensors
         return _derivative(tangent, mask)
+
+
+class _ApplyMaskUnderTransforms(torch.autograd.Function):
+    """The same, in the form that torch.func asks for."""
+
+    backward = _ApplyMask.backward
+    jvp = _ApplyMask.jvp
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return _masked_eagerly(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def vmap(

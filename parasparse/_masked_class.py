@@ -92,7 +92,9 @@ def _tensor_property(name: str) -> property:
             plain = self.__dict__
             return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
         if not parametrize._cache_enabled:
-            return stack()  # type: ignore[no-any-return]
+            # Ours without `__call__`, which costs as much as all else here; nobody hooks the list.
+            ours = isinstance(stack, MaskedParametrizationList)
+            return stack.forward() if ours else stack()
         key = (id(self), name)  # torch's own key, so that `cached()` works
         if parametrize._cache.get(key) is None:
             parametrize._cache[key] = stack()

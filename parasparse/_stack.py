@@ -109,7 +109,13 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         """Return the masked tensor."""
         if self.frozen is not None:
             return self._frozen_value(self.frozen)
-        value: Tensor = self.mask(self.stored())
+        # Each masked tensor comes by here in each forward: the usual case looks nothing up twice.
+        original = self._parameters.get("original")
+        value: Tensor
+        if original is None or len(self._modules) > 1:
+            value = self.mask(self.stored())
+        else:
+            value = self._modules["0"](original)
         return value if self.probe is None else value + self.probe
 
     def _frozen_value(self, value: Tensor) -> Tensor:

@@ -97,6 +97,23 @@ def test_vectorised_jacobians_agree_with_the_loop(strategy):
     torch.testing.assert_close(found, looped)
 
 
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(lambda: nn.Linear(300, 200), (2, 300)), (lambda: nn.Conv2d(30, 20, 3), (2, 30, 8, 8))],
+    ids=["linear", "conv"],
+)
+def test_of_the_weights_size_only_mask_and_masked_weight_are_kept_for_backward(build, shape):
+    layer = ps.sparsify(build(), 0.9)
+    mask = ps.mask_of(layer, "weight")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.ones(shape))
+    large = {t.data_ptr(): t for t in kept if t.numel() == mask.numel()}
+    assert large.pop(mask.data_ptr()).dtype == torch.bool  # the mask itself, not a copy
+    (weight,) = large.values()
+    assert weight.count_nonzero() == mask.sum()
+
+
 def masked_net():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     return ps.sparsify(model, 0.5)
