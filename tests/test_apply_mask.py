@@ -107,7 +107,7 @@ def test_of_the_weights_size_only_mask_and_masked_weight_are_kept_for_backward(b
     mask = ps.mask_of(layer, "weight")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(torch.ones(shape))
+        layer(torch.ones(shape, requires_grad=True))
     large = {t.data_ptr(): t for t in kept if t.numel() == mask.numel()}
     assert large.pop(mask.data_ptr()).dtype == torch.bool  # the mask itself, not a copy
     (weight,) = large.values()
