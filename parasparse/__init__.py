@@ -1,6 +1,6 @@
 """Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
 
-from parasparse import gates, patterns, scores
+from parasparse import distributions, gates, patterns, scores
 from parasparse.contexts import dense_gradients, frozen
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
 from parasparse.parametrizations import Mask, SoftMask
@@ -22,6 +22,7 @@ __all__ = [
     "dense_gradients",
     "dense_state_dict",
     "deploy_masks",
+    "distributions",
     "frozen",
     "gates",
     "is_sparse",

@@ -1,26 +1,47 @@
 """Patterns: scores and a sparsity in, a bool mask out (True = kept).
 
-A pattern is any callable `(scores, sparsity) -> mask`. One that fixes the sparsity itself has an
-attribute `sparsity` and is called as `(scores)`.
+A pattern is any callable `(scores, sparsity) -> mask`. One that decides by itself how much to keep
+has an attribute `takes_sparsity = False` and is called as `(scores)`. One of units has a method
+`pool(scores)` that gives a score for each unit, and `spread(units, shape)` that gives each entry
+what its unit has.
+
+Everywhere: scores are real, of any shape, and not NaN. Of `n` entries, or units, the
+`num_kept(n, sparsity)` with the highest scores stay; of equal ones the one with the lower flat
+index.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity, num_kept
+from parasparse._select import check_ranked, highest
+from parasparse._units import block, channel, dimension, head
+
+__all__ = [
+    "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
+    "unstructured",
+]  # fmt: skip
+
+Pattern = Callable[..., Tensor]
+
+
+def takes_sparsity(pattern: Pattern) -> bool:
+    """Whether `pattern` is called with a sparsity."""
+    return getattr(pattern, "takes_sparsity", True)
 
 
 def unstructured(scores: Tensor, sparsity: float) -> Tensor:
-    """Return the mask of the `num_kept(n, sparsity)` highest of the `n` scores, wherever they lie.
-
-    Of equal scores the one with the lower flat index is kept.
+    """Return the mask of the highest scores, wherever they lie.
 
     Args:
-        scores: real, any shape, no NaN.
+        scores: any shape.
         sparsity: share of zeros, in [0, 1].
 
     Raises:
@@ -30,33 +51,71 @@ def unstructured(scores: Tensor, sparsity: float) -> Tensor:
         >>> unstructured(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.25).tolist()
         [True, True, False, True]
     """
-    kept = num_kept(scores.numel(), check_sparsity(sparsity))
-    if scores.is_meta:
-        return torch.empty_like(scores, dtype=torch.bool)
-    flat = _ranked(scores).flatten()
-    if kept in (0, flat.numel()):
-        return torch.full_like(scores, kept > 0, dtype=torch.bool)
-    lowest = flat.kthvalue(flat.numel() - kept + 1).values
-    mask = flat > lowest
-    ties = (flat == lowest).nonzero().flatten()
-    mask[ties[: kept - int(mask.sum())]] = True
-    return mask.view(scores.shape)
+    return jointly({"": scores}, sparsity)[""]
+
+
+def jointly(
+    scores: Mapping[str, Tensor], sparsity: float, *, pattern: Pattern = unstructured
+) -> dict[str, Tensor]:
+    """Return a mask for each of `scores`, ranked together: all as a whole have the sparsity.
+
+    Units of different tensors are compared by their mean or norm per entry, and each counts as one.
+
+    Args:
+        scores: by name, any shapes.
+        sparsity: share of zeros among all of them, in [0, 1].
+        pattern: a pattern that takes a sparsity. One of your own that has no `pool` and `spread` is
+            called once, with all scores as one flat tensor.
+
+    Raises:
+        ValueError: as `pattern`; or it takes no sparsity.
+
+    Examples:
+        >>> masks = jointly({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}, 0.5)
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([False, False], [True, True])
+    """
+    check_sparsity(sparsity)
+    if not takes_sparsity(pattern):
+        raise ValueError(f"`pattern` must take a sparsity to rank jointly; {pattern} takes none.")
+    if any(score.is_meta for score in scores.values()):
+        return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
+    if isinstance(pattern, chain):
+        return pattern.jointly(scores, sparsity)
+    if hasattr(pattern, "pool") and hasattr(pattern, "spread"):
+        kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
+        return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
+    total = sum(score.numel() for score in scores.values())
+    if pattern is unstructured:
+        masks = highest(list(scores.values()), num_kept(total, sparsity))
+        return dict(zip(scores, masks, strict=True))
+    device = next(iter(scores.values())).device
+    flat = torch.cat([score.flatten().to(device) for score in scores.values()])
+    parts = pattern(flat, sparsity).split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape).to(score.device)
+        for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
 
 
 @dataclass(frozen=True)
 class n_of_m:  # noqa: N801 - a pattern reads as a function
     """Keep the `n` highest of every `m` consecutive entries along `dim`: 2:4 is `n_of_m(2, 4)`.
 
-    The shape of a Linear weight is (out, in), so that `dim=1` groups the inputs, as hardware does.
-    Of equal scores the one with the lower index is kept.
+    The weights of Linear and Conv are (out, in, ...), so that `dim=1` groups the inputs, as
+    hardware does. A depthwise convolution has one input in a group: leave it out, or take `dim=0`.
 
     Args:
         n: entries kept in each group, in [0, m].
-        m: size of a group; must divide the size of `dim`.
+        m: size of a group.
         dim: the grouped dimension.
+        remainder: what becomes of the last entries where m does not divide the size of `dim`:
+            "refuse" raises, "keep" keeps them all, "pad" keeps their n highest, as if zeros filled
+            the group.
 
     Raises:
-        ValueError: n outside [0, m]; on call: `dim` is not there, or m does not divide its size.
+        ValueError: n outside [0, m], an unknown `remainder`; on call: the tensor has no such
+            dimension, or m does not divide its size and `remainder` is "refuse".
 
     Examples:
         >>> n_of_m(2, 4)(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).tolist()
@@ -68,41 +127,141 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
     n: int
     m: int
     dim: int = 1
+    remainder: Literal["refuse", "keep", "pad"] = field(default="refuse", kw_only=True)
+    takes_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.n <= self.m and self.m >= 1):
             raise ValueError(f"`n` must be in [0, m] and `m` >= 1; got n={self.n}, m={self.m}.")
-
-    @property
-    def sparsity(self) -> float:
-        """The share of zeros that the pattern brings: 1 - n/m."""
-        return 1 - self.n / self.m
+        if self.remainder not in ("refuse", "keep", "pad"):
+            raise ValueError(
+                f'`remainder` must be "refuse", "keep" or "pad"; got {self.remainder!r}.'
+            )
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Return the mask for `scores` (real, no NaN)."""
-        if not -scores.ndim <= self.dim < scores.ndim or scores.shape[self.dim] % self.m:
+        """Return the mask for `scores`."""
+        dim = dimension(self, self.dim, scores.shape)
+        size, rest = scores.shape[dim], scores.shape[dim] % self.m
+        if rest and self.remainder == "refuse":
+            depthwise = " It is depthwise, one input in a group." if size == 1 and dim == 1 else ""
             raise ValueError(
-                f"{self} must divide dimension {self.dim} of the tensor into groups of {self.m}; "
-                f"got shape {tuple(scores.shape)}. Choose another `dim`, or leave this tensor out."
+                f"{self} must divide dimension {dim} into groups of {self.m}; got shape "
+                f"{tuple(scores.shape)}.{depthwise} Leave this tensor out, choose another `dim`, "
+                'or set `remainder` to "keep" or "pad".'
             )
         if scores.is_meta:
             return torch.empty_like(scores, dtype=torch.bool)
-        last = _ranked(scores).movedim(self.dim, -1)
-        groups = last.reshape(-1, self.m)
-        best = groups.argsort(dim=1, descending=True, stable=True)[:, : self.n]
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
-        return mask.view(last.shape).movedim(-1, self.dim).contiguous()
+        check_ranked(scores)
+        last = scores.to(torch.float32) if scores.dtype.itemsize == 1 else scores
+        groups, tail = last.movedim(dim, -1).split([size - rest, rest], -1)
+        masks = [
+            _highest_of_each(groups.unflatten(-1, (size // self.m, self.m)), self.n).flatten(-2),
+            _highest_of_each(tail, rest if self.remainder == "keep" else self.n),
+        ]
+        return torch.cat(masks, -1).movedim(-1, dim).contiguous()
 
 
-def _ranked(scores: Tensor) -> Tensor:
-    """Return `scores` in a dtype that torch can rank; the conversion keeps order and ties."""
-    if scores.is_complex():
-        raise TypeError(f"scores must be real; got {scores.dtype}. Return the modulus, .abs().")
-    if scores.dtype == torch.bool or scores.dtype.itemsize == 1:
-        scores = scores.to(torch.float32)
-    if scores.is_floating_point() and bool(scores.isnan().any()):
-        raise ValueError(
-            f"scores must not be NaN; got {int(scores.isnan().sum())} NaN of {scores.numel()}. "
-            "A weight or a statistic diverged: find it, or map NaN to a number in your score."
-        )
-    return scores
+@dataclass(frozen=True)
+class nearly_diagonal:  # noqa: N801
+    """Keep the `k` diagonals nearest to the main one: entries with |row - column| <= k // 2.
+
+    Rows and columns are the first two dimensions; the scores are not looked at.
+
+    Args:
+        k: number of diagonals, odd.
+
+    Raises:
+        ValueError: k is even or below 1; on call: fewer than two dimensions, or k // 2 reaches the
+            smaller of the first two.
+
+    Examples:
+        >>> nearly_diagonal(3)(torch.rand(3, 4)).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+
+    Reference: torch.ao.pruning, `NearlyDiagonalSparsifier`.
+    """
+
+    k: int
+    takes_sparsity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.k % 2 == 0:
+            raise ValueError(f"`k` must be an odd number of diagonals; got {self.k}.")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return the mask for `scores`."""
+        if scores.ndim < 2 or self.k // 2 >= min(scores.shape[:2]):
+            raise ValueError(
+                f"{self} must fit into the first two dimensions; got shape {tuple(scores.shape)}."
+            )
+        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[:2])
+        band = (rows[:, None] - columns).abs() <= self.k // 2
+        return band.view(*band.shape, *[1] * (scores.ndim - 2)).expand(scores.shape).contiguous()
+
+
+@dataclass(frozen=True, init=False)
+class chain:  # noqa: N801
+    """Apply patterns one after the other, each to what those before it kept.
+
+    `chain(channel(0), n_of_m(2, 4))` drops channels, and half of what the others hold.
+
+    Args:
+        patterns: two or more. At most one takes a sparsity, and gets that of the chain: the whole
+            is sparser. A pattern of units can only be the first.
+
+    Raises:
+        ValueError: otherwise.
+
+    Examples:
+        >>> scores = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+        >>> chain(channel(0), n_of_m(1, 2))(scores, 0.5).tolist()
+        [[False, False], [True, False]]
+    """
+
+    patterns: tuple[Pattern, ...]
+
+    def __init__(self, *patterns: Pattern) -> None:
+        taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
+        late = [pattern for pattern in patterns[1:] if hasattr(pattern, "pool")]
+        if len(patterns) < 2 or len(taking) > 1 or late:
+            raise ValueError(
+                "`patterns` must be two or more, one of them at most with a sparsity, and units "
+                f"first; got {patterns}."
+            )
+        object.__setattr__(self, "patterns", patterns)
+
+    @property
+    def takes_sparsity(self) -> bool:
+        """Whether one of the patterns does."""
+        return any(takes_sparsity(pattern) for pattern in self.patterns)
+
+    def __call__(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
+        """Return the mask for `scores`."""
+        return self.jointly({"": scores}, sparsity)[""]
+
+    def jointly(
+        self, scores: Mapping[str, Tensor], sparsity: float | None = None
+    ) -> dict[str, Tensor]:
+        """Return the masks for `scores`; the pattern with a sparsity ranks them together."""
+        masks: dict[str, Tensor] = {}
+        left = dict(scores)
+        for pattern in self.patterns:
+            if takes_sparsity(pattern):
+                kept = jointly(left, check_sparsity(sparsity), pattern=pattern)
+            else:
+                kept = {name: pattern(score) for name, score in left.items()}
+            masks = {name: mask & masks.get(name, mask) for name, mask in kept.items()}
+            left = {name: _lowered(scores[name], mask) for name, mask in masks.items()}
+        return masks
+
+
+def _lowered(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return `scores` with what `mask` drops below all others."""
+    whole = not scores.is_floating_point() or scores.dtype.itemsize == 1
+    return torch.where(mask, scores.double() if whole else scores, -math.inf)
+
+
+def _highest_of_each(groups: Tensor, n: int) -> Tensor:
+    """Return the mask of the `n` highest entries along the last dimension."""
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import _attach
+from parasparse._held import held
 from parasparse._tables import as_html, as_text
 from parasparse._tensors import Target, collect_as_masked
 from parasparse.parametrizations import Mask, SoftMask
@@ -23,9 +24,10 @@ class SummaryRow:
     Attributes:
         name: plain name of the tensor.
         shape: its shape; () in a total.
-        pattern: which pattern the mask keeps to: "dense", "empty", "channel(dim)", "n:m" of groups
-            along dimension 1, "unstructured"; "soft" or "real-valued" if it is not bool; "custom"
-            under a module of your own; "unset".
+        pattern: which patterns the mask keeps to, exactly, by commas: "dense", "empty",
+            "channel(dim)" ("in runs of k": heads of size k), "block(a x b)", "n:m" (along dimension
+            1, or "along dim"), "nearly_diagonal(k)", "unstructured"; "soft" or "real-valued" if it
+            is not bool; "custom" under a module of your own; "unset".
         numel: number of entries.
         kept: entries whose mask is not 0; None where the mask is not set.
         bytes_dense: of the tensor alone.
@@ -152,32 +154,11 @@ def _total(name: str, rows: list[SummaryRow]) -> SummaryRow:
 
 
 def _pattern(module: nn.Module, mask: Tensor | None) -> str:
-    """Return the name of the narrowest pattern that `mask` keeps to."""
+    """Return the names of the patterns that `mask` keeps to."""
     if mask is None or mask.is_meta:
         return "unset" if mask is None else "unknown"
     if not isinstance(module, Mask):
         return "soft" if isinstance(module, SoftMask) else "custom"
     if mask.dtype != torch.bool:
         return "real-valued"
-    if bool(mask.all()):
-        return "dense"
-    if not bool(mask.any()):
-        return "empty"
-    for dim in range(min(mask.ndim, 2) if mask.ndim > 1 else 0):
-        flat = mask.movedim(dim, 0).flatten(1)
-        if bool((flat.all(1) == flat.any(1)).all()):
-            return f"channel({dim})"
-    return _n_of_m(mask) or "unstructured"
-
-
-def _n_of_m(mask: Tensor) -> str | None:
-    """Return "n:m" if exactly n <= m/2 of every m entries along dimension 1 are kept."""
-    if mask.ndim < 2:
-        return None
-    last = mask.movedim(1, -1)
-    for m in (2, 4, 8, 16, 32):
-        if last.shape[-1] % m == 0:
-            counts = last.reshape(-1, m).sum(1)
-            if bool((counts == counts[0]).all()) and int(counts[0]) <= m // 2:
-                return f"{int(counts[0])}:{m}"
-    return None
+    return ", ".join(held(mask))

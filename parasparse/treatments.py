@@ -19,10 +19,10 @@ from parasparse import patterns, scores
 from parasparse._checks import check_sparsity, listed
 from parasparse._tables import described
 from parasparse.parametrizations import SoftMask
+from parasparse.patterns import Pattern, jointly, takes_sparsity
 
 Score = Callable[[Tensor, str], Tensor]
-Pattern = Callable[..., Tensor]
-Distribution = Callable[[dict[str, torch.Size], float], dict[str, float]]
+Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
@@ -56,46 +56,56 @@ class Prune:
     def __post_init__(self) -> None:
         if isinstance(self.pattern, type):
             raise TypeError(f"`pattern` must be made first; got the class {self.pattern.__name__}.")
-        fixed = getattr(self.pattern, "sparsity", None)
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
-        if fixed is not None and self.sparsity is not None:
-            raise ValueError(
-                f"`sparsity` must be left out with {self.pattern}, which brings its own, "
-                f"{fixed:g}; got {self.sparsity}."
-            )
-        if fixed is None and self.sparsity is None:
-            raise ValueError("`sparsity` must be given, the share of zeros in [0, 1]; got None.")
         if self.scope not in ("local", "global"):
             raise ValueError(f'`scope` must be "local" or "global"; got {self.scope!r}.')
-        if self.scope == "global" and (self.distribution is not None or fixed is not None):
-            other = f"{self.pattern}" if fixed is not None else "a `distribution`"
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if not takes_sparsity(self.pattern):
+            self._check_alone()
+        elif self.sparsity is None:
+            raise ValueError("`sparsity` must be given, the share of zeros in [0, 1]; got None.")
+        if self.scope == "global" and self.distribution is not None:
             raise ValueError(
-                f'`scope` must be "local" with {other}, which decides for each tensor; '
+                '`scope` must be "local" with a `distribution`, which decides for each tensor; '
                 'got "global".'
             )
-        if self.distribution is not None and fixed is not None:
+
+    def _check_alone(self) -> None:
+        """Raise ValueError if something comes with a pattern that decides by itself."""
+        if self.sparsity is not None:
+            raise ValueError(
+                f"`sparsity` must be left out with {self.pattern}, which decides how much to keep; "
+                f"got {self.sparsity}."
+            )
+        if self.scope == "global":
+            raise ValueError(
+                f'`scope` must be "local" with {self.pattern}, which decides for each tensor; got '
+                '"global".'
+            )
+        if self.distribution is not None:
             raise ValueError(f"`distribution` must be left out with {self.pattern}; got one.")
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a bool mask for each of `tensors`."""
         if self.sparsity is None:
-            return {n: self._mask(self._score(t, n), n) for n, t in tensors.items()}
+            return {n: self._mask({n: self._score(t, n)})[n] for n, t in tensors.items()}
         if self.scope == "global":
-            return self._jointly({n: self._score(t, n) for n, t in tensors.items()}, self.sparsity)
-        shares = dict.fromkeys(tensors, self.sparsity)
-        if self.distribution is not None:
-            shares = self.distribution({n: t.shape for n, t in tensors.items()}, self.sparsity)
-            if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
-                got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
-                raise ValueError(
-                    "`distribution` must return a sparsity for each of the tensors "
-                    f"{listed(tensors)}; got {got}."
-                )
-        return {
-            n: self._mask(self._score(t, n), n, check_sparsity(shares[n], f"sparsity of {n}"))
-            for n, t in tensors.items()
-        }
+            return self._mask({n: self._score(t, n) for n, t in tensors.items()}, self.sparsity)
+        shares = self._shares(tensors, self.sparsity)
+        return {n: self._mask({n: self._score(t, n)}, shares[n])[n] for n, t in tensors.items()}
+
+    def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
+        """Return the sparsity of each of `tensors`."""
+        if self.distribution is None:
+            return dict.fromkeys(tensors, sparsity)
+        shares = self.distribution({n: t.shape for n, t in tensors.items()}, sparsity)
+        if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
+            got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
+            raise ValueError(
+                "`distribution` must return a sparsity for each of the tensors "
+                f"{listed(tensors)}; got {got}."
+            )
+        return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
 
     def _score(self, tensor: Tensor, name: str) -> Tensor:
         try:
@@ -115,28 +125,26 @@ class Prune:
             )
         return result
 
-    def _mask(self, scores: Tensor, name: str, *sparsity: float) -> Tensor:
+    def _mask(self, scored: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
+        """Return the masks of tensors that are ranked together."""
         try:
-            mask = self.pattern(scores, *sparsity)
+            if len(scored) == 1:
+                masks = {name: self.pattern(scores, *sparsity) for name, scores in scored.items()}
+            else:
+                masks = jointly(scored, *sparsity, pattern=self.pattern)
         except (TypeError, ValueError) as error:
-            error.add_note(f"while pruning {name!r}")
+            nan = [n for n, s in scored.items() if s.is_floating_point() and s.isnan().any()]
+            error.add_note(f"while pruning {listed(nan or scored)}")
             raise
-        if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, scores.shape):
-            raise ValueError(
-                f"`pattern` must return a bool tensor of shape {tuple(scores.shape)} for {name!r}; "
-                f"got {type(mask).__name__} of {mask.dtype} and shape {tuple(mask.shape)}."
-            )
-        return mask
-
-    def _jointly(self, scored: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        device = next(iter(scored.values())).device
-        joint = torch.cat([s.flatten().to(device) for s in scored.values()])
-        mask = self._mask(joint, " + ".join(scored), sparsity)
-        parts = mask.split([s.numel() for s in scored.values()])
-        return {
-            n: part.view(s.shape).to(s.device)
-            for (n, s), part in zip(scored.items(), parts, strict=True)
-        }
+        for name, mask in masks.items():
+            shape = scored[name].shape
+            if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, shape):
+                got = f" of {mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+                raise ValueError(
+                    f"`pattern` must return a bool tensor of shape {tuple(shape)} for {name!r}; "
+                    f"got {type(mask).__name__}{got}."
+                )
+        return masks
 
 
 @dataclass(frozen=True, eq=False, repr=False)

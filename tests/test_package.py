@@ -9,15 +9,19 @@ from pathlib import Path
 import parasparse as ps
 
 ROOT = Path(ps.__file__).parent
-PURE = {"scores", "patterns", "gates"}
+PURE = {"scores", "patterns", "distributions", "gates"}
 ALLOWED = {
     "_checks": set(),
     "_apply_mask": set(),
     "_foreign": set(),
     "_tables": set(),
     "_snapshot": set(),
+    "_held": set(),
     "scores": {"_checks"},
-    "patterns": {"_checks"},
+    "_select": set(),
+    "_units": {"_checks", "_select"},
+    "patterns": {"_checks", "_select", "_units"},
+    "distributions": {"_checks"},
     "gates": {"_checks"},
     "parametrizations": {"gates", "_apply_mask"},
     "_stack": {"_apply_mask"},
@@ -37,7 +41,7 @@ ALLOWED = {
     },
     "masks": {"_attach", "_checks", "_tensors", "parametrizations", "targets"},
     "contexts": {"_attach", "_stack", "_tensors", "targets"},
-    "report": {"_attach", "_tables", "_tensors", "parametrizations", "targets"},
+    "report": {"_attach", "_held", "_tables", "_tensors", "parametrizations", "targets"},
     "state": {
         "_apply_mask", "_attach", "_checks", "_stack", "_tensors", "parametrizations", "transforms",
         "treatments",

@@ -8,12 +8,14 @@ import parasparse as ps
 from tests.cases import PairLinear, Tied
 
 
-def pattern(mask, shape=(8, 8)):
-    model = ps.sparsify(nn.Linear(shape[1], shape[0]), {"weight": mask})
+def pattern(mask):
+    rows, columns = mask.shape if mask is not None and mask.ndim else (8, 8)
+    model = ps.sparsify(nn.Linear(columns, rows), {"weight": ps.Fixed(mask)})
     return ps.summary(model).rows[0].pattern
 
 
-CHECKER = torch.tensor([1, 0, 1, 0, 0, 1, 0, 1]).bool()
+ROWS = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1]).bool()[:, None].expand(8, 8)
+MESH = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1], [1, 1, 0, 0, 0]]).bool()
 
 
 @pytest.mark.parametrize(
@@ -21,24 +23,51 @@ CHECKER = torch.tensor([1, 0, 1, 0, 0, 1, 0, 1]).bool()
     [
         (torch.tensor(1), "dense"),
         (torch.tensor(0), "empty"),
-        (torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])[:, None], "channel(0)"),
-        (torch.tensor([1, 0, 1, 0, 0, 1, 0, 1])[None], "channel(1)"),
-        (torch.stack([CHECKER, ~CHECKER] * 4), "1:2"),
-        (torch.eye(8).roll(1, 0), "1:8"),
-        (torch.eye(4).roll(1, 0).add(torch.eye(4)).repeat(2, 2), "2:4"),
-        (torch.rand(8, 8).argsort().lt(7), "unstructured"),
+        (ROWS, "channel(0)"),
+        (ROWS.T, "channel(1)"),
+        (ROWS[:5].repeat_interleave(3, 0), "channel(0) in runs of 3"),
+        (torch.eye(8).roll(1, 0), "unstructured"),
+        (torch.eye(8).roll(1, 0).repeat(1, 2), "1:8"),
+        (torch.eye(4).roll(1, 0).add(torch.eye(4)).repeat(2, 2), "2:4, 2:4 along 0"),
+        (torch.rand(8, 2, 8).argsort().lt(7).flatten(1), "7:8"),
+        (torch.rand(9, 2, 8).argsort().lt(3).flatten(1) & (torch.arange(9) % 3 > 0)[:, None], "3:8"),
+        (MESH, "unstructured"),
+        (MESH.repeat_interleave(2, 0).repeat_interleave(3, 1), "block(2 x 3)"),
+        (MESH.repeat_interleave(3, 1)[:, :-1], "block(1 x 3)"),
+        (torch.ones(5, 7).triu(-1).tril(1), "nearly_diagonal(3)"),
+        (torch.ones(7, 5).triu(-2).tril(2), "nearly_diagonal(5)"),
+        (torch.ones(5, 7).triu(-1).tril(2), "unstructured"),
         (torch.tensor(0.5), "real-valued"),
         (None, "unset"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_patterns_that_hold_are_named(mask, name):
+    assert pattern(mask) == name
+
+
+@pytest.mark.parametrize(
+    ("made", "shape", "name"),
+    [
+        (ps.patterns.n_of_m(2, 4), (16, 32, 3, 3), "2:4"),
+        (ps.patterns.n_of_m(1, 3, 0), (24, 8), "1:3 along 0"),
+        (ps.patterns.block((4, 8)), (64, 64), "block(4 x 8)"),
+        (ps.patterns.block((1, 1, -1, -1)), (16, 16, 3, 3), "block(1 x 1 x 3 x 3)"),
+        (ps.patterns.channel(1), (7, 64), "channel(1)"),
+        (ps.patterns.channel(0), (31, 4, 3), "channel(0)"),
+        (ps.patterns.head(8, fused=3), (3 * 8 * 5, 40), "channel(0) in runs of 5"),
+        (ps.patterns.nearly_diagonal(5), (30, 20, 3), "nearly_diagonal(5)"),
+        (ps.patterns.chain(ps.patterns.channel(0), ps.patterns.n_of_m(2, 4)), (63, 32), "2:4"),
+    ],
     ids=str,
 )
-def test_the_pattern_that_holds_is_named(mask, name):
-    assert pattern(ps.Fixed(mask)) == name
-
-
-def test_n_of_m_is_found_along_the_inputs_of_a_convolution():
-    model = ps.sparsify(nn.Conv2d(8, 4, 3), {"*": ps.Prune(pattern=ps.patterns.n_of_m(2, 4))})
-    assert ps.summary(model).rows[0].pattern == "2:4"
+def test_the_summary_names_the_pattern_that_made_the_mask(made, shape, name):
+    torch.manual_seed(0)
+    sparsity = [0.6] if ps.patterns.takes_sparsity(made) else []
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(shape))
+    ps.sparsify(module, ps.Prune(*sparsity, pattern=made))
+    assert name in ps.summary(module).rows[0].pattern.split(", ")
 
 
 def test_tied_tensors_count_once_and_totals_are_those_of_the_parameters():

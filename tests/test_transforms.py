@@ -52,7 +52,7 @@ class Widening(nn.Module):
 
 
 BAD = {
-    "nan_scores": (nan, lambda: 0.5, ValueError, r"NaN(.|\n)*while pruning '2.weight'"),
+    "nan_scores": (nan, lambda: 0.5, ValueError, r'NaN(.|\n)*while pruning "2.weight"'),
     "above_one": (net, lambda: 1.5, ValueError, r"must be in \[0, 1\].*got 1.5"),
     "below_zero": (net, lambda: -0.1, ValueError, r"must be in \[0, 1\].*got -0.1"),
     "nan_sparsity": (net, lambda: float("nan"), ValueError, r"must be in \[0, 1\]"),
@@ -140,7 +140,7 @@ BAD = {
         net,
         lambda: {"*": ps.Prune(pattern=ps.patterns.n_of_m(2, 3))},
         ValueError,
-        r"groups of 3(.|\n)*'0.weight'",
+        r'groups of 3(.|\n)*"0.weight"',
     ),
     "typo": (
         net,

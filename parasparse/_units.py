@@ -1,0 +1,239 @@
+"""Patterns of units: blocks, channels, attention heads are kept or dropped as a whole.
+
+A unit is a tile: a tensor is cut into tiles of one size from index 0 on, the last ones short.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from parasparse._checks import check_sparsity, num_kept
+from parasparse._select import check_ranked, highest
+
+
+class _OfUnits(ABC):
+    """A pattern that keeps or drops whole units of entries; counts are in units."""
+
+    norm: float | None
+
+    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Return the mask for `scores`."""
+        check_sparsity(sparsity)
+        if scores.is_meta:
+            return torch.empty_like(scores, dtype=torch.bool)
+        units = self.pool(scores)
+        (kept,) = highest([units], num_kept(units.numel(), sparsity))
+        return self.spread(kept, scores.shape)
+
+    def pool(self, scores: Tensor) -> Tensor:
+        """Return the score of each unit."""
+        view, tile = self._tiles(scores.shape)
+        return _pool(scores.reshape(view), tile, self.norm)
+
+    def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
+        """Return a tensor of `shape` whose entries have the value of their unit."""
+        view, tile = self._tiles(shape)
+        return _spread(units, tile, view).reshape(shape)
+
+    @abstractmethod
+    def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
+        """Return how to view a tensor of `shape`, and the size of a unit along each dimension."""
+
+
+@dataclass(frozen=True)
+class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
+    """Keep or drop whole blocks: 90 % of the 16 x 16 blocks of a Linear, say.
+
+    Blocks lie side by side from index 0 on and are cut off at the other edges.
+
+    Args:
+        shape: size of a block along each dimension of the tensor; -1: the whole dimension.
+        norm: None ranks blocks by the mean of their scores; p > 0 by the p-norm, may be inf.
+
+    Raises:
+        ValueError: a size of 0 or below -1; on call: the tensor has another number of dimensions,
+            or is smaller than a block.
+
+    Examples:
+        >>> block((1, 2))(torch.tensor([[1.0, 5.0, 4.0, 3.0]]), 0.5).tolist()
+        [[False, False, True, True]]
+        >>> block((16, 16, -1, -1)).pool(torch.rand(64, 32, 3, 3)).shape  # a Conv2d
+        torch.Size([4, 2, 1, 1])
+
+    Reference: Narang, Undersander, Diamos, "Block-Sparse Recurrent Neural Networks", 2017,
+        arXiv:1711.02782, section 3.1. Differs: by the mean, not the maximum (`norm=math.inf`).
+    """
+
+    shape: tuple[int, ...]
+    norm: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not self.shape or not all(isinstance(n, int) and (n > 0 or n == -1) for n in self.shape):
+            raise ValueError(f"`shape` must hold sizes > 0, or -1; got {self.shape}.")
+        _check_norm(self.norm)
+
+    def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
+        if len(shape) != len(self.shape) or any(map(operator.gt, self.shape, shape)):
+            raise ValueError(
+                f"{self} must have a size for each dimension of the tensor and fit into it; got "
+                f"shape {tuple(shape)}. A size of -1 stands for a whole dimension."
+            )
+        whole = [max(size, 1) for size in shape]
+        return list(shape), [w if n == -1 else n for n, w in zip(self.shape, whole, strict=True)]
+
+
+@dataclass(frozen=True)
+class channel(_OfUnits):  # noqa: N801
+    """Keep or drop whole channels: the slices along `dim`.
+
+    The weights of Linear and Conv are (out, in, ...): `channel(0)` drops outputs, `channel(1)`
+    inputs.
+
+    Args:
+        dim: the dimension that counts the channels.
+        norm: None ranks channels by the mean of their scores; p > 0 by the p-norm, may be inf.
+
+    Raises:
+        ValueError: on call: the tensor has no such dimension.
+
+    Examples:
+        >>> channel(0)(torch.tensor([[1.0, 2.0], [3.0, 0.5]]), 0.5).tolist()
+        [[False, False], [True, True]]
+
+    Reference: Li et al., "Pruning Filters for Efficient ConvNets", 2017, arXiv:1608.08710,
+        section 3.1.
+    """
+
+    dim: int = 0
+    norm: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_norm(self.norm)
+
+    def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
+        dim = dimension(self, self.dim, shape)
+        return list(shape), [1 if d == dim else max(n, 1) for d, n in enumerate(shape)]
+
+
+@dataclass(frozen=True)
+class head(_OfUnits):  # noqa: N801
+    """Keep or drop whole attention heads: runs of channels along `dim`.
+
+    Fused projections hold query, key and value one after the other, and a head has a run in each:
+    `head(12, fused=3)` for the `in_proj_weight` of MultiheadAttention, (3 * 12 * d, embed_dim);
+    `head(12, dim=1)` for the weight of its `out_proj`, (embed_dim, 12 * d).
+
+    Args:
+        num_heads: number of heads.
+        dim: the dimension that counts the channels.
+        fused: number of projections that follow each other along `dim`.
+        norm: None ranks heads by the mean of their scores; p > 0 by the p-norm, may be inf.
+
+    Raises:
+        ValueError: a number below 1; on call: the tensor has no such dimension, or
+            `fused * num_heads` does not divide its size.
+
+    Examples:
+        >>> scores = torch.tensor([[1.0], [4.0], [2.0], [2.0], [1.0], [3.0]])
+        >>> head(2, fused=3)(scores, 0.5).flatten().tolist()
+        [False, True, False, True, False, True]
+
+    Reference: Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", 2019,
+        arXiv:1905.10650, section 4. Differs: any score, theirs is the gradient of a head's gate.
+    """
+
+    num_heads: int
+    dim: int = field(default=0, kw_only=True)
+    fused: int = field(default=1, kw_only=True)
+    norm: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.fused < 1:
+            raise ValueError(f"`num_heads` and `fused` must be >= 1; got {self}.")
+        _check_norm(self.norm)
+
+    def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
+        dim, runs = dimension(self, self.dim, shape), self.fused * self.num_heads
+        if shape[dim] % runs:
+            raise ValueError(
+                f"{self} must divide dimension {dim} into {runs} runs; got shape {tuple(shape)}."
+            )
+        view = [*shape[:dim], self.fused, self.num_heads, shape[dim] // runs, *shape[dim + 1 :]]
+        return view, [1 if d == dim + 1 else max(n, 1) for d, n in enumerate(view)]
+
+
+def dimension(pattern: Any, dim: int, shape: torch.Size) -> int:
+    """Return `dim` of `pattern` counted from the front."""
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(
+            f"{pattern} must find dimension {dim}; got a tensor of shape {tuple(shape)}."
+        )
+    return dim % len(shape)
+
+
+def _check_norm(norm: object) -> None:
+    """Raise ValueError if `norm` is no order of a norm."""
+    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        raise ValueError(f"`norm` must be None (the mean) or > 0, inf included; got {norm!r}.")
+
+
+def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
+    """Return one score for each tile of `scores`: the mean of s, or of s^norm, over its entries.
+
+    Args:
+        scores: any shape, no NaN.
+        tile: the size of a tile along each dimension.
+        norm: None: mean of s; inf: the largest s; else mean of s^norm, which ranks tiles of equal
+            and of different sizes as ||s||_norm / numel^(1/norm) does.
+
+    Raises:
+        ValueError: NaN, or with a norm negative ones among the scores.
+    """
+    check_ranked(scores)
+    # Means need a fraction, and more bits than half has.
+    lowest = torch.float32 if scores.is_floating_point() else torch.float64
+    values = scores.to(torch.promote_types(scores.dtype, lowest))
+    if norm is not None:
+        if bool((values < 0).any()):
+            raise ValueError(
+                f"scores must be >= 0 to take their norm; got {float(values.min()):g}. Use the "
+                "mean, `norm=None`, or scores that are magnitudes."
+            )
+        values = values if norm in (1, math.inf) else values**norm
+    cells = _tiled(values, tile)
+    inner = list(range(1, cells.ndim, 2))
+    if norm == math.inf:
+        return cells.amax(inner)
+    total = cells.sum(inner)
+    for dim, (size, length) in enumerate(zip(tile, scores.shape, strict=True)):
+        counts = torch.full((total.shape[dim],), size, dtype=total.dtype, device=total.device)
+        if length % size:
+            counts[-1] = length % size
+        total = total / counts.view([-1 if d == dim else 1 for d in range(total.ndim)])
+    return total
+
+
+def _spread(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return a tensor of `shape` that has the value of its tile everywhere."""
+    for dim, size in enumerate(tile):
+        units = units.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+    return units.contiguous()
+
+
+def _tiled(values: Tensor, tile: Sequence[int]) -> Tensor:
+    """Return `values` as (tiles, entries) for each dimension in turn; zeros fill the last tiles."""
+    short = [-length % size for size, length in zip(tile, values.shape, strict=True)]
+    if any(short):
+        values = F.pad(values, [n for missing in reversed(short) for n in (0, missing)])
+    sizes = zip(values.shape, tile, strict=True)
+    return values.reshape([n for length, size in sizes for n in (length // size, size)])

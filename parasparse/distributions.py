@@ -1,0 +1,152 @@
+"""Distributions: shapes and one sparsity in, a sparsity for each tensor out.
+
+A distribution is any callable `(shapes by name, sparsity) -> sparsity by name`. Those here share
+out exactly `num_kept(n, sparsity)` of the n entries of all tensors, to the single entry. With a
+pattern of units (blocks, channels, heads) each sparsity counts units instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+
+from parasparse._checks import check_sparsity, listed, num_kept
+
+Shapes = Mapping[str, tuple[int, ...]]
+Floors = float | Mapping[str, float]
+
+
+def uniform(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
+    """Return the same sparsity for all, but for single entries that make the total exact.
+
+    Args:
+        shapes: by name.
+        sparsity: share of zeros of all tensors together, in [0, 1].
+        max_sparsity: no tensor gets sparser than this: a number, or one by name (1 for the others).
+            Bind it with `functools.partial(uniform, max_sparsity=0.99)`.
+
+    Raises:
+        ValueError: a share outside [0, 1]; a name that is not there; `max_sparsity` keeps more
+            entries than `sparsity` allows.
+
+    Examples:
+        >>> uniform({"a": (10, 10), "b": (5, 5)}, 0.8)
+        {'a': 0.8, 'b': 0.8}
+    """
+    return _shared_out(shapes, sparsity, max_sparsity, math.prod)
+
+
+def erdos_renyi(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
+    """Return sparsities with 1 - s proportional to (n_out + n_in) / (n_out * n_in), at most 1.
+
+    Args, Raises: as `uniform`.
+
+    n_out and n_in are the first two dimensions; a tensor with fewer has ratio 1.
+
+    Examples:
+        >>> shares = erdos_renyi({"wide": (100, 100), "narrow": (10, 10)}, 0.9)
+        >>> {name: round(sparsity, 3) for name, sparsity in shares.items()}
+        {'wide': 0.908, 'narrow': 0.08}
+
+    Reference: Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse
+        Connectivity", 2018, arXiv:1707.04780, equation 2.
+    """
+    return _shared_out(shapes, sparsity, max_sparsity, _edges)
+
+
+def erk(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
+    """Return sparsities with 1 - s proportional to (sum of dims) / (product of dims), at most 1.
+
+    Args, Raises: as `uniform`.
+
+    The kernel of a convolution counts: Erdos-Renyi-Kernel.
+
+    Examples:
+        >>> shares = erk({"conv": (64, 64, 3, 3), "fc": (10, 64)}, 0.9)
+        >>> {name: round(sparsity, 3) for name, sparsity in shares.items()}
+        {'conv': 0.916, 'fc': 0.0}
+
+    Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (1). Differs:
+        what full tensors leave over, and what rounding does, goes to the others, so that the total
+        is exact.
+    """
+    return _shared_out(shapes, sparsity, max_sparsity, lambda shape: sum(shape) if shape else 1)
+
+
+def _edges(shape: tuple[int, ...]) -> int:
+    """Return numel * (n_out + n_in) / (n_out * n_in)."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    return (shape[0] + shape[1]) * math.prod(shape[2:])
+
+
+def _shared_out(
+    shapes: Shapes,
+    sparsity: float,
+    max_sparsity: Floors,
+    weigh: Callable[[tuple[int, ...]], int],
+) -> dict[str, float]:
+    """Return sparsities that keep entries in proportion to `weigh(shape)`, within the bounds."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = num_kept(sum(sizes.values()), check_sparsity(sparsity))
+    floors = _floors(sizes, max_sparsity)
+    least = sum(floors.values())
+    if least > total:
+        raise ValueError(
+            f"`max_sparsity` must leave room for `sparsity`; it keeps {least:,} of "
+            f"{sum(sizes.values()):,} entries, and {sparsity} keeps {total:,}. Raise it, or lower "
+            "`sparsity`."
+        )
+    weights = {name: weigh(tuple(shape)) if sizes[name] else 0 for name, shape in shapes.items()}
+    kept = _rounded(_proportional(weights, floors, sizes, total), total)
+    return {name: 1 - kept[name] / size if size else 0.0 for name, size in sizes.items()}
+
+
+def _floors(sizes: Mapping[str, int], max_sparsity: Floors) -> dict[str, int]:
+    """Return the least number of entries that each tensor keeps."""
+    if not isinstance(max_sparsity, Mapping):
+        most = check_sparsity(max_sparsity, "max_sparsity")
+        return {name: num_kept(size, most) for name, size in sizes.items()}
+    unknown = max_sparsity.keys() - sizes.keys()
+    if unknown:
+        raise ValueError(
+            f"`max_sparsity` must name tensors that are there; got {listed(sorted(unknown))}, "
+            f"there are {listed(sizes)}."
+        )
+    shares = {
+        name: check_sparsity(s, f"max_sparsity of {name}") for name, s in max_sparsity.items()
+    }
+    return {name: num_kept(size, shares.get(name, 1.0)) for name, size in sizes.items()}
+
+
+def _proportional(
+    weights: Mapping[str, int], floors: Mapping[str, int], sizes: Mapping[str, int], total: int
+) -> dict[str, Fraction]:
+    """Return x with x = clamp(e * weight, floor, size) for one number e, and sum(x) = total.
+
+    In fractions, since floats lose single entries. Each round fixes what is out of bounds on the
+    side where more is: its bound holds at the solution too.
+    """
+    fixed: dict[str, Fraction] = {name: Fraction(0) for name, size in sizes.items() if size == 0}
+    while free := [name for name in sizes if name not in fixed]:
+        scale = (total - sum(fixed.values())) / Fraction(sum(weights[name] for name in free))
+        wanted = {name: scale * weights[name] for name in free}
+        over = {name: Fraction(sizes[name]) for name in free if wanted[name] > sizes[name]}
+        under = {name: Fraction(floors[name]) for name in free if wanted[name] < floors[name]}
+        if not over and not under:
+            return fixed | wanted
+        excess = sum(wanted[name] - bound for name, bound in over.items())
+        lack = sum(bound - wanted[name] for name, bound in under.items())
+        fixed |= over if excess >= lack else {}
+        fixed |= under if lack >= excess else {}
+    return fixed
+
+
+def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
+    """Return whole numbers that sum to `total`: the largest fractions are rounded up."""
+    whole = {name: math.floor(share) for name, share in shares.items()}
+    by_fraction = sorted(shares, key=lambda name: whole[name] - shares[name])
+    for name in by_fraction[: total - sum(whole.values())]:
+        whole[name] += 1
+    return whole
