@@ -83,7 +83,8 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
         _check_norm(self.norm)
 
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
-        if len(shape) != len(self.shape) or any(map(operator.gt, self.shape, shape)):
+        too_large = 0 not in shape and any(map(operator.gt, self.shape, shape))
+        if len(shape) != len(self.shape) or too_large:
             raise ValueError(
                 f"{self} must have a size for each dimension of the tensor and fit into it; got "
                 f"shape {tuple(shape)}. A size of -1 stands for a whole dimension."

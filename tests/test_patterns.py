@@ -1,17 +1,30 @@
+"""What a pattern keeps: exact counts, order within groups, ties, nesting, against brute force."""
+
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.utils import prune
 
 from parasparse import patterns
 from parasparse._checks import num_kept
+from parasparse.patterns import block, chain, channel, head, jointly, n_of_m, nearly_diagonal
 
 shares = st.floats(0, 1)
+seeds = st.integers(0, 2**31)
 # Few values, so that ties are common; infinities and signed zeros are scores like any other.
 score_lists = st.lists(
     st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, float("inf"), -float("inf"), 1e-30]), max_size=40
 )
+
+
+def drawn(shape, seed, levels=6):
+    """Return scores >= 0 with many ties."""
+    return torch.randint(0, levels, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 @given(st.integers(0, 10**9), shares)
@@ -36,21 +49,26 @@ def test_unstructured_keeps_the_best_and_of_ties_the_first(values, sparsity):
     assert {i for i, kept in enumerate(mask.tolist()) if kept} == wanted
 
 
-@given(score_lists, shares, shares)
-def test_unstructured_masks_are_nested_in_sparsity(values, one, two):
-    low, high = sorted((one, two))
-    scores = torch.tensor(values)
-    sparser, denser = patterns.unstructured(scores, high), patterns.unstructured(scores, low)
-    assert not (sparser & ~denser).any()
-
-
-@given(st.integers(1, 60), shares, st.integers(0, 2**31))
+@given(st.integers(1, 60), shares, seeds)
 def test_unstructured_agrees_with_torch_prune_where_nothing_ties(n, sparsity, seed):
     weight = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).float() + 1
-    module = torch.nn.Module()
-    module.weight = torch.nn.Parameter(weight)
+    module = nn.Module()
+    module.weight = nn.Parameter(weight)
     prune.l1_unstructured(module, "weight", amount=round(n * sparsity))
     assert torch.equal(patterns.unstructured(weight, sparsity), module.weight_mask.bool())
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), shares, seeds)
+def test_jointly_agrees_with_torch_global_unstructured_where_nothing_ties(sizes, sparsity, seed):
+    scores = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed)).float() + 1
+    named = {str(i): part for i, part in enumerate(scores.split(sizes))}
+    module = nn.ParameterDict(named)
+    prune.global_unstructured(
+        [(module, name) for name in named], prune.L1Unstructured,
+        amount=round(sum(sizes) * sparsity),
+    )  # fmt: skip
+    for name, mask in jointly(named, sparsity).items():
+        assert torch.equal(mask, getattr(module, f"{name}_mask").bool())
 
 
 @pytest.mark.parametrize(
@@ -72,46 +90,324 @@ def test_unstructured_counts_in_logical_order_whatever_the_strides():
 
 @given(
     st.integers(1, 5).flatmap(lambda m: st.tuples(st.integers(0, m), st.just(m))),
-    st.integers(1, 3),
+    st.integers(1, 13),
     st.integers(0, 2),
-    st.integers(0, 2**31),
+    st.sampled_from(["keep", "pad"]),
+    seeds,
 )
-def test_n_of_m_keeps_the_n_best_of_every_group(counts, groups, dim, seed):
+def test_n_of_m_keeps_the_n_best_of_every_group(counts, size, dim, remainder, seed):
     n, m = counts
     shape = [2, 3, 2]
-    shape[dim] = m * groups
-    scores = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
-    mask = patterns.n_of_m(n, m, dim)(scores)
-    rows = zip(
-        scores.movedim(dim, -1).reshape(-1, m).tolist(),
-        mask.movedim(dim, -1).reshape(-1, m).tolist(),
-        strict=True,
+    shape[dim] = size
+    scores = drawn(shape, seed, 4)
+    mask = n_of_m(n, m, dim, remainder=remainder)(scores)
+    if size % m == 0:
+        assert torch.equal(mask, n_of_m(n, m, dim)(scores))
+    rows = scores.movedim(dim, -1).reshape(-1, size).tolist()
+    kept = mask.movedim(dim, -1).reshape(-1, size).tolist()
+    for row, keep in zip(rows, kept, strict=True):
+        for start in range(0, size, m):
+            group, got = row[start : start + m], keep[start : start + m]
+            most = len(group) if remainder == "keep" and len(group) < m else n
+            best = sorted(range(len(group)), key=lambda i: (-group[i], i))[:most]
+            assert [i for i in range(len(group)) if got[i]] == sorted(best)
+
+
+# Each pattern of units, the shape it is tried on, and the units by brute force: the indices of the
+# entries of each, in order.
+def blocks(shape, tile):
+    starts = itertools.product(*(range(0, n, t) for n, t in zip(shape, tile, strict=True)))
+    for start in starts:
+        yield list(
+            itertools.product(
+                *(range(s, min(s + t, n)) for s, t, n in zip(start, tile, shape, strict=True))
+            )
+        )
+
+
+def heads(shape, number, dim, fused):
+    run = shape[dim] // (number * fused)
+    for h in range(number):
+        yield [
+            index
+            for index in itertools.product(*map(range, shape))
+            if index[dim] // run % number == h
+        ]
+
+
+UNITS = {
+    "block": (block((2, 3)), (6, 9), blocks((6, 9), (2, 3))),
+    "block_cut_at_the_edges": (block((2, 3)), (5, 7), blocks((5, 7), (2, 3))),
+    "block_of_kernels": (block((2, 1, -1, -1)), (4, 3, 2, 2), blocks((4, 3, 2, 2), (2, 1, 2, 2))),
+    "block_1d": (block((4,)), (10,), blocks((10,), (4,))),
+    "channel_0": (channel(0), (7, 3, 2), blocks((7, 3, 2), (1, 3, 2))),
+    "channel_1": (channel(1), (3, 8), blocks((3, 8), (3, 1))),
+    "channel_last": (channel(-1), (3, 2, 5), blocks((3, 2, 5), (3, 2, 1))),
+    "channel_of_a_vector": (channel(), (6,), blocks((6,), (1,))),
+    "head_fused": (head(4, fused=3), (24, 5), heads((24, 5), 4, 0, 3)),
+    "head_of_the_output": (head(3, dim=1), (4, 6), heads((4, 6), 3, 1, 1)),
+    "head_of_a_bias": (head(2, fused=3), (12,), heads((12,), 2, 0, 3)),
+}
+UNITS = {name: (p, shape, list(units)) for name, (p, shape, units) in UNITS.items()}
+each_of_units = pytest.mark.parametrize(
+    ("pattern", "shape", "units"), UNITS.values(), ids=UNITS.keys()
+)
+
+
+def ranked(units, scores, measure):
+    """Return the numbers of the units, the best first."""
+    values = [measure([scores[index].item() for index in unit]) for unit in units]
+    return sorted(range(len(units)), key=lambda u: (-values[u], u))
+
+
+def mask_of_units(units, kept, shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for unit in kept:
+        for index in units[unit]:
+            mask[index] = True
+    return mask
+
+
+@each_of_units
+@given(shares, seeds)
+def test_whole_units_stay_the_ones_with_the_highest_mean(pattern, shape, units, sparsity, seed):
+    scores = drawn(shape, seed).double()
+    best = ranked(units, scores, lambda values: sum(values) / len(values))
+    kept = best[: num_kept(len(units), sparsity)]
+    assert torch.equal(pattern(scores, sparsity), mask_of_units(units, kept, shape))
+
+
+@pytest.mark.parametrize("norm", [1, 2, 3.5, math.inf])
+@pytest.mark.parametrize("make", [lambda p: block((2, 3), norm=p), lambda p: channel(1, norm=p)])
+def test_a_norm_ranks_units_by_it(norm, make):
+    scores = torch.rand(6, 9, dtype=torch.double)
+    pattern = make(norm)
+    name = "block" if isinstance(pattern, block) else "channel_1"
+    units = UNITS["block"][2] if name == "block" else list(blocks((6, 9), (6, 1)))
+    best = ranked(units, scores, lambda values: torch.tensor(values).norm(norm).item())
+    for kept in range(len(units)):
+        mask = pattern(scores, 1 - kept / len(units))
+        assert torch.equal(mask, mask_of_units(units, best[:kept], (6, 9)))
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+@pytest.mark.parametrize("dim", [0, 1, 3])
+def test_channels_agree_with_torch_ln_structured(norm, dim):
+    layer = nn.Conv2d(8, 12, (3, 5))
+    weight = layer.weight.detach().clone()
+    size = weight.shape[dim]
+    for drop in range(1, size):
+        module = nn.Conv2d(8, 12, (3, 5))
+        module.weight = nn.Parameter(weight.clone())
+        prune.ln_structured(module, "weight", amount=drop, n=norm, dim=dim)
+        mask = channel(dim, norm=norm)(weight.abs(), drop / size)
+        assert torch.equal(mask, module.weight_mask.bool())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tile", [(1, 4), (4, 4), (3, 5)])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_blocks_agree_with_torch_ao_where_its_shapes_are_valid(tile, norm):
+    from torch.ao.pruning import WeightNormSparsifier
+
+    model = nn.Sequential(nn.Linear(20, 12))
+    theirs = WeightNormSparsifier(sparsity_level=0.6, sparse_block_shape=tile, norm=norm)
+    theirs.prepare(model, [{"tensor_fqn": "0.weight"}])
+    scores = model[0].parametrizations.weight.original.detach().abs()
+    theirs.step()
+    assert torch.equal(
+        block(tile, norm=norm)(scores, 0.6), model[0].parametrizations.weight[0].mask.bool()
     )
-    for row, kept in rows:
-        best = sorted(range(m), key=lambda i: (-row[i], i))[:n]
-        assert [i for i in range(m) if kept[i]] == sorted(best)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("rows", "columns", "k"), [(6, 6, 1), (5, 8, 3), (8, 5, 9), (7, 7, 5)])
+def test_nearly_diagonal_agrees_with_torch_ao(rows, columns, k):
+    from torch.ao.pruning import NearlyDiagonalSparsifier
+
+    model = nn.Sequential(nn.Linear(columns, rows))
+    theirs = NearlyDiagonalSparsifier(nearliness=k)
+    theirs.prepare(model, [{"tensor_fqn": "0.weight"}])
+    theirs.step()
+    mask = nearly_diagonal(k)(torch.rand(rows, columns))
+    assert torch.equal(mask, model[0].parametrizations.weight[0].mask.bool())
+    deep = nearly_diagonal(k)(torch.rand(rows, columns, 2, 3))
+    assert torch.equal(deep, mask[:, :, None, None].expand(-1, -1, 2, 3))
+
+
+PATTERNS = {
+    "unstructured": (patterns.unstructured, (6, 8)),
+    **{name: case[:2] for name, case in UNITS.items()},
+    "chain": (chain(channel(0), n_of_m(2, 4)), (6, 8)),
+    "chain_of_a_band": (chain(nearly_diagonal(5), patterns.unstructured), (6, 8)),
+}
+each_pattern = pytest.mark.parametrize(("pattern", "shape"), PATTERNS.values(), ids=PATTERNS.keys())
+
+
+@each_pattern
+@given(shares, shares, seeds)
+def test_masks_are_nested_in_sparsity(pattern, shape, one, two, seed):
+    low, high = sorted((one, two))
+    scores = drawn(shape, seed)
+    sparser, denser = pattern(scores, high), pattern(scores, low)
+    assert sparser.dtype == torch.bool
+    assert sparser.shape == shape
+    assert not (sparser & ~denser).any()
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: patterns.unstructured(torch.tensor([float("nan"), 1]), 0.5),
-            "must not be NaN; got 1",
-        ),
-        (lambda: patterns.n_of_m(2, 4)(torch.full((1, 4), float("nan"))), "must not be NaN; got 4"),
-        (lambda: patterns.unstructured(torch.ones(2), 1.5), r"in \[0, 1\]"),
-        (lambda: patterns.unstructured(torch.ones(2), float("nan")), r"in \[0, 1\]"),
-        (lambda: patterns.n_of_m(2, 4)(torch.ones(4, 6)), "groups of 4; got shape"),
-        (lambda: patterns.n_of_m(2, 4)(torch.ones(4)), r"dimension 1; got a tensor of shape \(4,\)"),
-        (lambda: patterns.n_of_m(5, 4), "n=5, m=4"),
-    ],
+    "pattern", [patterns.unstructured, block((2, 2)), channel(0), chain(channel(0), n_of_m(1, 2))]
 )
+@given(seeds, shares)
+def test_without_ties_the_order_of_the_scores_is_all_that_counts(pattern, seed, sparsity):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(6, 8, generator=generator, dtype=torch.double)
+    mask = pattern(scores, sparsity)
+    rows = torch.randperm(3, generator=generator)
+    order = torch.stack([2 * rows, 2 * rows + 1], 1).flatten()  # pairs of rows: blocks stay whole
+    assert torch.equal(pattern(scores[order], sparsity), mask[order])
+    if pattern is patterns.unstructured:
+        assert torch.equal(pattern(scores.exp() - 5, sparsity), mask)
+
+
+@each_of_units
+@given(shares, seeds)
+def test_units_of_several_tensors_are_ranked_together(pattern, shape, units, sparsity, seed):
+    scores = {"a": drawn(shape, seed).double(), "b": drawn(shape, seed + 1).double()}
+    masks = jointly(scores, sparsity, pattern=pattern)
+    pooled = torch.cat([pattern.pool(score).flatten() for score in scores.values()])
+    best = sorted(range(len(pooled)), key=lambda u: (-pooled[u].item(), u))
+    kept = best[: num_kept(2 * len(units), sparsity)]
+    for place, name in enumerate(scores):
+        own = [u - place * len(units) for u in kept if u // len(units) == place]
+        assert torch.equal(masks[name], mask_of_units(units, own, shape))
+
+
+def test_a_chain_ranks_its_first_pattern_jointly_and_narrows_what_is_left():
+    scores = {"a": torch.rand(6, 8), "b": torch.rand(4, 8) + 1}
+    masks = jointly(scores, 0.6, pattern=chain(channel(0), n_of_m(2, 4)))
+    assert masks["b"].sum(1).tolist() == [4] * 4
+    assert not masks["a"].any()
+    nested = chain(nearly_diagonal(5), chain(nearly_diagonal(3), n_of_m(1, 2)))
+    assert not nested.takes_sparsity
+    mask = nested(torch.rand(6, 6))
+    assert not (mask & ~nearly_diagonal(3)(mask)).any()
+    assert (mask.view(6, 3, 2).sum(2) <= 1).all()
+
+
+def test_a_chain_gives_the_budget_to_what_is_left():
+    scores = torch.arange(64.0).view(8, 8)
+    mask = chain(nearly_diagonal(3), patterns.unstructured)(scores, 0.75)
+    assert mask.sum() == 16
+    assert torch.equal(mask.nonzero()[-1], torch.tensor([7, 7]))
+    whole = chain(nearly_diagonal(3), patterns.unstructured)(scores.long(), 0.75)
+    assert torch.equal(mask, whole)
+
+
+def test_a_pattern_of_ones_own_is_ranked_jointly_as_one_flat_tensor():
+    def first(scores, sparsity):
+        return torch.arange(scores.numel()).view(scores.shape) < num_kept(scores.numel(), sparsity)
+
+    masks = jointly({"a": torch.rand(2, 3), "b": torch.rand(4)}, 0.3, pattern=first)
+    assert masks["a"].all()
+    assert masks["b"].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.long, torch.bool])
+def test_means_are_taken_in_enough_bits(dtype):
+    scores = torch.zeros(2, 4096, dtype=torch.double)
+    scores[0] = 1
+    scores[1, 1:] = 1
+    assert channel(0)(scores.to(dtype), 0.5)[:, 0].tolist() == [True, False]
+
+
+EVERY = {
+    "unstructured": lambda s, share: patterns.unstructured(s, share),
+    "block": lambda s, share: block((1, 2))(s, share),
+    "channel": lambda s, share: channel(0)(s, share),
+    "head": lambda s, share: head(2)(s, share),
+    "n_of_m": lambda s, share: n_of_m(1, 2)(s),
+    "chain": lambda s, share: chain(channel(0), n_of_m(1, 2))(s, share),
+}
+every = pytest.mark.parametrize("call", EVERY.values(), ids=EVERY.keys())
+
+
+@every
+@pytest.mark.parametrize("value", [1.0, 0.0, -math.inf, math.inf])
+def test_equal_scores_keep_the_first_and_the_count(call, value):
+    mask = call(torch.full((4, 6), value), 0.5)
+    assert torch.equal(mask, call(torch.ones(4, 6), 0.5))
+    assert mask.sum() in (6, 12)
+    assert mask[0, 0]
+
+
+@every
+def test_empty_tensors_have_empty_masks(call):
+    for shape in ((0, 4), (4, 0)):
+        assert call(torch.ones(shape), 0.5).shape == shape
+
+
+@every
+def test_meta_scores_give_meta_masks(call):
+    mask = call(torch.ones(4, 6, device="meta"), 0.5)
+    assert mask.is_meta
+    assert mask.dtype == torch.bool
+    assert mask.shape == (4, 6)
+
+
+def test_a_scalar_is_ranked_by_unstructured_and_refused_by_the_others():
+    assert patterns.unstructured(torch.tensor(3.0), 0.4).item() is True
+    for call in (channel(0), block((1,)), head(1)):
+        with pytest.raises(ValueError, match=r"got .*shape \(\)"):
+            call(torch.tensor(3.0), 0.5)
+    for call in (n_of_m(1, 2), nearly_diagonal(1)):
+        with pytest.raises(ValueError, match=r"got .*shape \(\)"):
+            call(torch.tensor(3.0))
+
+
+NAN = torch.full((4, 6), float("nan"))
+REFUSED = {
+    "nan": (lambda: patterns.unstructured(torch.tensor([float("nan"), 1]), 0.5), "NaN; got 1"),
+    "nan_in_groups": (lambda: n_of_m(2, 4)(torch.full((1, 4), float("nan"))), "NaN; got 4"),
+    "nan_in_units": (lambda: channel(0)(NAN, 0.5), "NaN; got 24"),
+    "nan_in_norms": (lambda: block((2, 2), norm=2)(NAN, 0.5), "NaN; got 24"),
+    "nan_at_full_sparsity": (lambda: patterns.unstructured(NAN, 1.0), "NaN; got 24"),
+    "inf_minus_inf": (
+        lambda: channel(0)(torch.tensor([[math.inf, -math.inf]]), 0.5), "NaN; got 1 NaN of 1"
+    ),
+    "sparsity": (lambda: patterns.unstructured(torch.ones(2), 1.5), r"in \[0, 1\]"),
+    "nan_sparsity": (lambda: patterns.unstructured(torch.ones(2), float("nan")), r"in \[0, 1\]"),
+    "unit_sparsity": (lambda: channel(0)(torch.ones(2, 2), -0.1), r"in \[0, 1\]"),
+    "remainder": (lambda: n_of_m(2, 4)(torch.ones(4, 6)), "groups of 4; got shape"),
+    "depthwise": (lambda: n_of_m(2, 4)(torch.ones(32, 1, 3, 3)), "It is depthwise"),
+    "group_dimension": (lambda: n_of_m(2, 4)(torch.ones(4)), r"dimension 1; got .*\(4,\)"),
+    "n_above_m": (lambda: n_of_m(5, 4), "n=5, m=4"),
+    "remainder_word": (lambda: n_of_m(2, 4, remainder="drop"), 'got \'drop\''),
+    "block_too_large": (lambda: block((4, 16))(torch.ones(8, 8), 0.5), "fit into it; got shape"),
+    "block_dimensions": (lambda: block((4, 4))(torch.ones(8, 8, 3, 3), 0.5), "each dimension"),
+    "block_of_nothing": (lambda: block((0, 4)), "sizes > 0"),
+    "norm_word": (lambda: channel(0, norm=0), "> 0"),
+    "norm_of_signed": (lambda: channel(0, norm=2)(-torch.ones(2, 2), 0.5), ">= 0"),
+    "channel_dimension": (lambda: channel(2)(torch.ones(2, 2), 0.5), "dimension 2"),
+    "heads_do_not_divide": (lambda: head(5, fused=3)(torch.ones(24, 4), 0.5), "into 15 runs"),
+    "no_heads": (lambda: head(0), ">= 1"),
+    "even_band": (lambda: nearly_diagonal(4), "odd"),
+    "wide_band": (lambda: nearly_diagonal(9)(torch.ones(4, 8)), "must fit"),
+    "chain_of_one": (lambda: chain(channel(0)), "two or more"),
+    "chain_of_two_shares": (lambda: chain(channel(0), patterns.unstructured), "one of them"),
+    "chain_with_late_units": (lambda: chain(n_of_m(2, 4), channel(0)), "units first"),
+    "jointly_without_a_share": (lambda: jointly({}, 0.5, pattern=n_of_m(2, 4)), "takes none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_ranked_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_complex_scores_are_refused():
+def test_complex_scores_and_missing_sparsities_are_refused():
     with pytest.raises(TypeError, match="real"):
         patterns.unstructured(torch.ones(2, dtype=torch.cfloat), 0.5)
+    with pytest.raises(TypeError, match="`sparsity` must be a number"):
+        chain(channel(0), n_of_m(1, 2))(torch.ones(2, 2))

@@ -30,7 +30,10 @@ MESH = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1], [1, 1, 0, 0, 0]]).bool()
         (torch.eye(8).roll(1, 0).repeat(1, 2), "1:8"),
         (torch.eye(4).roll(1, 0).add(torch.eye(4)).repeat(2, 2), "2:4, 2:4 along 0"),
         (torch.rand(8, 2, 8).argsort().lt(7).flatten(1), "7:8"),
-        (torch.rand(9, 2, 8).argsort().lt(3).flatten(1) & (torch.arange(9) % 3 > 0)[:, None], "3:8"),
+        (
+            torch.rand(9, 2, 8).argsort().lt(3).flatten(1) & (torch.arange(9) % 3 > 0)[:, None],
+            "3:8",
+        ),
         (MESH, "unstructured"),
         (MESH.repeat_interleave(2, 0).repeat_interleave(3, 1), "block(2 x 3)"),
         (MESH.repeat_interleave(3, 1)[:, :-1], "block(1 x 3)"),
