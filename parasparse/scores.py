@@ -5,8 +5,14 @@ A score is any callable `(tensor, name) -> scores` whose result is real and has 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+Score = Callable[[Tensor, str], Tensor]
 
 
 def magnitude(tensor: Tensor, name: str = "") -> Tensor:
@@ -44,3 +50,28 @@ def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None 
     """
     device = tensor.device if generator is None else generator.device
     return torch.rand(tensor.shape, generator=generator, device=device).to(tensor.device)
+
+
+@dataclass(frozen=True)
+class zeros_first:  # noqa: N801 - a score reads as a function
+    """Score as `score` does, but entries that are 0 now lowest of all: they are pruned first.
+
+    To prune a sparse model further by a score that may rank its zeros high. `magnitude` does not
+    need it. For patterns of entries; a unit that holds a single zero would be the lowest too.
+
+    Args:
+        score: any score.
+
+    Examples:
+        >>> score = zeros_first(lambda tensor, name: torch.tensor([1.0, 2.0, 3.0]))
+        >>> score(torch.tensor([5.0, 0.0, 4.0]), "w").tolist()
+        [1.0, -inf, 3.0]
+    """
+
+    score: Score
+
+    def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
+        """Return the scores of `tensor`."""
+        scores = self.score(tensor, name)
+        values = scores if scores.is_floating_point() else scores.double()
+        return torch.where(tensor == 0, -math.inf, values)

@@ -20,8 +20,8 @@ from parasparse._checks import check_sparsity, listed
 from parasparse._tables import described
 from parasparse.parametrizations import SoftMask
 from parasparse.patterns import Pattern, jointly, takes_sparsity
+from parasparse.scores import Score
 
-Score = Callable[[Tensor, str], Tensor]
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
 
