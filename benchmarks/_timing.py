@@ -6,7 +6,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Timing:
     ratio: float
 
 
-def compare(functions: dict[str, Callable[[], object]], *, repeats: int = 15) -> dict[str, Timing]:
+def compare(
+    functions: dict[str, Callable[[], object]], *, repeats: int = 15, warm_up: int = 3
+) -> dict[str, Timing]:
     """Time `functions` in turn, so that drift hits all alike; ratios are to the first of them."""
-    for function in functions.values():
-        for _ in range(3):
+    for _ in range(warm_up):
+        for function in functions.values():
             function()
     rounds: list[dict[str, float]] = []
     for _ in range(repeats):
@@ -48,23 +51,49 @@ def compare(functions: dict[str, Callable[[], object]], *, repeats: int = 15) ->
     return results
 
 
-def write(name: str, results: dict[str, dict[str, Timing]]) -> Path:
-    """Print the results, and write them with the machine and the versions they were had on."""
-    for question, timings in results.items():
-        print(question)
-        for label, t in timings.items():
-            print(f"  {label:<24}{t.median:9.3f} ms [{t.low:.3f}, {t.high:.3f}]  x {t.ratio:.3f}")
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use `number` threads for the length of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def show(question: str, timings: dict[str, Timing]) -> None:
+    """Print the answer to one question."""
+    print(question)
+    for label, t in timings.items():
+        print(f"  {label:<28}{t.median:12.4f} ms [{t.low:.4f}, {t.high:.4f}]  x {t.ratio:.3f}")
+
+
+def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> Path:
+    """Write the results with the machine and the versions they were had on."""
     machine = {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
     }
     content = {
         "machine": machine,
+        "unit": "milliseconds; ratio to the first of each question",
         "results": {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()},
+        **more,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,20 +1,133 @@
-"""What do masks cost? ResNet-18 forward and training step, masked against dense and squashed."""
+"""What do masks cost, against dense weights and against other ways to mask?
+
+    python -m benchmarks.overhead [weights] [networks] [reading]
+
+Peers: torch.nn.utils.prune and torch.ao.pruning's FakeSparsity store float masks (4 bytes an entry)
+and multiply, so that NaN stays NaN; stock parametrizations with `where`, and with a product, of a
+bool mask.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torch.ao.pruning import FakeSparsity
+from torch.nn.utils import parametrize, prune
+from torchvision.models import resnet18, vit_b_16
 
 import parasparse as ps
-from benchmarks._timing import compare, write
+from benchmarks._timing import Timing, compare, show, threads, write
+
+Read = Callable[[], Tensor]
+Results = Iterator[tuple[str, dict[str, Timing]]]
 
 
-def step(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+class Where(nn.Module):
+    """The plain way to select by a bool mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, 0.0)
+
+
+class Product(Where):
+    """The plain way to multiply with a bool mask."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.mask * weight
+
+
+def linear(size: int) -> tuple[nn.Linear, Tensor]:
+    """Return a layer of `size` weights and a mask that keeps a tenth of them."""
+    rows = 1 << (size.bit_length() - 1) // 2
+    layer = nn.Linear(size // rows, rows, bias=False)
+    return layer, torch.rand(layer.weight.shape) < 0.1
+
+
+def peers(layer: nn.Linear, mask: Tensor) -> dict[str, tuple[Read, nn.Parameter]]:
+    """Return how each peer reads the weight of `layer`, masked, and the Parameter it starts from."""
+    found: dict[str, tuple[Read, nn.Parameter]] = {}
+    pruned = copy.deepcopy(layer)
+    prune.custom_from_mask(pruned, "weight", mask)
+    (hook,) = pruned._forward_pre_hooks.values()  # each forward computes the weight anew in it
+
+    def by_prune() -> Tensor:
+        hook(pruned, None)
+        return pruned.weight
+
+    found["torch.nn.utils.prune"] = by_prune, pruned.weight_orig
+    modules = {"torch.ao FakeSparsity": FakeSparsity(mask.float())}
+    modules |= {"stock where": Where(mask), "stock product": Product(mask)}
+    for name, module in modules.items():
+        other = copy.deepcopy(layer)
+        parametrize.register_parametrization(other, "weight", module)
+        original = other.parametrizations.weight.original
+        found[name] = (lambda other=other: other.weight), original
+    ours = ps.sparsify(copy.deepcopy(layer), {"weight": mask})
+    found["parasparse"] = (lambda: ours.weight), ours.parametrizations.weight.original
+    return found
+
+
+def weights() -> Results:
+    """A read of one weight, forward alone and with backward, against a plain copy."""
+    for exponent, repeats in ((18, 200), (20, 60), (24, 15)):
+        layer, mask = linear(1 << exponent)
+        grad = torch.randn_like(layer.weight)
+        dense = layer.weight
+        reads = {"clone": (dense.clone, dense), **peers(layer, mask)}
+        both = {
+            name: (lambda read=read, p=p: torch.autograd.grad(read(), p, grad))
+            for name, (read, p) in reads.items()
+        }
+        for number in (1, 2):
+            with threads(number):
+                with torch.no_grad():
+                    forward = {name: read for name, (read, _) in reads.items()}
+                    question = f"2^{exponent} weights, {number} thread(s), forward"
+                    yield question, compare(forward, repeats=repeats)
+                yield f"{question} and backward", compare(both, repeats=repeats)
+
+
+def reading() -> Results:
+    """A read of a small weight, against the bare operation on the bare tensors."""
+    layer, mask = linear(64 * 64)
+    weight = layer.weight
+    reads = {
+        "bare where": lambda: torch.where(mask, weight, 0.0),
+        "bare product, float mask": lambda m=mask.float(): weight * m,
+        "dense": lambda: layer.weight,
+        **{name: read for name, (read, _) in peers(layer, mask).items()},
+    }
+    frozen = ps.sparsify(copy.deepcopy(layer), {"weight": mask})
+    with threads(1):
+        yield "reading one 64 x 64 weight, training", compare(reads, repeats=5_000)
+        with torch.no_grad(), ps.frozen(frozen):
+            more = {**reads, "parasparse, frozen": lambda: frozen.weight}
+            yield "reading one 64 x 64 weight, evaluation", compare(more, repeats=5_000)
+
+
+class Recurrent(nn.Module):
+    """Two layers of LSTM and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(256, 512, num_layers=2, batch_first=True)
+        self.head = nn.Linear(512, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Return one training step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -24,30 +137,46 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    dense = resnet18(weights=None).eval()
-    masked = ps.sparsify(copy.deepcopy(dense), 0.9)
-    squashed = ps.squash(copy.deepcopy(masked))
-    x = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        forward = {
-            "dense": lambda: dense(x),
-            "masked": lambda: masked(x),
-            "squashed": lambda: squashed(x),
-        }
-        results = {"resnet18 forward, batch 1": compare(forward)}
-        with ps.frozen(masked):
-            frozen = {"dense": lambda: dense(x), "masked, frozen": lambda: masked(x)}
-            results["resnet18 forward, batch 1, frozen"] = compare(frozen)
-    batch = torch.randn(8, 3, 224, 224)
-    train = {"dense": step(dense.train(), batch), "masked": step(masked.train(), batch)}
-    results["resnet18 training step, batch 8"] = compare(train, repeats=7)
-    layer, sparse = nn.Linear(64, 64), ps.sparsify(nn.Linear(64, 64), 0.9)
-    read = {"dense": lambda: layer.weight, "masked": lambda: sparse.weight}
-    results["reading one 64 x 64 weight"] = compare(read, repeats=2_000)
-    print("written:", write("overhead", results).name)
+def networks() -> Results:
+    """Whole networks at 90 %: evaluation with 1 and 8 samples, a training step with 8."""
+    models = {
+        "ResNet-18": (lambda: resnet18(weights=None), (3, 224, 224), 9),
+        "ViT-B/16": (lambda: vit_b_16(weights=None), (3, 224, 224), 5),
+        "LSTM, 2 layers, 50 steps": (Recurrent, (50, 256), 25),
+    }
+    for name, (build, shape, repeats) in models.items():
+        torch.manual_seed(0)
+        dense = build().eval()
+        masked = ps.sparsify(copy.deepcopy(dense), 0.9)
+        squashed = ps.squash(copy.deepcopy(masked))
+        frozen = copy.deepcopy(masked)
+        for number in (1, 2):
+            where = f"{name}, {number} thread(s)"
+            with threads(number):
+                for batch in (1, 8):
+                    x = torch.randn(batch, *shape)
+                    with torch.no_grad(), ps.frozen(frozen):
+                        run = {"dense": dense, "masked": masked}
+                        run |= {"masked, frozen": frozen, "squashed": squashed}
+                        calls = {k: (lambda m=m, x=x: m(x)) for k, m in run.items()}
+                        yield f"{where}, evaluation, batch {batch}", compare(calls, repeats=repeats)
+                x = torch.randn(8, *shape)
+                steps = {"dense": step(dense, x), "masked": step(masked, x)}
+                yield f"{where}, training step, batch 8", compare(steps, repeats=repeats, warm_up=1)
+
+
+QUESTIONS = {"weights": weights, "reading": reading, "networks": networks}
+
+
+def main(asked: list[str]) -> None:
+    results = {}
+    for name in asked or QUESTIONS:
+        for question, timings in QUESTIONS[name]():
+            show(question, timings)
+            results[question] = timings
+    if not asked:  # a part alone replaces nothing
+        print("written:", write("overhead", results).name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

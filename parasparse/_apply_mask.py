@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
+_PLAIN = (Tensor, nn.Parameter)
+_FEW = 1 << 15
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,21 +48,24 @@ def _masked(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_cpu
-    integer = _INTEGER_OF_SIZE.get(weight.dtype.itemsize)
-    if weight.layout is torch.sparse_coo:  # the gradient of nn.Embedding(sparse=True)
+    if weight.is_sparse:  # the gradient of nn.Embedding(sparse=True)
         weight = weight.coalesce()
         indices = weight.indices()
         values = _masked_eagerly(weight.values(), mask[tuple(indices)])
         return torch.sparse_coo_tensor(
             indices, values, weight.shape, is_coalesced=True, check_invariants=False
         )
-    if plain and integer is not None and mask.dtype is torch.bool:
-        # `where` in a third of its time: the bits, as an integer, times 0 or 1.
-        if weight.is_conj() or weight.is_neg():
-            weight = weight.resolve_conj().resolve_neg()
-        return mask.to(integer).mul_(weight.view(integer)).view(weight.dtype)
-    return _masked(weight, mask)
+    integer = _INTEGER_OF_SIZE.get(weight.dtype.itemsize)
+    plain = type(weight) in _PLAIN and weight.is_cpu and mask.dtype is torch.bool
+    if not plain or integer is None:
+        return _masked(weight, mask)
+    # `where` in a third of its time: the bits, as an integer, times 0 or 1.
+    if weight.is_conj() or weight.is_neg():
+        weight = weight.resolve_conj().resolve_neg()
+    bits = weight.view(integer)
+    # Few entries: one call less counts. Many: one tensor less, here filled in place.
+    product = mask.mul(bits) if weight.numel() < _FEW else mask.to(integer).mul_(bits)
+    return product.view(weight.dtype)
 
 
 def _derivative(tensor: Tensor, mask: Tensor) -> Tensor:
@@ -79,7 +84,8 @@ class _ApplyMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.save_for_forward(mask)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(mask)
         return _masked_eagerly(weight, mask)
 
     @staticmethod
