@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 # The oldest torch that the suite passes on, with the torchvision of its time.
 FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 
-.PHONY: demo test test-long test-floor lint types docs bench clean
+.PHONY: demo test test-long test-floor test-models lint types docs bench clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py
@@ -30,8 +30,12 @@ types: .venv/ready
 docs: .venv/docs
 	$(RUN)/mkdocs build --strict
 
-bench: .venv/ready
+bench: .venv/ready  ## about 15 minutes; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks.overhead
+	$(RUN)/python -m benchmarks.selection
+
+test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
+	$(RUN)/python -m tests.models.zoo
 
 clean:
 	rm -rf .venv .venv-floor site out

@@ -52,7 +52,7 @@ def linear(size: int) -> tuple[nn.Linear, Tensor]:
 
 
 def peers(layer: nn.Linear, mask: Tensor) -> dict[str, tuple[Read, nn.Parameter]]:
-    """Return how each peer reads the weight of `layer`, masked, and the Parameter it starts from."""
+    """Return how each peer reads the masked weight of `layer`, and the Parameter it reads."""
     found: dict[str, tuple[Read, nn.Parameter]] = {}
     pruned = copy.deepcopy(layer)
     prune.custom_from_mask(pruned, "weight", mask)
@@ -83,7 +83,7 @@ def weights() -> Results:
         dense = layer.weight
         reads = {"clone": (dense.clone, dense), **peers(layer, mask)}
         both = {
-            name: (lambda read=read, p=p: torch.autograd.grad(read(), p, grad))
+            name: (lambda read=read, p=p, grad=grad: torch.autograd.grad(read(), p, grad))
             for name, (read, p) in reads.items()
         }
         for number in (1, 2):
@@ -98,10 +98,10 @@ def weights() -> Results:
 def reading() -> Results:
     """A read of a small weight, against the bare operation on the bare tensors."""
     layer, mask = linear(64 * 64)
-    weight = layer.weight
+    weight, floats = layer.weight, mask.float()
     reads = {
         "bare where": lambda: torch.where(mask, weight, 0.0),
-        "bare product, float mask": lambda m=mask.float(): weight * m,
+        "bare product, float mask": lambda: weight * floats,
         "dense": lambda: layer.weight,
         **{name: read for name, (read, _) in peers(layer, mask).items()},
     }
