@@ -134,7 +134,7 @@ def _check_target(target: Target, sharded: bool) -> None:
 def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     # What is 0 now is what the module sees; scores rank what is stored.
     now = treatment is keep_nonzero
-    tensors = {t.name: t.effective() if now else t.stored() for t in group}
+    tensors = {t.name: _whole(t.effective() if now else t.stored()) for t in group}
     try:
         with torch.no_grad():
             results = treatment(tensors)
@@ -154,6 +154,12 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
             "returned one for several."
         )
     return dict(results)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return `tensor` gathered from all processes, if it is sharded: each ranks all of it."""
+    whole = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
 
 
 def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:

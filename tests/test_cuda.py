@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import parasparse as ps
+from parasparse._select import highest
+from parasparse.patterns import n_of_m, nearly_diagonal
 from tests.cases import CASES
 from tests.test_laws import loss_of, run
+from tests.test_patterns import PATTERNS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -60,3 +63,35 @@ def test_a_compiled_model_follows_its_masks_on_the_device():
     for sparsity in (0.1, 0.9):
         ps.sparsify(model, sparsity)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection_on_the_device_is_that_of_the_cpu(dtype):
+    scores = [torch.randint(0, 500, (n,)).to(dtype) for n in (200_000, 3, 70_000)]
+    for kept in (1, 27_000, 200_003):
+        masks = highest([score.cuda() for score in scores], kept)
+        assert all(mask.is_cuda for mask in masks)
+        mixed = highest([scores[0].cuda(), scores[1], scores[2].cuda()], kept)
+        for mask, other, wanted in zip(masks, mixed, highest(scores, kept), strict=True):
+            assert torch.equal(mask.cpu(), wanted)
+            assert torch.equal(other.cpu(), wanted)
+
+
+@pytest.mark.parametrize(("pattern", "shape"), PATTERNS.values(), ids=PATTERNS.keys())
+def test_patterns_on_the_device_are_those_of_the_cpu(pattern, shape):
+    scores = torch.rand(shape, dtype=torch.double)
+    mask = pattern(scores.cuda(), 0.6)
+    assert mask.is_cuda
+    assert torch.equal(mask.cpu(), pattern(scores, 0.6))
+    jointly = ps.patterns.jointly({"a": scores.cuda(), "b": scores}, 0.6, pattern=pattern)
+    assert jointly["a"].is_cuda
+    assert not jointly["b"].is_cuda
+
+
+@pytest.mark.parametrize("pattern", [n_of_m(2, 4), nearly_diagonal(3)], ids=str)
+def test_patterns_without_a_sparsity_on_the_device(pattern):
+    scores = torch.rand(8, 16)
+    assert torch.equal(pattern(scores.cuda()).cpu(), pattern(scores))

@@ -104,11 +104,25 @@ def fsdp2_matches_one_process(rank):
         assert model[0].weight.full_tensor().all()
 
 
+def fsdp2_ranks_as_one_process_does(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    alone, model = (ps.sparsify(net(), ps.Fixed(None)) for _ in range(2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for rule in (0.5, ps.Prune(0.75, scope="global"), ps.Prune(pattern=ps.patterns.n_of_m(1, 4))):
+        ps.sparsify(model, rule)
+        ps.sparsify(alone, rule)
+        for name, mask in ps.named_masks(model):
+            assert torch.equal(mask, ps.mask_of(alone, name))
+
+
 JOBS = [
     ddp_wrapped_before_sparsify,
     ddp_forward_after_squash,
     dense_gradients_are_averaged,
     fsdp2_matches_one_process,
+    fsdp2_ranks_as_one_process_does,
 ]
 
 
