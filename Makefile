@@ -48,7 +48,7 @@ clean:
 	touch $@
 
 .venv/docs: .venv/ready
-	$(RUN)/uv pip install --quiet --python $(RUN)/python ".[docs]"
+	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[docs]"
 	touch $@
 
 $(FLOOR)/ready: .venv/ready

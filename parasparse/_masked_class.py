@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils._named_member_accessor import swap_tensor
 
-from parasparse._stack import MaskedParametrizationList, stack_of
+from parasparse._stack import MaskedParametrizationList, original_names, stack_of
 
 _CLASSES: WeakValueDictionary[tuple[type, frozenset[str], frozenset[str]], type] = (
     WeakValueDictionary()
@@ -141,6 +142,8 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
     }
     if issubclass(base, nn.RNNBase) and masked:
         namespace |= _RNN
+        if base.check_input is nn.RNNBase.check_input:
+            namespace["check_input"] = _check_input
     metaclass: Any = _SharedClass
     if type(base) is not type:  # ABCMeta, say
         metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
@@ -162,6 +165,15 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
 
 def _do_nothing(self: nn.RNNBase, *_: object) -> None:
     """Nothing is kept that could be out of date."""
+
+
+def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:  # noqa: A002
+    """Check as RNNBase does; it asks for the dtype of the weights, and would have all masked."""
+    name = self._flat_weights_names[0]
+    stack = stack_of(self, name)
+    like = getattr(self, name) if stack is None else getattr(stack, original_names(stack)[0])
+    seen: Any = SimpleNamespace(input_size=self.input_size, _flat_weights=[like])
+    nn.RNNBase.check_input(seen, input, batch_sizes)
 
 
 # RNNs keep a list of their weights, which would hold stale masked tensors, and refuse a deepcopy

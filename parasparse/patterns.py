@@ -221,6 +221,8 @@ class chain:  # noqa: N801
     patterns: tuple[Pattern, ...]
 
     def __init__(self, *patterns: Pattern) -> None:
+        # A chain within a chain is its patterns in their place.
+        patterns = tuple(p for q in patterns for p in (q.patterns if isinstance(q, chain) else [q]))
         taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
         late = [pattern for pattern in patterns[1:] if hasattr(pattern, "pool")]
         if len(patterns) < 2 or len(taking) > 1 or late:

@@ -128,10 +128,10 @@ class Prune:
     def _mask(self, scored: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
         """Return the masks of tensors that are ranked together."""
         try:
-            if len(scored) == 1:
-                masks = {name: self.pattern(scores, *sparsity) for name, scores in scored.items()}
-            else:
+            if self.scope == "global":
                 masks = jointly(scored, *sparsity, pattern=self.pattern)
+            else:
+                masks = {name: self.pattern(scores, *sparsity) for name, scores in scored.items()}
         except (TypeError, ValueError) as error:
             nan = [n for n, s in scored.items() if s.is_floating_point() and s.isnan().any()]
             error.add_note(f"while pruning {listed(nan or scored)}")

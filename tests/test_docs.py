@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    if page.name not in ("api.md",):
+    if page.name not in ("api.md", "models.md"):  # these two are generated
         assert blocks
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "__main__"})

@@ -102,6 +102,20 @@ def test_an_rnn_deepcopies_after_a_forward_with_gradients():
     assert torch.equal(copy.deepcopy(model)(x)[0], out)
 
 
+@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_forward_of_an_rnn_masks_each_weight_once(build):
+    model = ps.sparsify(build(4, 5, num_layers=2, bidirectional=True), 0.5)
+    calls = []
+    for _, stack in model.parametrizations.items():
+        stack[0].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(3, 2, 4))
+    assert len(calls) == len(model.parametrizations) == 8
+    with pytest.raises((ValueError, RuntimeError), match="dtype|type|Double"):
+        model(torch.randn(3, 2, 4).double())
+    with pytest.raises(RuntimeError, match="Expected 4, got 3"):
+        model(torch.randn(3, 2, 3))
+
+
 def test_frozen_brings_an_rnn_to_one_evaluation():
     model = ps.sparsify(nn.LSTM(4, 5), {"weight_hh_l0": 0.5})
     calls = []

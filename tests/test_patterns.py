@@ -289,6 +289,7 @@ def test_a_chain_ranks_its_first_pattern_jointly_and_narrows_what_is_left():
     assert masks["b"].sum(1).tolist() == [4] * 4
     assert not masks["a"].any()
     nested = chain(nearly_diagonal(5), chain(nearly_diagonal(3), n_of_m(1, 2)))
+    assert nested == chain(nearly_diagonal(5), nearly_diagonal(3), n_of_m(1, 2))
     assert not nested.takes_sparsity
     mask = nested(torch.rand(6, 6))
     assert not (mask & ~nearly_diagonal(3)(mask)).any()
@@ -396,6 +397,10 @@ REFUSED = {
     "chain_of_one": (lambda: chain(channel(0)), "two or more"),
     "chain_of_two_shares": (lambda: chain(channel(0), patterns.unstructured), "one of them"),
     "chain_with_late_units": (lambda: chain(n_of_m(2, 4), channel(0)), "units first"),
+    "chain_with_hidden_units": (
+        lambda: chain(nearly_diagonal(3), chain(channel(0), n_of_m(1, 2))),
+        "units first",
+    ),
     "jointly_without_a_share": (lambda: jointly({}, 0.5, pattern=n_of_m(2, 4)), "takes none"),
 }  # fmt: skip
 
