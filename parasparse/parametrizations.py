@@ -91,7 +91,8 @@ class Mask(nn.Module):
     def __call__(self, weight: Tensor) -> Tensor:
         """Return `weight` masked, and run hooks where there are some."""
         # torch's own costs a tenth of reading a small weight (benchmarks/overhead.py).
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        if hooks or self._backward_hooks or self._backward_pre_hooks:
             return super().__call__(weight)  # type: ignore[no-any-return]
         return self.forward(weight)
 

@@ -1,10 +1,14 @@
 import json
+import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
+from parasparse._held import held
 from tests.cases import PairLinear, Tied
 
 
@@ -128,3 +132,43 @@ def test_a_module_of_the_users_own_is_reported_by_what_it_leaves():
 
 def test_a_random_mask_is_not_called_n_of_m():
     assert ps.summary(ps.sparsify(nn.Linear(64, 64), 0.9)).rows[0].pattern == "unstructured"
+
+
+def keeps_to(mask, name):
+    """Check a pattern that `summary` names, by brute force."""
+    if name in ("dense", "empty"):
+        return bool(mask.all() if name == "dense" else not mask.any())
+    numbers = [int(number) for number in re.findall(r"\d+", name)]
+    if name.startswith("channel"):
+        run = numbers[1] if "runs" in name else 1
+        rows = mask.movedim(numbers[0], 0).flatten(1)
+        whole = all(len(set(row.tolist())) == 1 for row in rows)
+        return whole and all(len(set(some.flatten().tolist())) == 1 for some in rows.split(run))
+    if name.startswith("block"):
+        parts = [mask]
+        for dim, size in enumerate(numbers):
+            parts = [piece for part in parts for piece in part.split(size, dim)]
+        return all(len(set(part.flatten().tolist())) == 1 for part in parts)
+    if name.startswith("nearly"):
+        return torch.equal(ps.patterns.nearly_diagonal(numbers[0])(mask.float()), mask)
+    n, m, *along = numbers
+    last = mask.movedim(along[0] if along else 1, -1)
+    rows = [row for part in (last if not along and mask.ndim > 1 else last[None])
+            if part.any() for row in part.reshape(-1, last.shape[-1])]  # fmt: skip
+    return all(int(group.sum()) == n for row in rows for group in row.split(m))
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    st.integers(0, 2**31),
+    st.sampled_from([0.1, 0.5, 0.9]),
+    st.lists(st.integers(1, 3), min_size=3, max_size=3),
+)
+def test_what_is_named_holds(shape, seed, share, repeats):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < share
+    for dim in range(mask.ndim):
+        mask = mask.repeat_interleave(repeats[dim], dim)
+    names = held(mask)
+    assert names
+    assert names == ["unstructured"] or all(keeps_to(mask, name) for name in names)
