@@ -168,8 +168,9 @@ def networks() -> Results:
                         yield question, compare(pair, repeats=repeats)
                         yield f"{question}, computed once", compare(others, repeats=repeats)
                 x = torch.randn(8, *shape)
-                steps = {"dense": step(dense, x), "masked": step(masked, x)}
+                steps = {"dense": step(dense.train(), x), "masked": step(masked.train(), x)}
                 yield f"{where}, training step, batch 8", compare(steps, repeats=repeats, warm_up=1)
+                dense.eval(), masked.eval()
 
 
 QUESTIONS = {"weights": weights, "reading": reading, "networks": networks}

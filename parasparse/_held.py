@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -11,14 +12,16 @@ def held(mask: Tensor) -> list[str]:
     """Return the names of the patterns that a bool mask keeps to, exactly and everywhere.
 
     "dense"; "empty"; "channel(d)", "channel(d) in runs of k"; "block(a x b)", the largest;
-    "n:m" along dimension 1 or "n:m along d", the sparsest, in all slices that hold anything;
+    "n:m" along dimension 1 or "n:m along d", exactly n, the sparsest; what the first two dimensions
+    drop as a whole does not count;
     "nearly_diagonal(k)"; else "unstructured".
     """
     if mask.all():
         return ["dense"]
     if not mask.any():
         return ["empty"]
-    groups = [_n_of_m(mask, dim) for dim in ((1, 0) if mask.ndim > 1 else range(mask.ndim))]
+    dims = sorted(range(mask.ndim), key=lambda dim: dim != min(1, mask.ndim - 1))  # inputs first
+    groups = [_n_of_m(mask, dim) for dim in dims]
     found = [_units(mask), *groups, _band(mask)]
     return [name for name in found if name] or ["unstructured"]
 
@@ -45,15 +48,16 @@ def _n_of_m(mask: Tensor, dim: int) -> str | None:
 
     With two groups or more: any mask whose slices hold n each is n:(size of the dimension).
     """
+    for other in {0, 1} - {dim} if mask.ndim > 1 else ():
+        filled = mask.movedim(other, 0).flatten(1).any(1)  # not what `channel(other)` dropped
+        mask = mask.movedim(other, 0)[filled].movedim(0, other)
     last = mask.movedim(dim, -1)
-    if mask.ndim > 1 and dim != 0:
-        last = last[last.flatten(1).any(1)]  # slices that `channel(0)` left
     size = last.shape[-1]
     best = (1.0, 0, 0)
     for m in range(2, min(32, size // 2) + 1):
         if size % m:
             continue
-        groups = last.reshape(-1, m)
+        groups = last.unflatten(-1, (size // m, m)).flatten(0, -2)
         n = int(groups[0].sum())
         # Few of the groups tell as a rule.
         equal = all(bool((some.sum(1) == n).all()) for some in (groups[:256], groups))
@@ -67,13 +71,10 @@ def _band(mask: Tensor) -> str | None:
     """Name the band of diagonals that the mask is."""
     if mask.ndim < 2:
         return None
-    kept = mask.nonzero()
-    width = int((kept[:, 0] - kept[:, 1]).abs().max())
-    flat = mask.flatten(2) if mask.ndim > 2 else mask[..., None]
-    inside = sum(
-        flat.diagonal(offset).numel()
-        for offset in range(-width, width + 1)
-        if -flat.shape[0] < offset < flat.shape[1]
-    )
-    full = inside == len(kept) and width < min(mask.shape[:2])
+    flat = mask.flatten(2)[..., 0] if mask.ndim > 2 else mask
+    width = int(flat[0].sum()) - 1  # row 0 of a band holds columns 0 to width
+    if not 0 <= width < min(flat.shape):
+        return None
+    band = torch.ones_like(flat).tril(width).triu(-width)
+    full = bool((mask == band.view(*band.shape, *[1] * (mask.ndim - 2))).all())
     return f"nearly_diagonal({2 * width + 1})" if full else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils._named_member_accessor import swap_tensor
 
+from parasparse._hooks import is_hooked
 from parasparse._stack import MaskedParametrizationList, original_names, stack_of
 
 _CLASSES: WeakValueDictionary[tuple[type, frozenset[str], frozenset[str]], type] = (
@@ -93,8 +94,7 @@ def _tensor_property(name: str) -> property:
             plain = self.__dict__
             return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
         if not parametrize._cache_enabled:
-            # Ours without `__call__`, which costs as much as all else here; nobody hooks the list.
-            ours = isinstance(stack, MaskedParametrizationList)
+            ours = isinstance(stack, MaskedParametrizationList) and not is_hooked(stack)
             return stack.forward() if ours else stack()
         key = (id(self), name)  # torch's own key, so that `cached()` works
         if parametrize._cache.get(key) is None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 15
+_NOT_COMPARED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,16 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
         [tensor([False,  True]), tensor([ True, False])]
     """
     check_ranked(*scores)
-    flats = [score.flatten() for score in scores]
-    if kept in (0, sum(flat.numel() for flat in flats)):
+    if kept in (0, sum(score.numel() for score in scores)):
         return [torch.full_like(s, kept > 0, dtype=torch.bool) for s in scores]
     wide = _common_dtype(scores)
-    cut = find_cut(flats, kept)
+    cut = find_cut(scores, kept)
     ties = kept - cut.above
     some = ties < cut.equal  # of the equal ones stay
     masks = []
-    for flat, score in zip(flats, scores, strict=True):
-        mask = torch.empty_like(flat, dtype=torch.bool)
-        for part, chunk in zip(mask.split(_size(flat)), _chunks([flat], wide), strict=True):
+    for score in scores:
+        mask = torch.empty(score.numel(), dtype=torch.bool, device=score.device)
+        for part, chunk in zip(mask.split(_size(score)), _chunks([score], wide), strict=True):
             part.copy_(_compared(torch.gt if some else torch.ge, chunk, cut.value))
             if some and ties:
                 ties -= _add_first(part, chunk == cut.value, ties)
@@ -72,21 +72,21 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
     return masks
 
 
-def find_cut(flats: Sequence[Tensor], kept: int) -> Cut:
-    """Return the `kept`-th highest entry of `flats`, and how many are above and equal to it.
+def find_cut(scores: Sequence[Tensor], kept: int) -> Cut:
+    """Return the `kept`-th highest of all `scores`, and how many are above and equal to it.
 
     Args:
-        flats: flat real tensors without NaN.
+        scores: real, without NaN.
         kept: between 1 and the number of all entries.
     """
-    total = sum(flat.numel() for flat in flats)
+    total = sum(score.numel() for score in scores)
     rank = total - kept + 1  # of the searched score from below
     for sigmas in (5.0, 50.0, math.inf) if total > 4 * _SAMPLE else (math.inf,):
-        low, high = _bracket(flats, rank / total, sigmas)
-        upto_low, inside = _between(flats, low, high)
+        low, high = _bracket(scores, rank / total, sigmas)
+        upto_low, inside = _between(scores, low, high)
         upto_inside = upto_low + inside.numel()
         if rank <= upto_low:
-            below = _count(flats, torch.lt, low)
+            below = _count(scores, torch.lt, low)
             if rank > below:
                 return Cut(low, total - upto_low, upto_low - below)
         elif rank <= upto_inside:
@@ -95,7 +95,7 @@ def find_cut(flats: Sequence[Tensor], kept: int) -> Cut:
             equal = int(torch.count_nonzero(inside == value))
             return Cut(value.item(), total - upto_value, equal)
         else:
-            upto_high = _count(flats, torch.le, high)
+            upto_high = _count(scores, torch.le, high)
             if rank <= upto_high:
                 return Cut(high, total - upto_high, upto_high - upto_inside)
     raise AssertionError("the widest bracket holds every score")
@@ -105,13 +105,15 @@ def check_ranked(*scores: Tensor) -> None:
     """Refuse scores that cannot be ranked.
 
     Raises:
-        TypeError: complex scores.
+        TypeError: complex scores, or unsigned ones of more than a byte.
         ValueError: NaN among them.
     """
     for score in scores:
         if score.is_complex():
             raise TypeError(f"scores must be real; got {score.dtype}. Return the modulus, .abs().")
-        wide = score.to(torch.float32) if score.dtype.itemsize == 1 else score
+        if score.dtype in _NOT_COMPARED:
+            raise TypeError(f"scores must not be {score.dtype}: torch compares none. Use int64.")
+        wide = score.float() if score.dtype.itemsize == 1 else score
         # The maximum is NaN where any entry is, and costs a fifth of `isnan().any()`.
         if wide.is_floating_point() and wide.numel() and bool(wide.max().isnan()):
             raise ValueError(
@@ -122,24 +124,27 @@ def check_ranked(*scores: Tensor) -> None:
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return a dtype that holds all scores: to convert to it keeps their order and their ties."""
-    dtypes = {torch.float32 if t.dtype.itemsize == 1 else t.dtype for t in tensors}
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    if not any(dtype.is_floating_point for dtype in dtypes):
+    dtypes = {tensor.dtype for tensor in tensors}
+    floats = {torch.float32 if d.itemsize == 1 else d for d in dtypes if d.is_floating_point}
+    if not floats:
         return torch.int64
-    return torch.float32 if dtypes <= {torch.half, torch.bfloat16, torch.float} else torch.float64
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        return torch.float64  # integers of more than 53 bits beside floats: to the nearest
+    if len(floats) == 1:
+        return floats.pop()
+    return torch.float64 if torch.float64 in floats else torch.float32
 
 
-def _bracket(flats: Sequence[Tensor], share: float, sigmas: float) -> tuple[float, float]:
+def _bracket(scores: Sequence[Tensor], share: float, sigmas: float) -> tuple[float, float]:
     """Return two scores that the one with `share` of all below it lies between, almost surely."""
-    dtype = _common_dtype(flats)
+    dtype = _common_dtype(scores)
     if dtype.is_floating_point:
         lowest, highest = -math.inf, math.inf
     else:
         lowest, highest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     if sigmas == math.inf:
         return lowest, highest
-    sample = _sample(flats)
+    sample = _sample(scores)
     n = sample.numel()
     spread = sigmas * math.sqrt(n * share * (1 - share)) + sigmas
     first, last = math.floor(share * n - spread), math.ceil(share * n + spread)
@@ -149,28 +154,31 @@ def _bracket(flats: Sequence[Tensor], share: float, sigmas: float) -> tuple[floa
     )
 
 
-def _sample(flats: Sequence[Tensor]) -> Tensor:
+def _sample(scores: Sequence[Tensor]) -> Tensor:
     """Return about `_SAMPLE` of the scores: one of each stretch of equal length, at random."""
-    total = sum(flat.numel() for flat in flats)
+    total = sum(score.numel() for score in scores)
     stretch = -(-total // _SAMPLE)
-    generator = torch.Generator().manual_seed(0)  # torch's own stays as it is
-    starts = torch.arange(0, total, stretch)
-    drawn = torch.randint(stretch, starts.shape, generator=generator)
+    # On the CPU whatever the default device is; torch's own generator stays as it is.
+    generator = torch.Generator("cpu").manual_seed(0)
+    starts = torch.arange(0, total, stretch, device="cpu")
+    drawn = torch.randint(stretch, starts.shape, generator=generator, device="cpu")
     positions = (starts + drawn).clamp_(max=total - 1)
-    ends = torch.tensor([flat.numel() for flat in flats]).cumsum(0)
+    ends = torch.tensor([score.numel() for score in scores], device="cpu").cumsum(0)
     until = torch.searchsorted(positions, ends).tolist()
+    dtype = _common_dtype(scores)
     found, start, offset = [], 0, 0
-    for flat, stop in zip(flats, until, strict=True):
-        at = positions[start:stop] - offset
-        found.append(flat[at.to(flat.device)].to("cpu", _common_dtype(flats)))
-        start, offset = stop, offset + flat.numel()
+    for score, stop in zip(scores, until, strict=True):
+        if stop > start:
+            at = positions[start:stop] - offset
+            found.append(score.flatten()[at.to(score.device)].to("cpu", dtype))
+        start, offset = stop, offset + score.numel()
     return torch.cat(found)
 
 
-def _between(flats: Sequence[Tensor], low: float, high: float) -> tuple[int, Tensor]:
+def _between(scores: Sequence[Tensor], low: float, high: float) -> tuple[int, Tensor]:
     """Return the number of scores <= `low`, and the scores between `low` and `high`."""
     count, inside = 0, []
-    for chunk in _chunks(flats, _common_dtype(flats)):
+    for chunk in _chunks(scores, _common_dtype(scores)):
         above = _compared(torch.gt, chunk, low)
         below = _compared(torch.lt, chunk, high)
         count += chunk.numel() - int(torch.count_nonzero(above))
@@ -178,9 +186,9 @@ def _between(flats: Sequence[Tensor], low: float, high: float) -> tuple[int, Ten
     return count, torch.cat(inside)
 
 
-def _count(flats: Sequence[Tensor], compare: Callable[..., Tensor], value: float) -> int:
+def _count(scores: Sequence[Tensor], compare: Callable[..., Tensor], value: float) -> int:
     """Return the number of scores for which `compare(score, value)`."""
-    chunks = _chunks(flats, _common_dtype(flats))
+    chunks = _chunks(scores, _common_dtype(scores))
     return sum(int(torch.count_nonzero(_compared(compare, chunk, value))) for chunk in chunks)
 
 
@@ -189,15 +197,15 @@ def _compared(compare: Callable[..., Tensor], chunk: Tensor, value: float) -> Te
     return compare(chunk, value, out=torch.empty_like(chunk)).bool()
 
 
-def _chunks(flats: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def _chunks(scores: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield all scores as `dtype`, in pieces that stay in a CPU's cache."""
-    for flat in flats:
-        for chunk in flat.split(_size(flat)):
+    for score in scores:
+        for chunk in score.flatten().split(_size(score)):
             yield chunk.to(dtype)
 
 
-def _size(flat: Tensor) -> int:
-    return torch.get_num_threads() << 16 if flat.is_cpu else 1 << 26
+def _size(score: Tensor) -> int:
+    return torch.get_num_threads() << 16 if score.is_cpu else 1 << 26
 
 
 def _add_first(mask: Tensor, ties: Tensor, most: int) -> int:

@@ -109,13 +109,10 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         """Return the masked tensor."""
         if self.frozen is not None:
             return self._frozen_value(self.frozen)
-        # Each masked tensor comes by here in each forward: the usual case looks nothing up twice.
-        original = self._parameters.get("original")
-        value: Tensor
-        if original is None or len(self._modules) > 1:
-            value = self.mask(self.stored())
-        else:
-            value = self._modules["0"](original)
+        # Each masked tensor comes by here in each forward: no list of modules is made for one. But
+        # as an attribute torch.fx sees the tensor (test_fx_keeps_masked_weights_as_they_are).
+        plain = self.is_tensor and len(self._modules) == 1
+        value: Tensor = self._modules["0"](self.original) if plain else self.mask(self.stored())
         return value if self.probe is None else value + self.probe
 
     def _frozen_value(self, value: Tensor) -> Tensor:

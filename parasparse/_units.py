@@ -10,6 +10,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class _OfUnits(ABC):
     def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
         """Return the mask for `scores`."""
         check_sparsity(sparsity)
+        self._tiles(scores.shape)  # refuses shapes that do not fit
         if scores.is_meta:
             return torch.empty_like(scores, dtype=torch.bool)
         units = self.pool(scores)
@@ -77,8 +79,9 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
     norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if not self.shape or not all(isinstance(n, int) and (n > 0 or n == -1) for n in self.shape):
+        sizes = tuple(whole(n, "shape") for n in self.shape)
+        object.__setattr__(self, "shape", sizes)
+        if not self.shape or not all(n > 0 or n == -1 for n in self.shape):
             raise ValueError(f"`shape` must hold sizes > 0, or -1; got {self.shape}.")
         _check_norm(self.norm)
 
@@ -119,6 +122,7 @@ class channel(_OfUnits):  # noqa: N801
     norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        whole(self.dim, "dim")
         _check_norm(self.norm)
 
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
@@ -159,6 +163,8 @@ class head(_OfUnits):  # noqa: N801
     norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        for name in ("num_heads", "dim", "fused"):
+            whole(getattr(self, name), name)
         if self.num_heads < 1 or self.fused < 1:
             raise ValueError(f"`num_heads` and `fused` must be >= 1; got {self}.")
         _check_norm(self.norm)
@@ -173,6 +179,18 @@ class head(_OfUnits):  # noqa: N801
         return view, [1 if d == dim + 1 else max(n, 1) for d, n in enumerate(view)]
 
 
+def whole(value: Any, argument: str) -> int:
+    """Return `value`, a whole number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"`{argument}` must be a whole number; got {value!r}.") from error
+
+
 def dimension(pattern: Any, dim: int, shape: torch.Size) -> int:
     """Return `dim` of `pattern` counted from the front."""
     if not -len(shape) <= dim < len(shape):
@@ -184,44 +202,61 @@ def dimension(pattern: Any, dim: int, shape: torch.Size) -> int:
 
 def _check_norm(norm: object) -> None:
     """Raise ValueError if `norm` is no order of a norm."""
-    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+    number = isinstance(norm, Real) and not isinstance(norm, bool) and float(norm) > 0
+    if norm is not None and not number:
         raise ValueError(f"`norm` must be None (the mean) or > 0, inf included; got {norm!r}.")
 
 
 def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
-    """Return one score for each tile of `scores`: the mean of s, or of s^norm, over its entries.
+    """Return one score for each tile of `scores`: the mean or norm of its entries.
 
     Args:
         scores: any shape, no NaN.
         tile: the size of a tile along each dimension.
-        norm: None: mean of s; inf: the largest s; else mean of s^norm, which ranks tiles of equal
-            and of different sizes as ||s||_norm / numel^(1/norm) does.
+        norm: None: mean of s; inf: the largest s; else mean(s^norm)^(1/norm).
+
+    Returns:
+        float64; means that agree in their first 32 bits are equal.
 
     Raises:
         ValueError: NaN, or with a norm negative ones among the scores.
     """
     check_ranked(scores)
-    # Means need a fraction, and more bits than half has.
-    lowest = torch.float32 if scores.is_floating_point() else torch.float64
-    values = scores.to(torch.promote_types(scores.dtype, lowest))
+    values, scale = scores.double(), 1.0  # squares neither overflow nor vanish
     if norm is not None:
         if bool((values < 0).any()):
             raise ValueError(
                 f"scores must be >= 0 to take their norm; got {float(values.min()):g}. Use the "
                 "mean, `norm=None`, or scores that are magnitudes."
             )
-        values = values if norm in (1, math.inf) else values**norm
+        top = float(values.max()) if values.numel() else 0.0
+        scale = top if 0 < top < math.inf else 1.0
+        values = values / scale if norm == math.inf else (values / scale) ** norm
     cells = _tiled(values, tile)
     inner = list(range(1, cells.ndim, 2))
     if norm == math.inf:
-        return cells.amax(inner)
-    total = cells.sum(inner)
+        return cells.amax(inner) * scale
+    mean = cells.sum(inner)
     for dim, (size, length) in enumerate(zip(tile, scores.shape, strict=True)):
-        counts = torch.full((total.shape[dim],), size, dtype=total.dtype, device=total.device)
+        counts = torch.full((mean.shape[dim],), size, dtype=mean.dtype, device=mean.device)
         if length % size:
             counts[-1] = length % size
-        total = total / counts.view([-1 if d == dim else 1 for d in range(total.ndim)])
-    return total
+        mean = mean / counts.view([-1 if d == dim else 1 for d in range(mean.ndim)])
+    return _to_32_bits(mean if norm is None else mean ** (1 / norm) * scale)
+
+
+def _to_32_bits(means: Tensor) -> Tensor:
+    """Return `means` rounded, so that the order in which a sum was taken plays no part.
+
+    Sums of the same numbers differ in their last bits with the number of threads and the place in
+    memory; units that are equal must tie.
+
+    Reference: Veltkamp's splitting, in Dekker, "A floating-point technique for extending the
+        available precision", 1971, Numerische Mathematik 18, section 5.
+    """
+    wide = means * (2**21 + 1)
+    rounded = wide - (wide - means)
+    return torch.where(rounded.isfinite(), rounded, means)
 
 
 def _spread(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:

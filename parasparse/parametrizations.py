@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse._apply_mask import apply_mask
+from parasparse._hooks import is_hooked
 
 
 class Mask(nn.Module):
@@ -90,11 +91,7 @@ class Mask(nn.Module):
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return `weight` masked, and run hooks where there are some."""
-        # torch's own costs a tenth of reading a small weight (benchmarks/overhead.py).
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        if hooks or self._backward_hooks or self._backward_pre_hooks:
-            return super().__call__(weight)  # type: ignore[no-any-return]
-        return self.forward(weight)
+        return super().__call__(weight) if is_hooked(self) else self.forward(weight)
 
     def merged(self, value: Tensor, stored: Tensor) -> Tensor:
         """Return what to store so that kept entries read as `value`, and dropped ones stay."""

@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity, num_kept
 from parasparse._select import check_ranked, highest
-from parasparse._units import block, channel, dimension, head
+from parasparse._units import block, channel, dimension, head, whole
 
 __all__ = [
     "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
@@ -30,6 +30,19 @@ __all__ = [
 ]  # fmt: skip
 
 Pattern = Callable[..., Tensor]
+
+
+class Units(Protocol):
+    """A pattern of units, which can be ranked across tensors."""
+
+    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Return the mask for `scores`."""
+
+    def pool(self, scores: Tensor) -> Tensor:
+        """Return the score of each unit."""
+
+    def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
+        """Return a tensor of `shape` whose entries have the value of their unit."""
 
 
 def takes_sparsity(pattern: Pattern) -> bool:
@@ -78,11 +91,14 @@ def jointly(
     check_sparsity(sparsity)
     if not takes_sparsity(pattern):
         raise ValueError(f"`pattern` must take a sparsity to rank jointly; {pattern} takes none.")
-    if any(score.is_meta for score in scores.values()):
-        return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
+    if not scores:
+        return {}
     if isinstance(pattern, chain):
         return pattern.jointly(scores, sparsity)
-    if hasattr(pattern, "pool") and hasattr(pattern, "spread"):
+    if any(score.is_meta for score in scores.values()):
+        empty = {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
+        return {n: pattern(scores[n], sparsity) for n in scores} if _has_units(pattern) else empty
+    if _has_units(pattern):
         kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
         return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
     total = sum(score.numel() for score in scores.values())
@@ -110,8 +126,8 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
         m: size of a group.
         dim: the grouped dimension.
         remainder: what becomes of the last entries where m does not divide the size of `dim`:
-            "refuse" raises, "keep" keeps them all, "pad" keeps their n highest, as if zeros filled
-            the group.
+            "refuse" raises, "keep" keeps them all, "pad" keeps their n highest, as if what fills
+            the group up were dropped first.
 
     Raises:
         ValueError: n outside [0, m], an unknown `remainder`; on call: the tensor has no such
@@ -131,6 +147,8 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
     takes_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for name in ("n", "m", "dim"):
+            whole(getattr(self, name), name)
         if not (0 <= self.n <= self.m and self.m >= 1):
             raise ValueError(f"`n` must be in [0, m] and `m` >= 1; got n={self.n}, m={self.m}.")
         if self.remainder not in ("refuse", "keep", "pad"):
@@ -143,7 +161,11 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
         dim = dimension(self, self.dim, scores.shape)
         size, rest = scores.shape[dim], scores.shape[dim] % self.m
         if rest and self.remainder == "refuse":
-            depthwise = " It is depthwise, one input in a group." if size == 1 and dim == 1 else ""
+            depthwise = (
+                " It is depthwise, one input in a group."
+                if size == dim == 1 and scores.ndim > 2
+                else ""
+            )
             raise ValueError(
                 f"{self} must divide dimension {dim} into groups of {self.m}; got shape "
                 f"{tuple(scores.shape)}.{depthwise} Leave this tensor out, choose another `dim`, "
@@ -185,7 +207,7 @@ class nearly_diagonal:  # noqa: N801
     takes_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.k % 2 == 0:
+        if whole(self.k, "k") < 1 or self.k % 2 == 0:
             raise ValueError(f"`k` must be an odd number of diagonals; got {self.k}.")
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -199,7 +221,7 @@ class nearly_diagonal:  # noqa: N801
         return band.view(*band.shape, *[1] * (scores.ndim - 2)).expand(scores.shape).contiguous()
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class chain:  # noqa: N801
     """Apply patterns one after the other, each to what those before it kept.
 
@@ -224,13 +246,17 @@ class chain:  # noqa: N801
         # A chain within a chain is its patterns in their place.
         patterns = tuple(p for q in patterns for p in (q.patterns if isinstance(q, chain) else [q]))
         taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
-        late = [pattern for pattern in patterns[1:] if hasattr(pattern, "pool")]
-        if len(patterns) < 2 or len(taking) > 1 or late:
+        late = [p for p in patterns[1:] if _has_units(p)]
+        classes = [p for p in patterns if isinstance(p, type) or not callable(p)]
+        if len(patterns) < 2 or len(taking) > 1 or late or classes:
             raise ValueError(
                 "`patterns` must be two or more, one of them at most with a sparsity, and units "
                 f"first; got {patterns}."
             )
         object.__setattr__(self, "patterns", patterns)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.patterns))})"
 
     @property
     def takes_sparsity(self) -> bool:
@@ -259,8 +285,13 @@ class chain:  # noqa: N801
 
 def _lowered(scores: Tensor, mask: Tensor) -> Tensor:
     """Return `scores` with what `mask` drops below all others."""
-    whole = not scores.is_floating_point() or scores.dtype.itemsize == 1
-    return torch.where(mask, scores.double() if whole else scores, -math.inf)
+    narrow = not scores.is_floating_point() or scores.dtype.itemsize == 1
+    values = scores.double() if narrow else scores
+    return torch.where(mask, values.clamp(min=torch.finfo(values.dtype).min), -math.inf)
+
+
+def _has_units(pattern: Pattern) -> TypeGuard[Units]:
+    return hasattr(pattern, "pool") and hasattr(pattern, "spread")
 
 
 def _highest_of_each(groups: Tensor, n: int) -> Tensor:

@@ -73,5 +73,7 @@ class zeros_first:  # noqa: N801 - a score reads as a function
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Return the scores of `tensor`."""
         scores = self.score(tensor, name)
+        if scores.shape != tensor.shape:  # for `Prune` to refuse, not to be broadcast here
+            return scores
         values = scores if scores.is_floating_point() else scores.double()
         return torch.where(tensor == 0, -math.inf, values)

@@ -56,6 +56,10 @@ class Prune:
     def __post_init__(self) -> None:
         if isinstance(self.pattern, type):
             raise TypeError(f"`pattern` must be made first; got the class {self.pattern.__name__}.")
+        given = {"score": self.score, "pattern": self.pattern, "distribution": self.distribution}
+        for name, value in given.items():
+            if not callable(value) and not (name == "distribution" and value is None):
+                raise TypeError(f"`{name}` must be a callable; got {value!r}.")
         if self.scope not in ("local", "global"):
             raise ValueError(f'`scope` must be "local" or "global"; got {self.scope!r}.')
         if self.sparsity is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
 import parasparse as ps
-from parasparse._apply_mask import apply_mask
+from parasparse._apply_mask import _FEW, apply_mask
 
 DTYPES = [
     torch.half,
@@ -29,21 +29,25 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
+each_size = pytest.mark.parametrize("repeats", [1, 2 * _FEW], ids=["few", "many"])
+
+
+@each_size
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nasty_values_pass_bit_for_bit_and_vanish_to_plus_zero(dtype):
-    weight = torch.tensor(NASTY * 2).to(dtype)
-    mask = torch.tensor([True] * len(NASTY) + [False] * len(NASTY))
+def test_nasty_values_pass_bit_for_bit_and_vanish_to_plus_zero(dtype, repeats):
+    weight = torch.tensor(NASTY * 2).to(dtype).repeat_interleave(repeats)
+    mask = torch.tensor([True] * len(NASTY) + [False] * len(NASTY)).repeat_interleave(repeats)
     out = apply_mask(weight, mask)
-    assert torch.equal(bits(out)[: bits(out).numel() // 2], bits(weight[: len(NASTY)]))
+    assert torch.equal(bits(out)[: bits(out).numel() // 2], bits(weight[: len(mask) // 2]))
     assert not bits(out)[bits(out).numel() // 2 :].any()
 
 
+@each_size
 @pytest.mark.parametrize("dtype", DTYPES[:6], ids=str)
-def test_nasty_gradients_vanish_to_plus_zero(dtype):
-    weight = torch.ones(len(NASTY), dtype=dtype, requires_grad=True)
-    apply_mask(weight, torch.zeros(len(NASTY), dtype=torch.bool)).backward(
-        torch.tensor(NASTY).to(dtype)
-    )
+def test_nasty_gradients_vanish_to_plus_zero(dtype, repeats):
+    grad = torch.tensor(NASTY).to(dtype).repeat_interleave(repeats)
+    weight = torch.ones(len(grad), dtype=dtype, requires_grad=True)
+    apply_mask(weight, torch.zeros(len(grad), dtype=torch.bool)).backward(grad)
     assert not bits(weight.grad).any()
 
 

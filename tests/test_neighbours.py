@@ -116,6 +116,67 @@ def test_a_forward_of_an_rnn_masks_each_weight_once(build):
         model(torch.randn(3, 2, 3))
 
 
+def test_an_rnn_that_checks_its_input_itself_keeps_doing_so():
+    class Strict(nn.GRU):
+        def check_input(self, x, batch_sizes):
+            super().check_input(x, batch_sizes)
+            if x.size(1) != 2:
+                raise ValueError("two sequences")
+
+    model = ps.sparsify(Strict(4, 5), 0.5)
+    model(torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match="two sequences"):
+        model(torch.randn(3, 3, 4))
+
+
+class OwnProduct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_fx_keeps_masked_weights_as_they_are():
+    model = ps.sparsify(OwnProduct(), 0.5)
+    graph = torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(graph(x), model(x))
+    with torch.no_grad():
+        model.parametrizations.weight.original.mul_(3)
+    assert torch.equal(graph(x), model(x))
+    ps.deploy_masks(model, {"weight": torch.tensor(1.0)})
+    assert torch.equal(graph(x), x @ ps.stored(model, "weight"))
+    assert [name for name, _ in graph.named_parameters()] == ["parametrizations.weight.original"]
+
+
+def test_every_kind_of_hook_runs():
+    model = ps.sparsify(nn.Linear(4, 4), 0.5)
+    stack, x = model.parametrizations.weight, torch.randn(2, 4)
+    seen = []
+    for module in (stack, stack[0]):
+        seen.clear()
+        handles = [
+            module.register_forward_pre_hook(lambda *_: seen.append("pre")),
+            module.register_forward_hook(lambda *_: seen.append("forward")),
+            module.register_full_backward_pre_hook(lambda *_: seen.append("backward_pre")),
+        ]
+        model(x).sum().backward()
+        assert seen == ["pre", "forward", "backward_pre"]
+        for handle in handles:
+            handle.remove()
+    names = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: names.append(type(module).__name__)
+    )
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert names == ["Mask", "MaskedParametrizationList", "MaskedLinear"]
+
+
 def test_frozen_brings_an_rnn_to_one_evaluation():
     model = ps.sparsify(nn.LSTM(4, 5), {"weight_hh_l0": 0.5})
     calls = []

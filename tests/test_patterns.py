@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+import parasparse as ps
 from parasparse import patterns
 from parasparse._checks import num_kept
 from parasparse.patterns import block, chain, channel, head, jointly, n_of_m, nearly_diagonal
@@ -320,6 +323,101 @@ def test_means_are_taken_in_enough_bits(dtype):
     scores[0] = 1
     scores[1, 1:] = 1
     assert channel(0)(scores.to(dtype), 0.5)[:, 0].tolist() == [True, False]
+
+
+def test_a_chain_keeps_its_count_where_kept_scores_are_minus_infinity():
+    worst = torch.full((8, 8), -math.inf)
+    band = nearly_diagonal(3)
+    for made, share in (
+        (chain(n_of_m(2, 4), patterns.unstructured), [0.75]),
+        (chain(band, patterns.unstructured), [0.9]),
+        (chain(band, n_of_m(1, 2)), []),
+    ):
+        mask = made(worst, *share)
+        assert torch.equal(mask, made(torch.ones(8, 8), *share))
+        assert mask.sum() == made(torch.ones(8, 8), *share).sum() > 5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1.0, 1e20, 3e37])
+@pytest.mark.parametrize("norm", [None, 1, 2, 4, 50, math.inf])
+def test_units_of_tiny_and_huge_scores_are_told_apart(scale, norm):
+    scores = torch.tensor([[1.0], [2.0], [4.0], [8.0]]).expand(4, 3) * scale
+    assert channel(0, norm=norm)(scores, 0.75)[:, 0].tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_equal_units_tie_whatever_the_order_of_their_entries_and_the_threads(threads):
+    was = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            column = torch.rand(1000, 1)
+            mask = channel(1)(column.expand(1000, 37).contiguous(), 0.5)
+            assert mask[0].tolist() == [True] * 19 + [False] * 18
+            whole = torch.rand(300_000)
+            shuffled = whole[torch.randperm(300_000)]
+            masks = jointly(
+                {"a": whole.view(500, 600), "b": shuffled.view(500, 600)}, 0.5,
+                pattern=block((-1, -1)),
+            )  # fmt: skip
+            assert masks["a"].all()
+            assert not masks["b"].any()
+    finally:
+        torch.set_num_threads(was)
+
+
+def test_means_of_sizes_that_differ_are_per_entry():
+    scores = {"a": torch.full((2, 100), 1.0), "b": torch.full((2, 3), 1.5)}
+    for norm in (None, 1, 2, math.inf):
+        masks = jointly(scores, 0.5, pattern=channel(0, norm=norm))
+        assert masks["b"].all()
+        assert not masks["a"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_every_pattern_ranks_float8(dtype):
+    scores = torch.tensor([[1.0, 2.0], [4.0, 3.0]]).to(dtype)
+    assert channel(0)(scores, 0.5).tolist() == [[False, False], [True, True]]
+    assert n_of_m(1, 2)(scores).tolist() == [[False, True], [True, False]]
+    assert patterns.unstructured(scores, 0.5).tolist() == [[False, False], [True, True]]
+
+
+def test_patterns_print_pickle_and_compare():
+    made = chain(channel(0, norm=2), n_of_m(2, 4))
+    assert eval(repr(made)) == made == pickle.loads(pickle.dumps(made))
+    for other in (block((2, np.int64(3))), head(4, fused=3), nearly_diagonal(3)):
+        assert eval(repr(other)) == other == pickle.loads(pickle.dumps(other))
+
+
+WRONG = {
+    "fractions": (lambda: n_of_m(2.0, 4.0), "`n` must be a whole number; got 2.0"),
+    "words": (lambda: n_of_m("2", "4"), "`n` must be a whole number"),
+    "no_dimension": (lambda: channel(None), "`dim` must be a whole number; got None"),
+    "heads": (lambda: head("2"), "`num_heads` must be a whole number"),
+    "block": (lambda: block((2.5, 2)), "`shape` must be a whole number"),
+    "band": (lambda: nearly_diagonal(2.5), "`k` must be a whole number"),
+    "norm": (lambda: channel(0, norm=True), "> 0"),
+    "class": (lambda: chain(channel, n_of_m(2, 4)), "two or more"),
+    "pattern": (lambda: ps.Prune(0.5, pattern="block"), "`pattern` must be a callable"),
+    "score": (lambda: ps.Prune(0.5, score=None), "`score` must be a callable"),
+    "distribution": (lambda: ps.Prune(0.5, distribution="erk"), "`distribution` must be"),
+    "meta": (lambda: channel(7)(torch.ones(4, 4, device="meta"), 0.5), "dimension 7"),
+    "joint_meta": (
+        lambda: jointly({"a": torch.ones(4, 4, device="meta")}, 0.5, pattern=head(3)),
+        "into 3 runs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_are_told(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_no_tensors_have_no_masks():
+    assert jointly({}, 0.5, pattern=lambda scores, sparsity: scores) == {}
 
 
 EVERY = {

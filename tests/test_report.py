@@ -134,6 +134,29 @@ def test_a_random_mask_is_not_called_n_of_m():
     assert ps.summary(ps.sparsify(nn.Linear(64, 64), 0.9)).rows[0].pattern == "unstructured"
 
 
+def test_a_pattern_holds_only_if_its_last_group_does():
+    mask = torch.tensor([1, 0, 0, 1]).bool().repeat(64, 64)
+    mask[0, :4] = mask[0, :4].flip(0).roll(1)
+    assert "2:4" in held(mask)
+    mask[-1, -1] = False
+    assert held(mask) == ["unstructured"]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_groups_are_found_along_every_dimension(dim):
+    shape = [6, 6, 6, 6]
+    shape[dim] = 16
+    mask = ps.patterns.n_of_m(1, 4, dim)(torch.rand(shape))
+    assert "1:4" + (f" along {dim}" if dim != 1 else "") in held(mask)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_dropped_channels_do_not_hide_groups(dim):
+    shape = [(32, 21), (21, 32)][dim]
+    made = ps.patterns.chain(ps.patterns.channel(1 - dim), ps.patterns.n_of_m(2, 4, dim))
+    assert "2:4" + (" along 0" if dim == 0 else "") in held(made(torch.rand(shape), 0.5))
+
+
 def keeps_to(mask, name):
     """Check a pattern that `summary` names, by brute force."""
     if name in ("dense", "empty"):
@@ -152,9 +175,10 @@ def keeps_to(mask, name):
     if name.startswith("nearly"):
         return torch.equal(ps.patterns.nearly_diagonal(numbers[0])(mask.float()), mask)
     n, m, *along = numbers
-    last = mask.movedim(along[0] if along else 1, -1)
-    rows = [row for part in (last if not along and mask.ndim > 1 else last[None])
-            if part.any() for row in part.reshape(-1, last.shape[-1])]  # fmt: skip
+    dim = along[0] if along else 1
+    for other in [d for d in (0, 1) if d != dim and mask.ndim > 1]:
+        mask = mask.index_select(other, mask.movedim(other, 0).flatten(1).any(1).nonzero()[:, 0])
+    rows = mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
     return all(int(group.sum()) == n for row in rows for group in row.split(m))
 
 

@@ -68,7 +68,7 @@ def test_sampling_changes_nothing_whatever_the_dtype_the_ties_and_the_sparsity(s
         lambda n: torch.where(torch.arange(n) % 7 == 0, 5.0, torch.rand(n)),
         lambda n: 10.0 ** torch.linspace(-38, 38, n),
         lambda n: torch.arange(n) % 2 == 0,
-        lambda n: torch.arange(n).mul(2**52 // n) + 2**53,  # floats would merge these
+        lambda n: torch.arange(n) + 2**53,  # floats would merge these
     ],
     ids=["equal", "minus_inf", "up", "down", "zeros", "infs", "spike", "wide", "bool", "long"],
 )
@@ -91,8 +91,28 @@ def test_scores_of_several_dtypes_are_compared_without_rounding():
     near = torch.tensor(0.1, dtype=torch.half).item()
     scores = [torch.tensor([near], dtype=torch.half), torch.tensor([near + 1e-6, near - 1e-6])]
     assert same(highest(scores, 2), [torch.tensor([True]), torch.tensor([True, False])])
-    whole = [torch.tensor([2**24 + 1]), torch.tensor([2.0**24])]
-    assert same(highest(whole, 1), [torch.tensor([True]), torch.tensor([False])])
+    whole = [torch.tensor([2.0**24]), torch.tensor([2**24 + 1])]
+    assert same(highest(whole, 1), [torch.tensor([False]), torch.tensor([True])])
+    integers = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2**53, 2**53 + 1])]
+    assert same(highest(integers, 1), [torch.tensor([False]), torch.tensor([False, True])])
+
+
+def test_unsigned_scores_that_torch_does_not_compare_are_refused():
+    with pytest.raises(TypeError, match="uint64: torch compares none"):
+        highest([torch.tensor([1], dtype=torch.uint64)], 1)
+
+
+def test_the_default_device_does_not_matter():
+    scores = torch.rand(300_000)
+    wanted = highest([scores], 30_000)
+    with torch.device("meta"):
+        assert same(highest([scores], 30_000), wanted)
+
+
+def test_thousands_of_tensors_are_ranked_together():
+    parts = torch.rand(200_000).split(40)
+    masks = highest(parts, 1_000)
+    assert torch.equal(torch.cat(masks), highest([torch.cat(parts)], 1_000)[0])
 
 
 def test_strides_do_not_matter():

@@ -127,7 +127,9 @@ def check(name: str) -> Row:
     rows = ps.plan(model, SPARSITY)
     with torch.no_grad():
         dense = run(model)
+        originals = {row.name: model.get_parameter(row.name).clone() for row in rows}
         ps.sparsify(model, SPARSITY)
+        masks = {name: mask.clone() for name, mask in ps.named_masks(model)}
         sparse = run(model)
         outputs = sum(tensor.numel() for tensor in sparse)
         assert outputs, "the output is empty: nothing was compared"
@@ -142,6 +144,9 @@ def check(name: str) -> Row:
         assert same(run(model), sparse), "squashing a copy changed the original"
         ps.squash(model)
         assert same(run(model), sparse), "the squashed model differs"
+        for name, original in originals.items():
+            selected = torch.where(masks[name], original, 0.0)
+            assert same([model.get_parameter(name)], [selected]), f"{name}: other bits"
     assert not ps.is_sparse(model)
     assert [type(module) for module in model.modules()] == classes
     assert list(model.state_dict()) == keys
@@ -167,9 +172,10 @@ def page(rows: list[Row]) -> str:
         f"Every model of `torchvision.models.list_models()`, with random weights, sparsified to "
         f"{SPARSITY:.0%} and squashed:",
         "the outputs of the masked model, of a squashed copy and of the squashed model are equal "
-        "bit for bit. Classes,",
-        "state dict keys, and the Parameters and their order, are those of before. "
-        "`make test-models` makes this page.",
+        "bit for bit, and so are",
+        "the squashed weights and those that `torch.where` selects. Classes, state dict keys, and "
+        "the Parameters and their",
+        "order, are those of before. `make test-models` makes this page.",
         "",
         f"torch {torch.__version__.split('+')[0]}, torchvision "
         f"{torchvision.__version__.split('+')[0]}, CPU; {len(rows)} models, "

@@ -1,0 +1,24 @@
+"""Whether calling a module does more than its `forward`."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as _torch
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook is to run when `module` is called: its own, or one on all modules.
+
+    Without, `module.forward(x)` is `module(x)` at a tenth of its cost, which is what a reading of a
+    small weight otherwise consists of (benchmarks/overhead.py).
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _torch._global_forward_hooks
+        or _torch._global_forward_pre_hooks
+        or _torch._global_backward_hooks
+        or _torch._global_backward_pre_hooks
+    )
