@@ -24,7 +24,7 @@ class SummaryRow:
     Attributes:
         name: plain name of the tensor.
         shape: its shape; () in a total.
-        pattern: which patterns the mask keeps to, exactly, by commas: "dense", "empty",
+        pattern: which patterns the mask keeps to, by commas: "dense", "empty",
             "channel(dim)" ("in runs of k": heads of size k), "block(a x b)", "n:m" (along dimension
             1, or "along dim"), "nearly_diagonal(k)", "unstructured"; "soft" or "real-valued" if it
             is not bool; "custom" under a module of your own; "unset".
