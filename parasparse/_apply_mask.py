@@ -28,7 +28,7 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or is_tracing() or isinstance(weight, Proxy):
         return _masked(weight, mask)
     if torch._C._are_functorch_transforms_active():
-        # Not for all calls: it takes three times as long to call (benchmarks/overhead.py).
+        # Not for all calls: `setup_context` makes one of 7 us one of 19.
         return _ApplyMaskUnderTransforms.apply(weight, mask)  # type: ignore[no-any-return]
     if not (torch.is_grad_enabled() and weight.requires_grad) and forward_ad._current_level < 0:
         return _masked_eagerly(weight, mask)

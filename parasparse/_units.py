@@ -92,8 +92,8 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
                 f"{self} must have a size for each dimension of the tensor and fit into it; got "
                 f"shape {tuple(shape)}. A size of -1 stands for a whole dimension."
             )
-        whole = [max(size, 1) for size in shape]
-        return list(shape), [w if n == -1 else n for n, w in zip(self.shape, whole, strict=True)]
+        sizes = zip(self.shape, shape, strict=True)
+        return list(shape), [max(size, 1) if n == -1 else n for n, size in sizes]
 
 
 @dataclass(frozen=True)

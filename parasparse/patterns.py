@@ -96,8 +96,9 @@ def jointly(
     if isinstance(pattern, chain):
         return pattern.jointly(scores, sparsity)
     if any(score.is_meta for score in scores.values()):
-        empty = {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
-        return {n: pattern(scores[n], sparsity) for n in scores} if _has_units(pattern) else empty
+        if isinstance(pattern, block | channel | head):  # refuses shapes that do not fit
+            return {name: pattern(score, sparsity) for name, score in scores.items()}
+        return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
     if _has_units(pattern):
         kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
         return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}

@@ -34,8 +34,8 @@ class Prune:
         sparsity: share of zeros, in [0, 1]; not given where the pattern brings its own.
         score: `(tensor, name) -> scores`, real, of the same shape, higher = keep.
         pattern: `(scores, sparsity) -> mask`.
-        scope: "local" gives every tensor this sparsity; "global" ranks all entries of the group
-            jointly, so that the group as a whole has it.
+        scope: "local" gives every tensor this sparsity; "global" ranks all entries (or units) of
+            the group jointly, so that the group as a whole has it.
         distribution: `(shapes by name, sparsity) -> sparsity by name`; with "local" only.
 
     Raises:

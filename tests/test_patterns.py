@@ -416,6 +416,26 @@ def test_wrong_arguments_are_told(call, message):
         call()
 
 
+class BestRow:
+    def __call__(self, scores, sparsity):
+        return jointly({"": scores}, sparsity, pattern=self)[""]
+
+    def pool(self, scores):
+        return scores.amax(1)
+
+    def spread(self, units, shape):
+        return units[:, None].expand(shape)
+
+
+def test_units_of_ones_own_are_ranked_locally_jointly_and_on_meta():
+    scores = torch.tensor([[1.0, 9.0], [4.0, 4.0]])
+    assert BestRow()(scores, 0.5).tolist() == [[True, True], [False, False]]
+    masks = jointly({"a": scores, "b": scores * 3}, 0.5, pattern=BestRow())
+    assert masks["b"].all()
+    assert not masks["a"].any()
+    assert BestRow()(scores.to("meta"), 0.5).is_meta
+
+
 def test_no_tensors_have_no_masks():
     assert jointly({}, 0.5, pattern=lambda scores, sparsity: scores) == {}
 
