@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,6 +19,24 @@ from torch.nn import functional as F
 
 from parasparse._checks import check_sparsity, num_kept
 from parasparse._select import check_ranked, highest
+
+
+class Units(Protocol):
+    """A pattern of units, which can be ranked across tensors."""
+
+    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Return the mask for `scores`."""
+
+    def pool(self, scores: Tensor) -> Tensor:
+        """Return the score of each unit."""
+
+    def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
+        """Return a tensor of `shape` whose entries have the value of their unit."""
+
+
+def has_units(pattern: object) -> TypeGuard[Units]:
+    """Whether `pattern` is one of units."""
+    return hasattr(pattern, "pool") and hasattr(pattern, "spread")
 
 
 class _OfUnits(ABC):

@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeGuard
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity, num_kept
 from parasparse._select import check_ranked, highest
-from parasparse._units import block, channel, dimension, head, whole
+from parasparse._units import block, channel, dimension, has_units, head, whole
 
 __all__ = [
     "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
@@ -30,19 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 Pattern = Callable[..., Tensor]
-
-
-class Units(Protocol):
-    """A pattern of units, which can be ranked across tensors."""
-
-    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
-        """Return the mask for `scores`."""
-
-    def pool(self, scores: Tensor) -> Tensor:
-        """Return the score of each unit."""
-
-    def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
-        """Return a tensor of `shape` whose entries have the value of their unit."""
 
 
 def takes_sparsity(pattern: Pattern) -> bool:
@@ -99,7 +86,7 @@ def jointly(
         if isinstance(pattern, block | channel | head):  # refuses shapes that do not fit
             return {name: pattern(score, sparsity) for name, score in scores.items()}
         return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
-    if _has_units(pattern):
+    if has_units(pattern):
         kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
         return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
     total = sum(score.numel() for score in scores.values())
@@ -247,7 +234,7 @@ class chain:  # noqa: N801
         # A chain within a chain is its patterns in their place.
         patterns = tuple(p for q in patterns for p in (q.patterns if isinstance(q, chain) else [q]))
         taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
-        late = [p for p in patterns[1:] if _has_units(p)]
+        late = [p for p in patterns[1:] if has_units(p)]
         classes = [p for p in patterns if isinstance(p, type) or not callable(p)]
         if len(patterns) < 2 or len(taking) > 1 or late or classes:
             raise ValueError(
@@ -289,10 +276,6 @@ def _lowered(scores: Tensor, mask: Tensor) -> Tensor:
     narrow = not scores.is_floating_point() or scores.dtype.itemsize == 1
     values = scores.double() if narrow else scores
     return torch.where(mask, values.clamp(min=torch.finfo(values.dtype).min), -math.inf)
-
-
-def _has_units(pattern: Pattern) -> TypeGuard[Units]:
-    return hasattr(pattern, "pool") and hasattr(pattern, "spread")
 
 
 def _highest_of_each(groups: Tensor, n: int) -> Tensor:
