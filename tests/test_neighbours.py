@@ -74,120 +74,6 @@ def test_parametrizing_a_copy_leaves_the_original_alone():
     assert model.bias.all()
 
 
-def test_an_rnn_follows_its_masks_and_training():
-    model = nn.LSTM(4, 5)
-    x = torch.randn(3, 2, 4)
-    ps.sparsify(model, {"weight_hh_l0": 0.5})
-    first = model(x)[0]
-    ps.deploy_masks(model, {"weight_hh_l0": torch.tensor(0.0)})
-    twin = nn.LSTM(4, 5)
-    twin.load_state_dict(ps.dense_state_dict(model))
-    assert torch.equal(model(x)[0], twin(x)[0])
-    assert not torch.equal(model(x)[0], first)
-    with torch.no_grad():
-        model.bias_ih_l0.add_(1.0)
-        ps.stored(model, "weight_hh_l0").zero_()
-    twin.load_state_dict(ps.dense_state_dict(model))
-    assert torch.equal(model(x)[0], twin(x)[0])
-    torch.testing.assert_close(model.double()(x.double())[0].float(), twin(x)[0])
-    model.float()
-    ps.squash(model)
-    assert torch.equal(model(x)[0], twin(x)[0])
-
-
-def test_an_rnn_deepcopies_after_a_forward_with_gradients():
-    model = ps.sparsify(nn.GRU(4, 5), 0.5)
-    x = torch.randn(3, 2, 4)
-    out = model(x)[0]
-    assert torch.equal(copy.deepcopy(model)(x)[0], out)
-
-
-@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_forward_of_an_rnn_masks_each_weight_once(build):
-    model = ps.sparsify(build(4, 5, num_layers=2, bidirectional=True), 0.5)
-    calls = []
-    for _, stack in model.parametrizations.items():
-        stack[0].register_forward_hook(lambda *_: calls.append(1))
-    model(torch.randn(3, 2, 4))
-    assert len(calls) == len(model.parametrizations) == 8
-    with pytest.raises((ValueError, RuntimeError), match="dtype|type|Double"):
-        model(torch.randn(3, 2, 4).double())
-    with pytest.raises(RuntimeError, match="Expected 4, got 3"):
-        model(torch.randn(3, 2, 3))
-
-
-def test_an_rnn_that_checks_its_input_itself_keeps_doing_so():
-    class Strict(nn.GRU):
-        def check_input(self, x, batch_sizes):
-            super().check_input(x, batch_sizes)
-            if x.size(1) != 2:
-                raise ValueError("two sequences")
-
-    model = ps.sparsify(Strict(4, 5), 0.5)
-    model(torch.randn(3, 2, 4))
-    with pytest.raises(ValueError, match="two sequences"):
-        model(torch.randn(3, 3, 4))
-
-
-class OwnProduct(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 3))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
-def test_fx_keeps_masked_weights_as_they_are():
-    model = ps.sparsify(OwnProduct(), 0.5)
-    graph = torch.fx.symbolic_trace(model)
-    x = torch.randn(2, 4)
-    assert torch.equal(graph(x), model(x))
-    with torch.no_grad():
-        model.parametrizations.weight.original.mul_(3)
-    assert torch.equal(graph(x), model(x))
-    ps.deploy_masks(model, {"weight": torch.tensor(1.0)})
-    assert torch.equal(graph(x), x @ ps.stored(model, "weight"))
-    assert [name for name, _ in graph.named_parameters()] == ["parametrizations.weight.original"]
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # up to torch 2.9
-def test_every_kind_of_hook_runs():
-    model = ps.sparsify(nn.Linear(4, 4), 0.5)
-    stack, x = model.parametrizations.weight, torch.randn(2, 4)
-    seen = []
-    for module in (stack, stack[0]):
-        seen.clear()
-        handles = [
-            module.register_forward_pre_hook(lambda *_: seen.append("pre")),
-            module.register_forward_hook(lambda *_: seen.append("forward")),
-            module.register_full_backward_pre_hook(lambda *_: seen.append("backward_pre")),
-        ]
-        model(x).sum().backward()
-        assert seen == ["pre", "forward", "backward_pre"]
-        for handle in handles:
-            handle.remove()
-    names = []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, *_: names.append(type(module).__name__)
-    )
-    try:
-        model(x)
-    finally:
-        handle.remove()
-    assert names == ["Mask", "MaskedParametrizationList", "MaskedLinear"]
-
-
-def test_frozen_brings_an_rnn_to_one_evaluation():
-    model = ps.sparsify(nn.LSTM(4, 5), {"weight_hh_l0": 0.5})
-    calls = []
-    model.parametrizations.weight_hh_l0[0].register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad(), ps.frozen(model):
-        model(torch.randn(3, 2, 4))
-        model(torch.randn(3, 2, 4))
-    assert len(calls) == 1
-
-
 def test_the_fast_path_of_attention_is_still_taken_and_right():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     ps.sparsify(layer, 0.5)
@@ -316,18 +202,6 @@ def test_a_class_put_on_top_stays():
     assert torch.equal(model.weight, expected)
 
 
-def test_jit_trace_agrees_and_squashed_models_script():
-    model = ps.sparsify(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 0.5)
-    x = torch.randn(2, 4)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates both
-        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
-        expected = model(x)
-        assert torch.equal(torch.jit.script(ps.squash(model))(x), expected)
-
-
 class Delegating(nn.Module):
     def __init__(self):
         super().__init__()
@@ -388,17 +262,6 @@ def test_a_stock_registration_leaves_siblings_whose_attribute_is_plain():
     assert torch.equal(two(x), expected)
 
 
-def test_an_rnn_lives_on_when_ours_goes_before_a_stock_parametrization():
-    model, x = nn.GRU(4, 5), torch.randn(3, 2, 4)
-    ps.sparsify(model, {"weight_hh_l0": 0.5})
-    parametrize.register_parametrization(model, "bias_hh_l0", nn.Identity())
-    expected = model(x)[0]
-    ps.squash(model)
-    assert torch.equal(model(x)[0], expected)
-    parametrize.remove_parametrizations(model, "bias_hh_l0")
-    assert torch.equal(model(x)[0], expected)
-
-
 def test_prune_at_one_place_of_a_tie_is_refused():
     model = Tied()
     prune.l1_unstructured(model.head, "weight", amount=0.5)
@@ -418,14 +281,3 @@ def test_a_submodule_called_parametrizations_is_refused():
     with pytest.raises(ValueError, match="parametrizations"):
         ps.sparsify(model, {"weight": 0.5})
     assert not ps.is_sparse(model)
-
-
-def test_feature_extractors_trace_through_masked_modules():
-    from torchvision.models import swin_t
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    model = ps.sparsify(swin_t(weights=None).eval(), 0.5)
-    x = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        features = create_feature_extractor(model, ["flatten"])(x)["flatten"]
-        torch.testing.assert_close(model.head(features), model(x))
