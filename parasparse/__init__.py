@@ -5,6 +5,9 @@ from parasparse.contexts import dense_gradients, frozen
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
 from parasparse.parametrizations import Mask, SoftMask
 from parasparse.report import summary
+from parasparse.sparse.accelerate import accelerate, accelerated, restore
+from parasparse.sparse.files import load_packed, save
+from parasparse.sparse.packing import Packed, pack, unpack
 from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
 from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
 from parasparse.treatments import Fixed, Gate, Prune
@@ -15,8 +18,11 @@ __all__ = [
     "Fixed",
     "Gate",
     "Mask",
+    "Packed",
     "Prune",
     "SoftMask",
+    "accelerate",
+    "accelerated",
     "binarize",
     "binarize_masks",
     "dense_gradients",
@@ -26,15 +32,20 @@ __all__ = [
     "frozen",
     "gates",
     "is_sparse",
+    "load_packed",
     "load_state_dict",
     "mask_of",
     "named_masks",
+    "pack",
     "patterns",
     "plan",
+    "restore",
+    "save",
     "scores",
     "sparsify",
     "squash",
     "stored",
     "summary",
+    "unpack",
     "unsparsify",
 ]

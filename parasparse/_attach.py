@@ -23,6 +23,7 @@ from parasparse._dense_keys import accept_dense_keys
 from parasparse._foreign import prune_mask, pruned_names, undo_prune
 from parasparse._masked_class import base_class, is_masked_class, is_stock_class, masked_class
 from parasparse._stack import MaskedParametrizationList, original_names, put_stack, stack_of
+from parasparse.sparse.weight import SparseWeight
 
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
@@ -204,3 +205,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(
         cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__
     )
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` has put weights that multiply sparsely into any module of `model`."""
+    return any(
+        isinstance(tensor, SparseWeight)
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), module.__dict__.get("executes"))
+    )
+
+
+def check_not_accelerated(model: nn.Module) -> None:
+    """Refuse what would change weights or masks under the formats that multiply."""
+    if is_accelerated(model):
+        raise RuntimeError(
+            "`model` must not be accelerated while its masks or weights change. Call "
+            "parasparse.restore(model) first."
+        )

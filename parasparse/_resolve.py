@@ -45,6 +45,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     Raises:
         TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
     """
+    _attach.check_not_accelerated(model)
     numbered = dict(enumerate(_as_pairs(rules)))
     treatments = {n: as_treatment(treatment) for n, (_, treatment) in numbered.items()}
     targets = collect(model, pairs=pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,14 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     Attributes:
         frozen: the value while the model is `frozen`, else None.
         probe: zeros that collect the dense gradient while `dense_gradients` is on, else None.
+        executes: what multiplies sparsely in its place while the model is accelerated, else None.
     """
 
-    # Neither is a buffer: both live for the length of a `with` block and are not saved or copied.
+    # None is a buffer. The first two live for the length of a `with` block: not saved or copied.
     frozen: Tensor | None = None
     probe: Tensor | None = None
+    executes: Tensor | None = None
+    _has_loaded = False
 
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
         # Not ParametrizationList's: it reads the tensor, which an unset mask refuses, and calls
@@ -107,6 +110,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
     def forward(self) -> Tensor:
         """Return the masked tensor."""
+        if self.executes is not None:
+            return self._executing(self.executes)
         if self.frozen is not None:
             return self._frozen_value(self.frozen)
         # Each masked tensor comes by here in each forward: no list of modules is made for one. But
@@ -234,10 +239,26 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._has_loaded = True  # the mask, a child, loads after this
         key = f"{prefix}{len(self) - 1}.mask"
         is_set = getattr(self.mask, "_buffers", {}).get("mask") is not None
         if f"{prefix}original" in missing_keys and is_set and key not in state_dict:
             missing_keys.append(key)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if self.executes is not None:
+            self.executes.data = fn(self.executes.data)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _executing(self, executes: Tensor) -> Tensor:
+        if self._has_loaded:  # other values or another mask
+            del self.executes
+            with torch.no_grad():
+                executes.copy_(self())
+            self.__dict__["executes"] = executes
+            self._has_loaded = False
+        return executes
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("frozen", "probe")}

@@ -19,7 +19,7 @@ _WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modu
 PAIR_ENDINGS = (("_re", "_im"), ("_real", "_imag"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Site:
     """One place where a tensor hangs."""
 
@@ -132,9 +132,10 @@ def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     return _paired(entries, _alike) if pairs else [_target(entry) for entry in entries]
 
 
-def collect_as_masked(model: nn.Module) -> list[Target]:
+def collect_as_masked(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     """Return the tensors of `model`; a pair is one unless its parts have masks of their own."""
-    return _paired(_entries(model, by_mask=True), _share_a_mask)
+    entries = _entries(model, by_mask=True)
+    return _paired(entries, _share_a_mask) if pairs else [_target(entry) for entry in entries]
 
 
 def _entries(model: nn.Module, *, by_mask: bool = False) -> list[_Entry]:

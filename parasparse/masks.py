@@ -120,6 +120,7 @@ def deploy_masks(
     given = masks if masks is not None else state_dict
     if given is None:
         raise TypeError("`masks` must be given, a mask by name; got None.")
+    _attach.check_not_accelerated(model)
     targets = masked(model)
     keys = mask_keys(targets)
     if prefix:

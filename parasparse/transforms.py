@@ -152,6 +152,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
         >>> binarize(model).parametrizations.weight[0].mask.tolist()
         [[True, False]]
     """
+    _attach.check_not_accelerated(model)
     work = [target for target in masked(model, targets) if not _is_bool(target)]
     for target in work:
         target.effective()  # an unset mask raises here
@@ -183,6 +184,7 @@ def _attached(step: Step) -> nn.Module:
 
 
 def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
+    _attach.check_not_accelerated(model)
     chosen = masked(model, targets)
     if chosen and _attach.is_sharded(model):
         raise RuntimeError(

@@ -1,5 +1,6 @@
 import json
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -196,3 +197,86 @@ def test_what_is_named_holds(shape, seed, share, repeats):
     names = held(mask)
     assert names
     assert names == ["unstructured"] or all(keeps_to(mask, name) for name in names)
+
+
+class Every(nn.Module):
+    """A layer of each kind, and how often each entry of its weight is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.linear = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(6, 4, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(4, 4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.lstm = nn.LSTM(4, 5, num_layers=2, batch_first=True)
+        self.other = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, tokens):
+        x = self.linear(self.embedding(tokens))  # 2 x 49
+        x = self.up(self.conv(x.view(2, 7, 7, 6).permute(0, 3, 1, 2)))  # 2 x 3 x 3, 2 x 4 x 4
+        x = x.flatten(2).mT
+        x = self.attention(x, x, x)[0]
+        return self.lstm(x)[0] @ self.other
+
+    rows: ClassVar = {
+        "embedding.weight": 0,
+        "linear.weight": 98,
+        "conv.weight": 18,
+        "up.weight": 18,
+        "attention.in_proj_weight": 32,
+        "attention.out_proj.weight": 32,
+        "lstm.weight_ih_l0": 32,
+        "lstm.weight_hh_l0": 32,
+        "lstm.weight_ih_l1": 32,
+        "lstm.weight_hh_l1": 32,
+        "other": None,
+    }
+
+
+def test_multiply_adds_are_those_of_each_layer():
+    model = Every()
+    ps.sparsify(model, {"*": 0.75})
+    report = ps.summary(model, torch.randint(10, (2, 49)))
+    assert {row.name for row in report.rows} == set(Every.rows)
+    for row in report.rows:
+        rows = Every.rows[row.name]
+        if rows is None:
+            assert (row.multiply_adds_dense, row.multiply_adds) == (None, None)
+        else:
+            assert row.multiply_adds_dense == rows * row.numel, row.name
+            assert row.multiply_adds == rows * row.kept, row.name
+    assert report.model.multiply_adds is None
+    text = repr(report)
+    assert "mult-adds dense" in text
+    assert "dense ms" not in text
+    assert "mult-adds" not in repr(ps.summary(model))
+    assert model.training
+
+
+def test_packed_bytes_are_those_of_pack():
+    model = ps.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0": 0.9})
+    report = ps.summary(model, torch.randn(2, 64))
+    packed = ps.pack(ps.dense_state_dict(model))
+    assert report.rows[0].bytes_packed == packed["0.weight"].nbytes < 64 * 64 * 4 * 0.14
+    assert report.model.bytes_packed == sum(one.nbytes for one in packed.values())
+
+
+def test_a_pair_counts_both_its_parts():
+    model = ps.sparsify(PairLinear(), 0.5)
+    before = ps.summary(model).rows[0]
+    row = ps.summary(model, torch.randn(3, 6)).rows[0]
+    assert row.kept == before.kept
+    assert row.bytes_packed > 0
+
+
+def test_latency_is_measured_when_asked():
+    model = ps.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), 0.9)
+    report = ps.summary(model, {"input": torch.randn(2, 64)}, latency=True)
+    assert 0 < report.rows[0].sparse_ms <= report.rows[0].dense_ms
+    assert report.masked.dense_ms == report.rows[0].dense_ms
+    assert report.model.dense_ms is None
+    assert "sparse ms" in report._repr_html_()
+    json.dumps(report.to_dict())
+    with pytest.raises(ValueError, match="must come with `example_inputs`"):
+        ps.summary(model, latency=True)

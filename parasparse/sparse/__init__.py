@@ -1,0 +1,1 @@
+"""Zeros that pay: in time (`accelerate`) and in bytes (`pack`)."""

@@ -1,0 +1,47 @@
+"""What nn.MultiheadAttention does with sparse projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_forward: Any = F.multi_head_attention_forward
+# torch's own code, which would else hand any tensor subclass back to us before its projections
+# (test_attention_computes_with_sparse_projections).
+_through = FunctionType(
+    _forward.__code__,
+    {**vars(F), "has_torch_function": lambda _: False},
+    _forward.__name__,
+    _forward.__defaults__,
+    _forward.__closure__,
+)
+
+
+def attention(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute attention; the projections dispatch as linear layers do."""
+    return _through(*args, **kwargs)
+
+
+def split(func: Any, weight: Any, sizes: int | Sequence[int], dim: int = 0) -> Any:
+    """Cut a fused projection into those of query, key and value."""
+    if dim != 0 or isinstance(sizes, int):
+        return NotImplemented
+    return weight.parts(tuple(sizes))
+
+
+def chunk(func: Any, weight: Any, chunks: int, dim: int = 0) -> Any:
+    """Cut a fused projection into equal parts."""
+    if dim != 0 or len(weight) % chunks:
+        return NotImplemented
+    return weight.parts((len(weight) // chunks,) * chunks)
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: attention,
+    torch.Tensor.split: split,
+    torch.Tensor.chunk: chunk,
+}

@@ -1,0 +1,194 @@
+"""Which format is the fastest for which weight: its uses are recorded, and timed again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parasparse.sparse.layers import Use
+from parasparse.sparse.weight import SparseWeight
+
+# A linear layer is timed at these rows as well: one token, a few, a prompt.
+_ROWS = (1, 8, 64)
+# What a format must gain to be chosen; less is within the noise of a shared machine.
+_GAIN = 0.95
+_SECONDS = 0.1
+# They have dense kernels of their own, which know nothing of single weights: timed as a whole.
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one weight at one number of rows.
+
+    Attributes:
+        rows: how often a call multiplies each entry of the weight.
+        format: the fastest; None: the dense kernel.
+        dense_ms: milliseconds of the dense kernel.
+        chosen_ms: milliseconds of what was chosen.
+    """
+
+    rows: int
+    format: str | None
+    dense_ms: float
+    chosen_ms: float
+
+
+@dataclass
+class Recording:
+    """What a run of a model told.
+
+    Attributes:
+        uses: of each weight, by name; None among them: not multiplied, but read.
+        fused: what modules that compute in one go were called with.
+    """
+
+    uses: dict[str, list[Use | None]]
+    fused: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+def recorded(model: nn.Module, probes: Mapping[str, SparseWeight], inputs: Any) -> Recording:
+    """Run `model` on `inputs` and return how the installed `probes` were used."""
+    recording = Recording({name: [] for name in probes})
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _FUSED):
+                hook = partial(_note, recording.fused)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        for name, probe in probes.items():
+            probe.seen = recording.uses[name].append
+        with evaluating(model):
+            called(model, inputs)
+    return recording
+
+
+def _note(fused: dict[nn.Module, Any], module: nn.Module, args: Any, kwargs: Any) -> None:
+    fused[module] = args, kwargs
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """Return what `model` makes of a tensor, a tuple or a dict."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in evaluation mode, so that nothing of `model` changes."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def guessed_uses(weight: Tensor) -> list[Use | None]:
+    """Return a use of a linear layer that nothing is known of."""
+    return [Use(F.linear, torch.empty(1, weight.shape[1], device="meta"), (None,), 1)]
+
+
+def measured(
+    weights: Mapping[str, Tensor], uses: Mapping[str, list[Use | None]], names: list[str]
+) -> dict[str, tuple[Measured, ...]]:
+    """Return the fastest of the formats `names` for each weight and number of rows.
+
+    Weights that are alike in shape, use and number of stored entries are measured once.
+    """
+    known: dict[Any, tuple[Measured, ...]] = {}
+    results = {}
+    for name, weight in weights.items():
+        by_rows = _by_rows([use for use in uses[name] if use and use.rows > 0], weight)
+        candidates = _candidates(weight, names)
+        calls = [(u.func, rows, u.like.shape, *u.more[1:]) for rows, u in by_rows.items()]
+        size = {n: round(10 * math.log2(1 + w.bytes_stored())) for n, w in candidates.items()}
+        key = repr((weight.shape, weight.stride(), calls, size))
+        if key not in known:
+            known[key] = tuple(_fastest(use, candidates) for _, use in sorted(by_rows.items()))
+        results[name] = known[key]
+    return results
+
+
+def _by_rows(uses: list[Use], weight: Tensor) -> dict[int, Use]:
+    linear = [use for use in uses if use.func is F.linear]
+    rows = {*_ROWS, *(use.rows for use in linear)} if linear else set()
+    # Of the weight's own size: a part of a fused projection has a part of the bias.
+    bias = weight.new_zeros(len(weight)) if any(use.more[0] is not None for use in linear) else None
+    like = torch.empty(1, weight.shape[1], device="meta")
+    found = {n: Use(F.linear, like.new_empty(n, like.shape[1]), (bias,), n) for n in rows}
+    return {use.rows: use for use in uses} | found
+
+
+def _candidates(weight: Tensor, names: list[str]) -> dict[str | None, SparseWeight]:
+    """Return `weight` in each format that can hold it; under None, dense."""
+    made = {name: SparseWeight(weight, ((1, name),)) for name in names}
+    return {None: SparseWeight(weight)} | {n: w for n, w in made.items() if w.format_for(1)}
+
+
+def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measured:
+    dense = candidates[None].plain()
+    x = torch.randn(use.like.shape, dtype=dense.dtype, device=dense.device)
+    if x.ndim == 4 and use.like.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    calls = {
+        name: partial(use.func, x, dense if name is None else weight, *use.more)
+        for name, weight in candidates.items()
+    }
+    with torch.no_grad():
+        times = timed(calls)
+    best = min(times, key=lambda name: times[name])
+    best = best if times[best] < _GAIN * times[None] else None
+    return Measured(use.rows, best, times[None], times[best])
+
+
+def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Return the milliseconds of each of `calls`, interleaved so that drift hits all."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(), call()  # fills caches; some kernels are made on the first call
+    start = time.perf_counter()
+    for done in range(40):
+        for name, call in calls.items():
+            times[name].append(_once(call))
+        if done >= 4 and time.perf_counter() - start > _SECONDS:
+            break
+    return {name: _typical(every) for name, every in times.items()}
+
+
+def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Whether `call` is faster inside `sparse()`; the two alternate, so that drift hits both."""
+    dense_times: list[float] = []
+    sparse_times: list[float] = []
+    start = time.perf_counter()
+    while len(dense_times) < 9 or time.perf_counter() - start < 2 * _SECONDS:
+        dense_times.append(_once(call))
+        with sparse():
+            sparse_times.append(_once(call))
+    return _typical(sparse_times[2:]) < _typical(dense_times[2:])
+
+
+def _typical(times: list[float]) -> float:
+    """Return the lower quartile: others on the machine only ever add to a time."""
+    return sorted(times)[len(times) // 4]
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,390 @@
+"""Packed files: whole or not at all, and what comes back is what went in."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+import parasparse as ps
+from parasparse.sparse import files
+from parasparse.sparse.files import load_packed, save
+from tests.cases import Tied
+from tests.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
+
+SUFFIXES = [".safetensors", ".pt"]
+both = pytest.mark.parametrize("suffix", SUFFIXES)
+
+
+@pytest.fixture(params=SUFFIXES)
+def path(request, tmp_path):
+    return tmp_path / f"model{request.param}"
+
+
+def same_states(one, two):
+    return list(one) == list(two) and all(same(one[name], two[name]) for name in one)
+
+
+def small():
+    sparse = torch.where(torch.arange(64).view(8, 8) % 5 == 0, torch.randn(8, 8), 0.0)
+    return {"a.weight": sparse, "a.bias": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def some(number=3):
+    return {f"w{i}": torch.where(torch.rand(64, 64) < 0.1, 1.5, 0.0) for i in range(number)}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(DTYPES),
+            st.sampled_from(SHAPES),
+            st.sampled_from(MASKS),
+            st.integers(0, 2**31),
+        ),
+        max_size=5,
+    ),
+    st.sampled_from(SUFFIXES),
+)
+def test_any_state_comes_back_bit_for_bit(tmp_path_factory, drawn, suffix):
+    path = tmp_path_factory.mktemp("any") / f"x{suffix}"
+    state = {f"päth.{i}": drawn_tensor(*draw) for i, draw in enumerate(drawn)}
+    save(state, path)
+    assert same_states(load_packed(path), state)
+
+
+def test_every_dtype_comes_back(path):
+    state = {
+        f"{dtype}, {shape}, {kind}": drawn_tensor(dtype, shape, kind, 1)
+        for dtype in DTYPES
+        for shape in SHAPES
+        for kind in MASKS
+    }
+    save(state, path)
+    assert same_states(load_packed(path), state)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.14), (torch.bfloat16, 0.17)])
+def test_a_file_at_90_percent_keeps_to_its_size(path, dtype, most):
+    layer = ps.sparsify(nn.Linear(512, 512, bias=False).to(dtype), 0.9)
+    save(layer, path)
+    dense = path.with_name("dense")
+    torch.save(ps.dense_state_dict(layer), dense)
+    assert path.stat().st_size <= most * dense.stat().st_size
+
+
+def test_resnet18_goes_into_a_dense_and_a_masked_model(path):
+    source = ps.sparsify(models.resnet18(weights=None), 0.9).eval()
+    save(source, path)
+    state = load_packed(path)
+    assert same_states(state, ps.dense_state_dict(source))
+    x = torch.randn(1, 3, 64, 64)
+    dense = models.resnet18(weights=None).eval()
+    masked = ps.sparsify(models.resnet18(weights=None), 0.0).eval()
+    for model in (dense, masked):
+        assert str(model.load_state_dict(state)) == "<All keys matched successfully>"
+        assert torch.equal(model(x), source(x))
+
+
+def test_a_model_that_was_squashed_or_never_masked_is_saved_as_it_is(path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    save(model, path)
+    assert same_states(load_packed(path), model.state_dict())
+
+
+def test_tied_tensors_are_stored_once_and_come_back_tied(path):
+    model = ps.sparsify(Tied(), {"head.weight": 0.5})
+    save(model, path)
+    state = load_packed(path)
+    assert state["head.weight"] is state["embedding.weight"]
+    twin = Tied()
+    twin.load_state_dict(state)
+    index = torch.arange(5)
+    assert torch.equal(twin(index), model(index))
+
+
+def test_plain_values_come_back_in_their_places(path):
+    state = {"x": torch.eye(2), "_extra_state": {"steps": [1, 2.5, None]}, "y": torch.eye(2)}
+    save(state, path)
+    loaded = load_packed(path)
+    assert list(loaded) == list(state)
+    assert loaded["_extra_state"] == state["_extra_state"]
+
+
+@pytest.mark.parametrize("value", [object(), (1, 2), {1: 2}, {"x": torch.eye(2)}, float("nan")])
+def test_values_that_json_would_change_are_refused_before_anything_is_written(path, value):
+    with pytest.raises(TypeError, match="tensors and plain JSON by name; got .* as 'extra'"):
+        save({"x": torch.eye(2), "extra": value}, path)
+    with pytest.raises(TypeError, match="got Tensor as 1"):
+        save({1: torch.eye(2)}, path)
+    with pytest.raises(ValueError, match='"x" is on the meta device'):
+        save({"x": torch.eye(2, device="meta")}, path)
+    assert not list(path.parent.iterdir())
+
+
+def test_loaded_tensors_are_writable_and_free_of_the_file(path):
+    state = {"dense": torch.arange(4.0) + 1, "sparse": torch.eye(16)}
+    save(state, path)
+    loaded = load_packed(path)
+    before = path.read_bytes()
+    for tensor in loaded.values():
+        tensor.add_(1.0)
+    save({"other": torch.ones(100)}, path)
+    assert torch.equal(loaded["sparse"], torch.eye(16) + 1)
+    save(state, path)
+    assert path.read_bytes() == before  # and a state has but one file
+
+
+def test_a_safetensors_file_is_one_for_everybody(tmp_path):
+    state = {**small(), "empty": torch.zeros(0), "steps": 3}
+    save(state, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["a.bias", "a.weight", "empty"]
+        assert file.metadata()["format"] == "parasparse-packed"
+        assert file.metadata()["version"] == "1"
+        header = json.loads(file.metadata()["header"])
+    assert header["a.weight"]["dtype"] == "float32"
+    assert header["a.weight"]["shape"] == [8, 8]
+
+
+def damaged(path, state):
+    """Load; return whether that was refused. If it was not, the tensors must be the same."""
+    try:
+        loaded = load_packed(path)
+    except ValueError:
+        return True
+    assert same_states(loaded, state)
+    return False
+
+
+@both
+def test_no_flipped_byte_gives_another_tensor(tmp_path, suffix):
+    path, state = tmp_path / f"x{suffix}", small()
+    save(state, path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        for flip in (0xFF, 1 << place % 8):
+            changed = bytearray(whole)
+            changed[place] ^= flip
+            path.write_bytes(changed)
+            refused += damaged(path, state)
+    # In a zip file much is padding, or said twice and read once.
+    assert refused >= (2 * len(whole) - 16 if suffix == ".safetensors" else len(whole) // 2)
+
+
+@both
+def test_each_flipped_bit_of_the_tensors_and_the_header_is_found(tmp_path, suffix):
+    path, state = tmp_path / f"x{suffix}", small()
+    save(state, path)
+    whole = path.read_bytes()
+    values = state["a.weight"][state["a.weight"] != 0].view(torch.uint8).numpy().tobytes()
+    for needle in (values, b"a.weight", b'crc32\\":' if suffix == ".safetensors" else b'crc32":'):
+        start = whole.index(needle)
+        for place in range(start, start + len(needle)):
+            for bit in range(8):
+                changed = bytearray(whole)
+                changed[place] ^= 1 << bit
+                path.write_bytes(changed)
+                assert damaged(path, state)
+
+
+@both
+def test_every_truncation_is_refused(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    save(small(), path)
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="`path` must be"):
+            load_packed(path)
+
+
+@both
+def test_a_future_version_is_named(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "VERSION", 2)
+        save(small(), path)
+    with pytest.raises(
+        ValueError, match="newer parasparse: version 2; this one reads 1. Upgrade parasparse"
+    ):
+        load_packed(path)
+
+
+def test_ordinary_files_are_refused_with_the_right_reader(tmp_path):
+    torch.save(small(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt.*another kind of file. Read it with torch.load"):
+        load_packed(tmp_path / "x.pt")
+    torch.save([1, 2], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="Read it with torch.load"):
+        load_packed(tmp_path / "x.pt")
+    save_file(small(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="another kind of file. Read it with safetensors"):
+        load_packed(tmp_path / "x.safetensors")
+
+
+def test_neither_kind_is_taken_for_the_other(tmp_path):
+    save(small(), tmp_path / "x.pt")
+    (tmp_path / "x.pt").rename(tmp_path / "y.safetensors")
+    save(small(), tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(tmp_path / "y.pt")
+    for name in ("y.safetensors", "y.pt"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_packed(tmp_path / name)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "parasparse-packed", "version": "1", "header": Harmful()}, "x.pt")
+    with pytest.raises(ValueError, match="code in it has not been run"):
+        load_packed("x.pt")
+    assert not Path("harm").exists()
+
+
+def test_a_missing_file_and_a_folder_are_the_systems_errors(path):
+    with pytest.raises(FileNotFoundError):
+        load_packed(path)
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        load_packed(path)
+    with pytest.raises(ValueError, match="`path` must be a file or be free"):
+        save(small(), path)
+    with pytest.raises(FileNotFoundError):
+        save(small(), path / "no" / "such.pt")
+
+
+def test_without_safetensors_reading_says_what_to_install(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    save(small(), path)
+    with pytest.raises(ImportError, match=r"pip install parasparse\[safetensors\]"):
+        load_packed(path)
+
+
+def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
+    old = small()
+    save(old, path)
+    pack_tensor = files.pack_tensor
+    packed = []
+
+    def failing(tensor):
+        if len(packed) == 2:
+            raise KeyboardInterrupt
+        packed.append(tensor)
+        return pack_tensor(tensor)
+
+    monkeypatch.setattr(files, "pack_tensor", failing)
+    with pytest.raises(KeyboardInterrupt):
+        save(some(), path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert same_states(load_packed(path), old)
+
+
+KILLED = """
+import os, sys, time, torch
+from parasparse.sparse import files
+
+def stop(*args):
+    print("here", flush=True)
+    time.sleep(600)
+
+pack_tensor, count = files.pack_tensor, iter(range(9))
+if sys.argv[2] == "writing":
+    files.pack_tensor = lambda t: pack_tensor(t) if next(count) < 2 else stop()
+else:
+    os.replace = stop
+files.save({f"w{i}": torch.eye(500) for i in range(3)}, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_a_killed_save_leaves_the_old_file(path, moment):
+    old = small()
+    save(old, path)
+    before = path.read_bytes()
+    command = [sys.executable, "-c", KILLED, str(path), moment]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "here\n"
+        assert len(list(path.parent.iterdir())) == 2  # it was at it
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert same_states(load_packed(path), old)
+    save(some(), path)  # what was left beside is in nobody's way
+
+
+def test_links_are_followed_and_permissions_stay(path):
+    target = path.with_name("target")
+    target.touch()
+    target.chmod(0o640)
+    path.symlink_to(target)
+    state = small()
+    save(state, path)
+    assert path.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert same_states(load_packed(path), state)
+
+
+def test_a_new_file_has_the_usual_permissions(path):
+    path.with_name("usual").touch()
+    save(small(), path)
+    assert path.stat().st_mode == path.with_name("usual").stat().st_mode
+
+
+def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
+    pack_tensor, living = files.pack_tensor, weakref.WeakSet()
+
+    def counted(tensor):
+        assert not len(living)  # what was packed before is written and gone
+        packed = pack_tensor(tensor)
+        living.add(packed)
+        return packed
+
+    monkeypatch.setattr(files, "pack_tensor", counted)
+    state = some(4)
+    save(state, tmp_path / "x.safetensors")
+    assert same_states(load_packed(tmp_path / "x.safetensors"), state)
+
+
+PEAK = """
+import resource, sys, torch
+from parasparse.sparse.files import save
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+state = {f"w{i}": torch.zeros(2048, 2048) for i in range(24)}
+for tensor in state.values():
+    tensor.fill_(1.0)[::2, ::2] = 0.0  # three of four stay
+save({"w": state["w0"]}, sys.argv[1])
+before = peak()
+save(state, sys.argv[1])
+print((peak() - before) / state["w0"].nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_saving_many_tensors_takes_the_memory_of_saving_one(tmp_path):
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(out) < 3  # all of them packed are 19 tensors
