@@ -24,6 +24,8 @@ import parasparse as ps
 from benchmarks._timing import Timing, compare, show, threads, write
 from parasparse._tensors import collect_as_masked
 from parasparse.sparse import measure
+from parasparse.sparse.formats import FORMATS, Format, formats_of
+from parasparse.sparse.layers import Use
 from parasparse.sparse.places import executable, installed
 from parasparse.sparse.weight import SparseWeight
 

@@ -50,6 +50,8 @@ class CSR:
         return torch.sparse_csc_tensor(starts, rows, kept, shape, check_invariants=False)
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        if len(x) == 1:
+            return _vector(self._matrix, x, bias)
         if len(x) < 4:  # one matrix-vector product a row
             result = x @ self._transposed
             return result if bias is None else result.add_(bias)
@@ -161,8 +163,7 @@ class BSR:
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         if len(x) > 1:
             return _sliced(self, x, bias)
-        result = torch.mv(self._matrix, x[0])[None]
-        return result if bias is None else result.add_(bias)
+        return _vector(self._matrix, x, bias)
 
     def columns(self, u: Tensor) -> Tensor:  # noqa: D102
         size, n = self.blocks.shape[1], u.shape[1]
@@ -199,6 +200,11 @@ def _rows_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]] |
 def _shape(matrix: Tensor) -> tuple[int, int]:
     outputs, inputs = matrix.shape
     return outputs, inputs
+
+
+def _vector(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    x = x[0]
+    return (torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x))[None]
 
 
 def _sliced(kept: Bag | BSR, x: Tensor, bias: Tensor | None) -> Tensor:
