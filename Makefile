@@ -30,9 +30,11 @@ types: .venv/ready
 docs: .venv/docs
 	$(RUN)/mkdocs build --strict
 
-bench: .venv/ready  ## about 15 minutes; leave the machine alone meanwhile
+bench: .venv/ready  ## about 25 minutes; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks.overhead
 	$(RUN)/python -m benchmarks.selection
+	$(RUN)/python -m benchmarks.payoff
+	$(RUN)/python -m benchmarks.packing
 
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
 	$(RUN)/python -m tests.models.zoo

@@ -377,8 +377,11 @@ def test_measuring_leaves_buffers_hooks_and_modes_alone():
     model = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.Dropout(0.5))
     ps.squash(ps.sparsify(model, 0.99))
     model[2].eval()
-    before = copy.deepcopy(model.state_dict())
-    ps.accelerate(model, {"input": x(4, 512)})
+    before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    inputs = x(4, 512)
+    torch.set_rng_state(drawn)
+    ps.accelerate(model, {"input": inputs})
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert [m.training for m in model.modules()] == [True, True, True, False]
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
@@ -426,6 +429,48 @@ def test_attention_computes_with_sparse_projections(name, linears, kernel_calls)
     with torch.no_grad():
         model(*inputs)
     assert kernel_calls.count("rows") == linears
+
+
+def test_every_way_to_write_is_followed():
+    dense, plan, inputs = sparse("linear")
+    for write in (
+        lambda w: w.mul_(2),
+        lambda w: w.copy_(torch.eye(48)[:, :32]),
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: w.__imul__(2),
+        lambda w: nn.init.zeros_(w),
+        lambda w: torch._foreach_mul_([w], 2.0),
+        lambda w: torch.mul(w, 2, out=w),
+        lambda w: setattr(w, "data", torch.eye(48)[:, :32].double().float()),
+    ):
+        model, other = ps.accelerate(copy.deepcopy(dense), formats=plan), copy.deepcopy(dense)
+        with torch.no_grad():
+            write(model.weight)
+            write(other.weight)
+            close(model(*inputs), other(*inputs))
+            assert torch.equal(model.state_dict()["weight"], other.weight)
+        assert torch.equal(ps.restore(model).weight, other.weight)
+
+
+def test_transforms_of_torch_func_see_the_dense_weight():
+    dense, plan, inputs = sparse("linear")
+    model = ps.accelerate(copy.deepcopy(dense), formats=plan)
+    with torch.no_grad():
+        close(torch.vmap(model)(inputs[0]), dense(inputs[0]))
+        got, want = (torch.func.jvp(m, inputs, inputs) for m in (model, dense))
+        close(got, want)
+
+
+def test_inference_mode_is_fine():
+    dense, plan, inputs = sparse("linear")
+    model = copy.deepcopy(dense)
+    with torch.inference_mode():
+        close(ps.accelerate(model, formats=plan)(*inputs), dense(*inputs))
+    with torch.no_grad():
+        close(model(*inputs), dense(*inputs))
+    ps.restore(model)
+    model(*inputs).sum().backward()
+    assert model.weight.grad is not None
 
 
 def test_autocast_gives_what_it_gives_dense():

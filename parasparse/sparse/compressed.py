@@ -191,6 +191,8 @@ def _rows_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]] |
     """Return starts, columns, values and shape of the rows of `weight`, if half of it is zeros."""
     if weight.dtype not in _WIDE or 2 * weight.count_nonzero() > weight.numel():
         return None
+    if weight.numel() > torch.iinfo(torch.int32).max:
+        return None
     found = weight.flatten(1).to_sparse_csr()
     # A clone: torch.compile cannot take a view of a sparse tensor.
     kept = found.values().clone()

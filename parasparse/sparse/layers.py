@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from parasparse._apply_mask import is_tracing
 from parasparse.sparse import compiled
@@ -46,7 +47,7 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     Raises:
         RuntimeError: a gradient would be lost.
     """
-    if not hasattr(weight, "choices"):
+    if not hasattr(weight, "choices") or _is_transformed():
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *others) if t is not None):
         raise RuntimeError(
@@ -65,6 +66,11 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     return found
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which know the dense kernels."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """Return `call(x)`; under autocast in the weight's dtype, then as autocast would have it."""
     kind = x.device.type
@@ -76,6 +82,8 @@ def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> T
 
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
     """Compute input @ weight.T + bias."""
+    if input.is_nested:
+        return NotImplemented
     inputs = input.shape[-1]
     rows = math.prod(input.shape[:-1])
     chosen = format_for(

@@ -141,7 +141,9 @@ def _candidates(weight: Tensor, names: list[str]) -> dict[str | None, SparseWeig
 
 def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measured:
     dense = candidates[None].plain()
-    x = torch.randn(use.like.shape, dtype=dense.dtype, device=dense.device)
+    # Not the default generator: measuring shall not change what a program draws afterwards.
+    draws = torch.Generator(dense.device).manual_seed(0)
+    x = torch.randn(use.like.shape, dtype=dense.dtype, device=dense.device, generator=draws)
     if x.ndim == 4 and use.like.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     calls = {

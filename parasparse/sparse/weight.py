@@ -84,6 +84,10 @@ class SparseWeight(torch.Tensor):
             part.requires_grad_(self.requires_grad)
         return self._parts[sizes]
 
+    def renew(self) -> None:
+        """Make the formats of the values that are there now."""
+        self._formats, self._parts = formats_of(self.plain(), list(self._formats)), {}
+
     def bytes_stored(self) -> int:
         """Return the bytes of the formats; what they share counts once."""
         every = [tensor for held in self._formats.values() for tensor in held.tensors()]
@@ -105,32 +109,12 @@ class SparseWeight(torch.Tensor):
                 return result
         elif func not in _METADATA:
             pytree.tree_map_only(SparseWeight, _told_otherwise, (args, kwargs))
-        first = args[0] if args else None
-        if isinstance(first, SparseWeight) and _writes(func):
-            return first._written(func, args, kwargs)
+        if _writes(func) or "out" in kwargs:
+            return _written(func, args, kwargs)
         if func not in _METADATA and func.__name__ != "__set__":
             args, kwargs = pytree.tree_map_only(SparseWeight, _as_plain, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-
-    def _written(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Let `func` change the values, and make the formats anew."""
-        if self.original is None:
-            raise RuntimeError(
-                "an accelerated weight whose dense values were freed (`keep_dense=False`) must "
-                "not change. Build the model anew, load into it, and accelerate that."
-            )
-        value = args[1] if func == torch.Tensor.data.__set__ else self  # type: ignore[attr-defined]
-        if value.is_cpu and value.dtype not in ON_CPU and self.dtype in ON_CPU:
-            raise TypeError(
-                f"an accelerated weight must be float32 or float64 on a CPU; got {value.dtype}. "
-                "Call parasparse.restore(model) first."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            self.original.data = self.data  # `.to()` puts other values under a Parameter
-        self._formats, self._parts = formats_of(self.plain(), list(self._formats)), {}
-        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseWeight:
         if id(self) not in memo:
@@ -158,6 +142,36 @@ def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeig
     return SparseWeight(original, choices, keep_dense=keep_dense)
 
 
+def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Let `func` change the values of its first argument, or of `out`; make new formats of them."""
+    leaves = pytree.tree_leaves((args[:1], kwargs.get("out")))
+    weights = [leaf for leaf in leaves if isinstance(leaf, SparseWeight)]
+    if any(weight.original is None for weight in weights):
+        raise RuntimeError(
+            "an accelerated weight whose dense values were freed (`keep_dense=False`) must not "
+            "change. Build the model anew, load into it, and accelerate that."
+        )
+    if func == _SET_DATA:
+        _check_dtype(args[0], args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            func(*args)
+        args = (args[0].original, args[1])
+    plain_args, plain_kwargs = pytree.tree_map_only(SparseWeight, _as_plain, (args, kwargs))
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*plain_args, **plain_kwargs)
+    for weight in weights:
+        weight.renew()
+    return args[0] if args and result is plain_args[0] else result
+
+
+def _check_dtype(weight: SparseWeight, value: Tensor) -> None:
+    if value.is_cpu and value.dtype not in ON_CPU and weight.dtype in ON_CPU:
+        raise TypeError(
+            f"an accelerated weight must be float32 or float64 on a CPU; got {value.dtype}. Call "
+            "parasparse.restore(model) first."
+        )
+
+
 def _as_plain(weight: SparseWeight) -> Tensor:
     return weight.plain() if weight.original is None else weight.original
 
@@ -181,6 +195,7 @@ _METADATA = {
     *(getattr(torch.Tensor, name) for name in _METHODS),
 }
 _IN_PLACE = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()  # noqa: SIM905
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _WRITES = {"__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
 
 
@@ -190,5 +205,5 @@ def _writes(func: Callable[..., Any]) -> bool:
         return False
     name = func.__name__
     if name.startswith("__"):
-        return name in _WRITES or func == torch.Tensor.data.__set__  # type: ignore[attr-defined]
+        return name in _WRITES or func == _SET_DATA
     return name.endswith("_")
