@@ -1,6 +1,6 @@
 """Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
 
-from parasparse import distributions, gates, patterns, scores
+from parasparse import distributions, gates, patterns, schedules, scores
 from parasparse.contexts import dense_gradients, frozen
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
 from parasparse.parametrizations import Mask, SoftMask
@@ -41,6 +41,7 @@ __all__ = [
     "plan",
     "restore",
     "save",
+    "schedules",
     "scores",
     "sparsify",
     "squash",

@@ -9,6 +9,7 @@ from torch import nn
 import parasparse as ps
 from parasparse._select import highest
 from parasparse.patterns import n_of_m, nearly_diagonal
+from parasparse.sparse.formats import formats_of
 from tests.cases import CASES
 from tests.test_laws import loss_of, run
 from tests.test_patterns import PATTERNS
@@ -95,3 +96,29 @@ def test_patterns_on_the_device_are_those_of_the_cpu(pattern, shape):
 def test_patterns_without_a_sparsity_on_the_device(pattern):
     scores = torch.rand(8, 16)
     assert torch.equal(pattern(scores.cuda()).cpu(), pattern(scores))
+
+
+@torch.no_grad()
+def test_an_accelerated_model_on_the_device():
+    dense = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Unflatten(1, (1024, 1, 1)))
+    dense.append(nn.Conv2d(1024, 512, 1)).cuda().eval()
+    ps.squash(ps.sparsify(dense, 0.95))
+    x = torch.randn(8, 512).cuda()
+    plan = {"0.weight": [[1, "csr"]], "3.weight": [[1, "csr"]]}
+    for arguments in ({"formats": plan}, {"example_inputs": x}):
+        model = ps.accelerate(copy.deepcopy(dense), **arguments)
+        for rows in (1, 2, 8, 100):
+            x = torch.randn(rows, 512).cuda()
+            torch.testing.assert_close(model(x), dense(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_two_of_four_on_the_device():
+    dense = ps.sparsify(nn.Linear(256, 256), ps.Prune(pattern=n_of_m(2, 4)))
+    ps.squash(dense).half().cuda()
+    if "2:4" not in formats_of(dense.weight, ["2:4"]):
+        pytest.skip("torch has no 2:4 kernel for this device")
+    model = ps.accelerate(copy.deepcopy(dense), formats={"weight": [[1, "2:4"]]})
+    x = torch.randn(64, 256).half().cuda()
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-2, atol=1e-2)
+    assert torch.equal(ps.restore(model).weight, dense.weight)

@@ -9,7 +9,7 @@ from pathlib import Path
 import parasparse as ps
 
 ROOT = Path(ps.__file__).parent
-PURE = {"scores", "patterns", "distributions", "gates"}
+PURE = {"scores", "patterns", "distributions", "schedules", "gates"}
 ALLOWED = {
     "_checks": set(),
     "_apply_mask": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     "_units": {"_checks", "_select"},
     "patterns": {"_checks", "_select", "_units"},
     "distributions": {"_checks"},
+    "schedules": set(),
     "gates": {"_checks"},
     "parametrizations": {"gates", "_apply_mask", "_hooks"},
     "_stack": {"_apply_mask"},

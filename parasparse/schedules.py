@@ -1,0 +1,291 @@
+"""Numbers that change with the step: sparsities, prune rates, temperatures.
+
+A schedule is a function of the step. Those here go from `initial`, at step `start` and before, to
+`final`, at step `stop` and after, exactly. How they go between is a formula of the progress
+
+    p = (step - start) / (stop - start)    in [0, 1]
+
+Wherever a schedule is taken, any callable `int -> float` will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Constant:
+    """`value` at each step.
+
+    Examples:
+        >>> Constant(0.5)(1_000)
+        0.5
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """initial + (final - initial) p.
+
+    Args:
+        initial: value up to step `start`.
+        final: value from step `stop` on.
+        start: where it begins to move.
+        stop: where it has arrived; after `start`.
+
+    Raises:
+        ValueError: `stop` is not after `start`, or a number is not finite.
+
+    Examples:
+        >>> [Linear(0.0, 1.0, stop=4)(step) for step in (-1, 0, 1, 4, 9)]
+        [0.0, 0.0, 0.25, 1.0, 1.0]
+    """
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        return _ramp(self, step, lambda p: p)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """final + (initial - final) (1 - p)^3: fast at first, then ever slower.
+
+    Args:
+        initial: value up to step `start`.
+        final: value from step `stop` on.
+        start: where it begins to move.
+        stop: where it has arrived; after `start`.
+
+    Raises:
+        ValueError: `stop` is not after `start`, or a number is not finite.
+
+    Examples:
+        >>> [Cubic(0.0, 1.0, stop=2)(step) for step in (0, 1, 2)]
+        [0.0, 0.875, 1.0]
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, equation 1.
+        Differs: has a value for each step; `Every` says which of them count.
+    """
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        return _ramp(self, step, lambda p: 1 - (1 - p) ** 3)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """final + (initial - final) (1 + cos(pi p)) / 2: slow at both ends.
+
+    Args:
+        initial: value up to step `start`.
+        final: value from step `stop` on.
+        start: where it begins to move.
+        stop: where it has arrived; after `start`.
+
+    Raises:
+        ValueError: `stop` is not after `start`, or a number is not finite.
+
+    Examples:
+        >>> [round(Cosine(0.5, 0.0, stop=4)(step), 3) for step in (0, 1, 2, 4, 6)]
+        [0.5, 0.427, 0.25, 0.0, 0.0]
+
+    Reference: Dettmers & Zettlemoyer, "Sparse Networks from Scratch", 2019, arXiv:1907.04840,
+        section 3. Differs: stays at `final`, where a cosine learning rate rises again.
+    """
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        return _ramp(self, step, lambda p: (1 - math.cos(math.pi * p)) / 2)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """initial (final / initial)^p: each step multiplies by the same number.
+
+    Args:
+        initial: value up to step `start`, over 0.
+        final: value from step `stop` on, over 0.
+        start: where it begins to move.
+        stop: where it has arrived; after `start`.
+
+    Raises:
+        ValueError: `stop` is not after `start`, or a number is not finite or not over 0.
+
+    Examples:
+        >>> [Exponential(1.0, 100.0, stop=2)(step) for step in (0, 1, 2, 3)]
+        [1.0, 10.0, 100.0, 100.0]
+    """
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not (self.initial > 0 and self.final > 0):
+            raise ValueError(
+                f"`initial` and `final` must be over 0; got {self.initial!r} and {self.final!r}."
+            )
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        if self.initial == self.final:
+            return self.final
+        share = self.final / self.initial
+        return _ramp(self, step, lambda p: (share**p - 1) / (share - 1))
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """initial + (final - initial) (f(p) - f(0)) / (f(1) - f(0)): slow, fast, slow.
+
+    With f(p) = 1 / (1 + exp(-14 p + 5)).
+
+    Args:
+        initial: value up to step `start`.
+        final: value from step `stop` on.
+        start: where it begins to move.
+        stop: where it has arrived; after `start`.
+
+    Raises:
+        ValueError: `stop` is not after `start`, or a number is not finite.
+
+    Examples:
+        >>> [round(OneCycle(0.0, 1.0, stop=4)(step), 3) for step in (0, 1, 2, 4)]
+        [0.0, 0.177, 0.88, 1.0]
+
+    Reference: Hubens et al., "One-Cycle Pruning: Pruning ConvNets Under a Tight Training Budget",
+        2021, arXiv:2107.02086, equation 2. Differs: exact at p = 0, where theirs is at 0.7 %.
+    """
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        return _ramp(self, step, _one_cycle)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Whether a step counts: each `n`-th from `start` on, up to `stop`.
+
+    Args:
+        n: at least 1.
+        start: the first that counts.
+        stop: none counts after it; None: there is no end.
+
+    Raises:
+        ValueError: `n` is under 1, or `stop` before `start`.
+
+    Examples:
+        >>> [step for step in range(20) if Every(5, start=2, stop=15)(step)]
+        [2, 7, 12]
+    """
+
+    n: int
+    _: KW_ONLY
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"`n` must be at least 1; got {self.n!r}.")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(
+                f"`stop` must not be before `start`; got {self.stop!r}, before {self.start!r}."
+            )
+
+    def __call__(self, step: int) -> bool:
+        """Return whether `step` counts."""
+        before_end = self.stop is None or step <= self.stop
+        return step >= self.start and before_end and (step - self.start) % self.n == 0
+
+
+class _Ramp(Protocol):
+    @property
+    def initial(self) -> float: ...
+    @property
+    def final(self) -> float: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+
+def _ramp(schedule: _Ramp, step: int, curve: Callable[[float], float]) -> float:
+    """Return initial + (final - initial) curve(p), exact at both ends and outside."""
+    if step <= schedule.start:
+        return schedule.initial
+    if step >= schedule.stop:
+        return schedule.final
+    p = (step - schedule.start) / (schedule.stop - schedule.start)
+    return schedule.initial + (schedule.final - schedule.initial) * curve(p)
+
+
+def _one_cycle(p: float) -> float:
+    def logistic(p: float) -> float:
+        return 1 / (1 + math.exp(-14 * p + 5))
+
+    return (logistic(p) - logistic(0)) / (logistic(1) - logistic(0))
+
+
+def _check(schedule: _Ramp) -> None:
+    _check_finite("initial", schedule.initial)
+    _check_finite("final", schedule.final)
+    if not schedule.stop > schedule.start:
+        raise ValueError(
+            f"`stop` must be after `start`; got {schedule.stop!r}, not after {schedule.start!r}."
+        )
+
+
+def _check_finite(argument: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"`{argument}` must be a finite number; got {value!r}.")
