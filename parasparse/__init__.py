@@ -1,6 +1,6 @@
 """Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
 
-from parasparse import distributions, gates, patterns, schedules, scores
+from parasparse import distributions, gates, optim, patterns, schedules, scores
 from parasparse.contexts import dense_gradients, frozen
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
 from parasparse.parametrizations import Mask, SoftMask
@@ -9,6 +9,7 @@ from parasparse.sparse.accelerate import accelerate, accelerated, restore
 from parasparse.sparse.files import load_packed, save
 from parasparse.sparse.packing import Packed, pack, unpack
 from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
+from parasparse.training.gradual import GradualPruning
 from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
 from parasparse.treatments import Fixed, Gate, Prune
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Fixed",
     "Gate",
+    "GradualPruning",
     "Mask",
     "Packed",
     "Prune",
@@ -36,6 +38,7 @@ __all__ = [
     "load_state_dict",
     "mask_of",
     "named_masks",
+    "optim",
     "pack",
     "patterns",
     "plan",

@@ -46,7 +46,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
         TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
     """
     _attach.check_not_accelerated(model)
-    numbered = dict(enumerate(_as_pairs(rules)))
+    numbered = dict(enumerate(as_pairs(rules)))
     treatments = {n: as_treatment(treatment) for n, (_, treatment) in numbered.items()}
     targets = collect(model, pairs=pairs)
     groups = group_by_rule({n: spec for n, (spec, _) in numbered.items()}, targets)
@@ -67,7 +67,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     return steps
 
 
-def _as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
+def as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
     """Return `rules` as (target, treatment); the target of a treatment alone is None."""
     if is_array(rules) and not _are_pairs(rules):
         raise TypeError(

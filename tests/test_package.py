@@ -50,6 +50,12 @@ ALLOWED = {
         "_apply_mask", "_attach", "_checks", "_stack", "_tensors", "parametrizations", "transforms",
         "treatments",
     },
+    "optim": {"_attach", "_checks", "_tensors"},
+    "training.history": set(),
+    "training.gradual": {
+        "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules", "targets",
+        "training.history", "transforms", "treatments",
+    },
     "sparse.compressed": set(),
     "sparse.regular": set(),
     "sparse.formats": {"sparse.compressed", "sparse.regular"},

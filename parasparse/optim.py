@@ -1,0 +1,136 @@
+"""Keeps the state of any torch optimizer in step with masks, and with parameter names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import _attach
+from parasparse._checks import listed, nearest
+from parasparse._tensors import collect
+
+State = dict[str, dict[str, Any]]
+
+
+def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: Tensor) -> None:
+    """Set to 0 what `optimizer` keeps for some entries of `parameter`.
+
+    That is, in each tensor of the parameter's shape: momentum, averages, second moments.
+
+    Args:
+        optimizer: any of torch's kind; nothing happens if it does not know the parameter yet.
+        parameter: one of its own.
+        entries: bool, of the parameter's shape; True = set to 0.
+
+    Examples:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+        >>> weight.sum().backward(); optimizer.step()
+        >>> zero_entries(optimizer, weight, torch.tensor([True, False]))
+        >>> optimizer.state[weight]["momentum_buffer"].tolist()
+        [0.0, 1.0]
+    """
+    # `state` is a defaultdict: asking it with [] would make an entry.
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == entries.shape:
+            value.masked_fill_(entries.to(value.device), 0)
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of `optimizer` by plain parameter names.
+
+    Numbers in `optimizer.state_dict()` count parameters in the order in which the optimizer got
+    them, which differs between an optimizer that was built before `sparsify` and one that was built
+    after. Names do not.
+
+    Args:
+        model: dense or masked, wrapped or not.
+        optimizer: holds parameters of `model` only.
+
+    Returns:
+        `{"state": {name: ...}, "param_groups": [{..., "params": [name, ...]}]}`; tensors are the
+        optimizer's own.
+
+    Raises:
+        ValueError: the optimizer holds a tensor that is not a parameter of `model`.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> named_state(model, torch.optim.SGD(model.parameters()))["param_groups"][0]["params"]
+        ['weight', 'bias']
+    """
+    names = _names(model)
+    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if unknown:
+        raise ValueError(
+            f"`optimizer` must hold parameters of `model` only; {len(unknown)} of them, the first "
+            f"of shape {tuple(unknown[0].shape)}, are not."
+        )
+    state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
+    groups = [
+        {**group, "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def load_named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Load what `named_state` returned; `model` may be masked where that one was dense, or not.
+
+    Args:
+        model: has the parameters that `state` names.
+        optimizer: of the same kind, its groups with as many parameters in any order.
+        state: is not changed.
+
+    Raises:
+        ValueError: a name is not in the model, or a group holds other parameters.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> load_named_state(model, optimizer, named_state(model, optimizer))
+    """
+    names = _names(model)
+    held = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+    given = [list(group["params"]) for group in state["param_groups"]]
+    unknown = [name for group in given for name in group if name not in names.values()]
+    if unknown:
+        raise ValueError(
+            f"`state` must name parameters of `model`; {listed(unknown)} are none"
+            f"{nearest(unknown[0], names.values())}."
+        )
+    if [sorted(group) for group in held] != [sorted(group) for group in given]:
+        raise ValueError(
+            "`optimizer` must hold the parameters of `state`, group by group; it has groups of "
+            f"{[len(group) for group in held]}, `state` of {[len(group) for group in given]}, or "
+            "they hold others."
+        )
+    # As torch's own: numbers count the parameters of this optimizer, all groups one after another.
+    numbers = {name: i for i, name in enumerate(name for group in held for name in group)}
+    groups = [
+        {**saved, "params": [numbers[name] for name in own]}
+        for saved, own in zip(state["param_groups"], held, strict=True)
+    ]
+    # Copies: torch's own would share the tensors with whoever `state` came from.
+    values = {numbers[name]: copy.deepcopy(saved) for name, saved in state["state"].items()}
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """Return the plain name of each tensor that an optimizer may hold, by identity."""
+    names: dict[int, str] = {}
+    for target in collect(model, pairs=False):
+        site = target.sites[0]
+        parts = _attach.originals(site.module, site.attr)
+        for number, tensor in enumerate(parts):
+            # weight_norm and the like keep one weight in several tensors.
+            names[id(tensor)] = target.name if len(parts) == 1 else f"{target.name}.{number}"
+    for name, parameter in model.named_parameters():
+        names.setdefault(id(parameter), name)  # logits of a Gate
+    return names

@@ -1,0 +1,182 @@
+"""Gradual magnitude pruning, by any score and pattern: masks that follow a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import _attach
+from parasparse._checks import check_sparsity, listed
+from parasparse._resolve import as_pairs, resolve
+from parasparse._tables import described
+from parasparse._tensors import Target
+from parasparse.optim import zero_entries
+from parasparse.schedules import Every
+from parasparse.targets import masked
+from parasparse.training.history import Update, copied, update_of
+from parasparse.transforms import sparsify
+from parasparse.treatments import Prune, as_treatment
+
+
+class GradualPruning:
+    """Prunes `model` by `rules` while it trains: at step k to schedule(k) times each sparsity.
+
+    Targets are absolute, of all entries, and every update ranks the stored weights anew: entries
+    come back when the schedule falls, or when others have become smaller. What the optimizer keeps
+    for dropped and for grown entries is set to 0.
+
+    Args:
+        model: changed in place; schedule(0) holds at once.
+        rules: as for `sparsify`; each treatment a sparsity or a `Prune` with one, or None.
+        optimizer: holds the masked parameters; None: nobody's state is touched.
+        schedule: `int -> float` in [0, 1]. If it has a `stop`, the first update at or past it is
+            the last.
+        every: update at each so-many-th step; or `int -> bool`, such as `schedules.Every`.
+
+    Attributes:
+        history: an `Update` for each.
+        steps: how many times `step()` has been called.
+
+    Raises:
+        TypeError, ValueError: a rule without a sparsity, or as for `sparsify`; the optimizer does
+            not hold a masked parameter. The model is as it was.
+
+    Examples:
+        >>> from parasparse.schedules import Cubic
+        >>> model = nn.Linear(10, 10)
+        >>> pruner = GradualPruning(model, 0.9, schedule=Cubic(0.0, 1.0, stop=20), every=10)
+        >>> for _ in range(20): pruner.step()
+        >>> [(update.step, round(update.sparsity["weight"], 2)) for update in pruner.history]
+        [(10, 0.79), (20, 0.9)]
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, section 3. Differs:
+        entries may come back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        schedule: Callable[[int], float],
+        every: int | Callable[[int], bool],
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.every = Every(every) if isinstance(every, int) else every
+        self.steps = 0
+        self.history: list[Update] = []
+        self._is_over = False
+        self._rules = [(spec, _with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
+        rules = self._rules_at(0)
+        steps = resolve(model, rules, pairs=True)
+        if optimizer is not None:
+            check_held(optimizer, [step.target for step in steps])
+        self._names = [step.target.name for step in steps]
+        sparsify(model, rules)
+        self._start = copied(self._masks())
+
+    def step(self) -> None:
+        """Count a step, and update the masks if it is time; call it after `optimizer.step()`.
+
+        Raises:
+            ValueError: the schedule leaves [0, 1], or a score is NaN. Masks are as they were.
+        """
+        step = self.steps + 1
+        if not self._is_over and self.every(step):
+            self._update(step)
+            self._is_over = step >= getattr(self.schedule, "stop", step + 1)
+        self.steps = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs; the masks are in the model's own."""
+        return {
+            "steps": self.steps,
+            "is_over": self._is_over,
+            "history": [asdict(update) for update in self.history],
+            "start": copied(self._start),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another stood; load the model's and the optimizer's state as well.
+
+        Raises:
+            ValueError: it had other tensors.
+        """
+        start = state_dict["start"]
+        if start.keys() != self._start.keys():
+            raise ValueError(
+                f"`state_dict` must be of the same rules; it has the tensors {listed(start)}, this "
+                f"controller {listed(self._start)}."
+            )
+        self.steps, self._is_over = state_dict["steps"], state_dict["is_over"]
+        self.history = [Update(**update) for update in state_dict["history"]]
+        self._start = {n: mask.to(self._start[n].device).clone() for n, mask in start.items()}
+
+    def _update(self, step: int) -> None:
+        before = copied(self._masks())
+        sparsify(self.model, self._rules_at(step))
+        after = self._masks()
+        if self.optimizer is not None:
+            for target in self._targets():
+                changed = before[target.name] ^ after[target.name]
+                for parameter in parameters_of(target):
+                    zero_entries(self.optimizer, parameter, changed)
+        self.history.append(update_of(step, before, after, self._start))
+
+    def _rules_at(self, step: int) -> Any:
+        share = check_sparsity(self.schedule(step), f"schedule({step})")
+        rules = [(spec, _scaled(prune, share)) for spec, prune in self._rules]
+        return rules[0][1] if rules[0][0] is None else rules  # a treatment alone
+
+    def _targets(self) -> list[Target]:
+        names = set(self._names)
+        return [target for target in masked(self.model) if target.name in names]
+
+    def _masks(self) -> dict[str, Tensor]:
+        masks = {target.name: target.mask() for target in self._targets()}
+        return {name: mask for name, mask in masks.items() if mask is not None}
+
+
+def _scaled(prune: Prune | None, share: float) -> Prune | None:
+    if prune is None or prune.sparsity is None:
+        return prune
+    return replace(prune, sparsity=share * prune.sparsity)
+
+
+def _with_sparsity(treatment: Any) -> Prune | None:
+    found = as_treatment(treatment)
+    if found is None or (isinstance(found, Prune) and found.sparsity is not None):
+        return found
+    raise ValueError(
+        "`rules` must give each tensor a sparsity that the schedule can scale, a number or "
+        f"`Prune(number, ...)`, or None; got {described(treatment)}."
+    )
+
+
+def check_held(optimizer: torch.optim.Optimizer, targets: list[Target]) -> None:
+    """Raise ValueError if `optimizer` does not hold what `targets` store, as far as it is trained.
+
+    A fresh optimizer over another copy of the model is what this is about.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        target.name
+        for target in targets
+        if any(p.requires_grad and id(p) not in held for p in parameters_of(target))
+    ]
+    if missing:
+        raise ValueError(
+            f"`optimizer` must hold the parameters that are masked; {listed(missing)} are not "
+            f"among its {len(held)}. Build it with `model.parameters()` of this very model."
+        )
+
+
+def parameters_of(target: Target) -> list[Tensor]:
+    """Return the tensors that an optimizer holds for `target`."""
+    sites = [part[0] for part in target.parts]
+    return [tensor for site in sites for tensor in _attach.originals(site.module, site.attr)]

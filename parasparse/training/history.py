@@ -1,0 +1,54 @@
+"""What a controller did, update by update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Masks = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One change of masks.
+
+    Attributes:
+        step: how many times `step()` had been called.
+        sparsity: share of zeros of each tensor, by name.
+        churn: share of all entries whose mask changed.
+        overlap: share of what is kept now that was kept at the start.
+    """
+
+    step: int
+    sparsity: dict[str, float]
+    churn: float
+    overlap: float
+
+
+def update_of(step: int, before: Masks, after: Masks, start: Masks) -> Update:
+    """Return what changed from `before` to `after`; `start` are the first masks.
+
+    Examples:
+        >>> old, new = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+        >>> update_of(5, {"w": old}, {"w": new}, {"w": old}).overlap
+        0.5
+    """
+    numel = sum(mask.numel() for mask in after.values())
+    kept = {name: int(mask.count_nonzero()) for name, mask in after.items()}
+    changed = sum(int((mask ^ before[name]).count_nonzero()) for name, mask in after.items())
+    stayed = sum(int((mask & start[name]).count_nonzero()) for name, mask in after.items())
+    every = sum(kept.values())
+    return Update(
+        step=step,
+        sparsity={n: 1 - kept[n] / m.numel() if m.numel() else 0.0 for n, m in after.items()},
+        churn=changed / numel if numel else 0.0,
+        overlap=stayed / every if every else 1.0,
+    )
+
+
+def copied(masks: Masks) -> dict[str, Tensor]:
+    """Return copies of `masks`."""
+    return {name: torch.clone(mask) for name, mask in masks.items()}

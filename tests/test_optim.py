@@ -1,0 +1,154 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import parasparse as ps
+from parasparse.optim import load_named_state, named_state, zero_entries
+from parasparse.schedules import Linear
+
+OPTIMIZERS = {
+    "sgd": lambda p, **kw: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, **kw),
+    "adam": lambda p, **kw: torch.optim.Adam(p, 1e-2, amsgrad=True, **kw),
+    "adamw": lambda p, **kw: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, **kw),
+    "adagrad": lambda p, **kw: torch.optim.Adagrad(p, 0.1, initial_accumulator_value=0.1, **kw),
+    "rmsprop": lambda p, **kw: torch.optim.RMSprop(p, 1e-2, momentum=0.9, centered=True, **kw),
+    "muon": lambda p, **kw: torch.optim.Muon([q for q in p if q.ndim == 2], 1e-2, **kw),
+}
+VARIANTS = [
+    (name, keyword)
+    for name in OPTIMIZERS
+    for keyword in ("", "foreach", "fused")
+    if not (keyword and name == "muon") and not (keyword == "fused" and name == "rmsprop")
+]
+optimizers = pytest.mark.parametrize(
+    ("name", "keyword"), VARIANTS, ids=[" ".join(v).strip() for v in VARIANTS]
+)
+
+
+def build():
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def train(model, optimizer, steps=3):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        x, y = torch.randn(8, 12), torch.randint(4, (8,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def made(name, keyword, parameters):
+    return OPTIMIZERS[name](list(parameters), **({keyword: True} if keyword else {}))
+
+
+@optimizers
+def test_state_of_changed_entries_is_zeroed_and_of_others_kept(name, keyword):
+    model = build()
+    optimizer = made(name, keyword, model.parameters())
+    falls = Linear(1.0, 0.5, stop=4)  # the schedule falls: entries come back
+    pruner = ps.GradualPruning(model, {"0": 0.8}, optimizer, schedule=falls, every=2)
+    train(model, optimizer)
+    pruner.step()
+    stored = ps.stored(model, "0.weight")
+    with torch.no_grad():
+        stored.copy_(torch.rand_like(stored))  # others are the largest now: some go
+    before = {k: v.clone() for k, v in optimizer.state[stored].items() if torch.is_tensor(v)}
+    mask = ps.mask_of(model, "0.weight").clone()
+    pruner.step()
+    changed = mask ^ ps.mask_of(model, "0.weight")
+    assert (changed & mask).any()  # dropped
+    assert (changed & ~mask).any()  # grown
+    assert any(value.shape == mask.shape for value in before.values())
+    for key, old in before.items():
+        new = optimizer.state[stored][key]
+        if old.shape == mask.shape:
+            assert not new[changed].any()
+            assert torch.equal(new[~changed], old[~changed])
+        else:
+            assert torch.equal(new, old)
+    train(model, optimizer)
+    assert not model[0].weight[~ps.mask_of(model, "0.weight")].any()
+
+
+@optimizers
+def test_training_goes_on_by_name_where_the_order_of_parameters_differs(name, keyword):
+    dense = build()
+    first = made(name, keyword, dense.parameters())
+    train(dense, first)
+    masked = ps.sparsify(build(), 0.5)  # built anew, and masked before its optimizer
+    masked.load_state_dict(dense.state_dict())
+    other = made(name, keyword, masked.parameters())
+    load_named_state(masked, other, named_state(dense, first))
+    ps.deploy_masks(masked, {n: torch.tensor(1) for n, _ in ps.named_masks(masked)})
+    train(dense, first)
+    train(masked, other)
+    for key, value in ps.dense_state_dict(masked).items():
+        assert torch.equal(value, dense.state_dict()[key]), key
+    # and back again
+    again = build()
+    again.load_state_dict(ps.dense_state_dict(masked))
+    third = made(name, keyword, again.parameters())
+    load_named_state(again, third, named_state(masked, other))
+    train(masked, other)
+    train(again, third)
+    for key, value in ps.dense_state_dict(masked).items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_groups_keep_their_settings():
+    model = build()
+    groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [model[2].bias, model[0].bias]}]
+    first = torch.optim.SGD(groups, 0.1, momentum=0.9)
+    train(model, first)
+    other = copy.deepcopy(model)
+    groups = [{"params": [other[0].weight]}, {"params": [other[0].bias, other[2].bias]}]
+    second = torch.optim.SGD(groups, 0.9)
+    load_named_state(other, second, named_state(model, first))
+    assert [group["lr"] for group in second.param_groups] == [0.5, 0.1]
+    for one, two in ((model[0].bias, other[0].bias), (model[2].bias, other[2].bias)):
+        assert torch.equal(
+            first.state[one]["momentum_buffer"], second.state[two]["momentum_buffer"]
+        )
+
+
+def test_learned_masks_and_parametrized_weights_have_names_too():
+    model = ps.sparsify(build(), {"0": ps.Gate(init=0.0)})
+    weight_norm(model[2])
+    state = named_state(model, torch.optim.SGD(model.parameters()))
+    names = state["param_groups"][0]["params"]
+    assert names[:3] == ["0.bias", "0.weight", "0.parametrizations.weight.0.logits"]
+    assert {"2.weight.0", "2.weight.1", "2.bias"} == set(names[3:])
+
+
+def test_nothing_happens_to_a_parameter_that_is_not_known_yet():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    zero_entries(optimizer, weight, torch.tensor([True, False]))
+    assert not optimizer.state
+
+
+def test_complex_state_is_zeroed():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.Adam([weight])
+    (weight * 1j).abs().sum().backward()
+    optimizer.step()
+    zero_entries(optimizer, weight, torch.tensor([True, False]))
+    assert (optimizer.state[weight]["exp_avg"] == 0).tolist() == [True, False]
+
+
+def test_a_state_of_other_parameters_is_refused():
+    model, optimizer = build(), torch.optim.SGD(build().parameters(), 0.1)
+    with pytest.raises(ValueError, match="must hold parameters of `model` only; 4 of them"):
+        named_state(model, optimizer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = named_state(model, optimizer)
+    state["param_groups"][0]["params"][0] = "0.wieght"
+    with pytest.raises(ValueError, match=r'"0\.wieght" are none \(nearest: "0\.weight"'):
+        load_named_state(model, optimizer, state)
+    fewer = torch.optim.SGD([model[0].weight], 0.1)
+    with pytest.raises(ValueError, match=r"groups of \[1\], `state` of \[4\]"):
+        load_named_state(model, fewer, named_state(model, optimizer))
