@@ -31,7 +31,7 @@ class SparseWeight(torch.Tensor):
 
     Attributes:
         original: the Parameter whose place it has, and whose storage; None: freed.
-        choices: pairs of rows and format; the nearest ratio of rows decides.
+        choices: pairs of rows and format, by rows; the nearest ratio of rows decides.
         seen: is told of each use while uses are recorded, None where nothing is multiplied.
     """
 
@@ -52,7 +52,7 @@ class SparseWeight(torch.Tensor):
             values = values.new_empty(0).set_(nan, 0, original.shape, (0,) * original.ndim)
         self = torch.Tensor._make_subclass(cls, values, original.requires_grad)
         self.original = original if keep_dense else None
-        self.choices, self.seen = choices, None
+        self.choices, self.seen = tuple(sorted(choices, key=_rows)), None
         self._formats, self._parts = formats, {}
         if isinstance(original, nn.Parameter):
             self._is_param = True
@@ -63,9 +63,11 @@ class SparseWeight(torch.Tensor):
 
     def format_for(self, rows: int) -> Format | None:
         """Return what multiplies `rows` rows; None: the dense kernel."""
-        name = None
-        if self.choices:
-            _, name = min(self.choices, key=lambda choice: abs(math.log(choice[0] / max(rows, 1))))
+        name, last = None, 0
+        for measured, choice in self.choices:
+            if rows * rows > measured * last:  # nearer to this one than to the last, as a ratio
+                name = choice
+            last = measured
         return None if name is None else self._formats.get(name)
 
     def plain(self) -> Tensor:
@@ -136,6 +138,10 @@ class SparseWeight(torch.Tensor):
 
 
 ON_CPU = (torch.float32, torch.float64)
+
+
+def _rows(choice: tuple[int, str | None]) -> int:
+    return choice[0]
 
 
 def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeight:
