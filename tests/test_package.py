@@ -52,6 +52,7 @@ ALLOWED = {
     },
     "optim": {"_attach", "_checks", "_tensors"},
     "training.history": set(),
+    "training.moves": {"_select"},
     "training.gradual": {
         "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules", "targets",
         "training.history", "transforms", "treatments",

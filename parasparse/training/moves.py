@@ -1,0 +1,235 @@
+"""The three moves of dynamic sparse training: prune, grow, and redistribute between layers.
+
+Each is an ordinary function; those of a user's own have the same signatures:
+
+    redistribution(masking, name, weight, mask) -> importance of the layer, a number >= 0
+    prune(masking, mask, weight, name) -> new mask       keeps a part of `mask` (float, 0 and 1)
+    growth(masking, name, new_mask, total_regrowth, weight) -> newer mask     bool, keeps `new_mask`
+
+and, for all layers at once,
+
+    prune(masking) -> number removed
+    growth(masking, total_regrowth) -> number of connections afterwards
+
+`masking` is a view of the controller. Where `mask` is 0, `weight` is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from parasparse._select import highest
+
+
+class Masking(Protocol):
+    """What moves see of the controller; all dicts are by name of the layer.
+
+    Attributes:
+        optimizer: as it is; `optimizer.state[weight]` is the state of a weight.
+        masks: bool. Moves for all layers at once put new ones here.
+        weights: the weights.
+        prune_rate: share of its connections that a layer loses now.
+        name2prune_rate: the same, by layer.
+        name2nonzeros: connections of each layer before the update.
+        name2zeros: entries that are none.
+    """
+
+    optimizer: Any
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    prune_rate: float
+    name2prune_rate: dict[str, float]
+    name2nonzeros: dict[str, int]
+    name2zeros: dict[str, int]
+    baseline_nonzero: int
+
+    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
+        """Return the momentum that the optimizer keeps for `weight`."""
+
+    def get_gradient_for_weight(self, weight: Tensor) -> Tensor:
+        """Return the dense gradient of this step."""
+
+
+def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Drop the ceil(rate * connections) with the smallest |w|.
+
+    Reference: Mocanu et al., 2018, arXiv:1707.04780; Dettmers & Zettlemoyer, 2019,
+        arXiv:1907.04840, section 3.
+    """
+    kept = mask != 0
+    return _best(weight.detach().abs(), kept, int(kept.sum()) - _removed(masking, name))
+
+
+def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Drop ceil(rate * connections): the positive weights and the negative ones closest to 0.
+
+    Half of them of each sign; where one sign has too few, the other gives more. Weights of 0 count
+    as positive.
+
+    Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, lines 8 and 9.
+    """
+    kept = mask != 0
+    size = weight.detach().abs()
+    positive, negative = kept & (weight >= 0), kept & (weight < 0)
+    number = _removed(masking, name)
+    of_negative = min(number // 2, int(negative.sum()))
+    of_positive = min(number - of_negative, int(positive.sum()))
+    of_negative = number - of_positive
+    return _best(size, positive, int(positive.sum()) - of_positive) | _best(
+        size, negative, int(negative.sum()) - of_negative
+    )
+
+
+def random_growth(
+    masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
+) -> Tensor:
+    """Add `total_regrowth` free entries, drawn uniformly; exactly that number.
+
+    Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, line 10.
+    """
+    draws = torch.rand(new_mask.shape, device=new_mask.device)
+    return new_mask | _best(draws, ~new_mask, total_regrowth)
+
+
+def momentum_growth(
+    masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
+) -> Tensor:
+    """Add the free entries with the largest |momentum|.
+
+    Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
+    """
+    size = masking.get_momentum_for_weight(weight).abs()
+    return new_mask | _best(size, ~new_mask, total_regrowth)
+
+
+def gradient_growth(
+    masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
+) -> Tensor:
+    """Add the free entries with the largest |gradient|, of the dense weight at this step.
+
+    Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
+    """
+    size = masking.get_gradient_for_weight(weight).abs()
+    return new_mask | _best(size, ~new_mask, total_regrowth)
+
+
+def momentum_neuron_growth(
+    masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
+) -> Tensor:
+    """Share growth among outputs by their mean |momentum|, and add the largest within each.
+
+    Differs: in sparse_learning, what a full output cannot take is lost; here others take it.
+    """
+    size = masking.get_momentum_for_weight(weight).abs().flatten(1)
+    free = ~new_mask.flatten(1)
+    room = free.sum(1).tolist()
+    shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
+    grown = [_best(size[i], free[i], shares[i]) for i in range(len(size))]
+    return new_mask | torch.stack(grown).view_as(new_mask)
+
+
+def momentum_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
+    """Return the mean |momentum| of the connections; 0 if there are none.
+
+    Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
+    """
+    return _mean(masking.get_momentum_for_weight(weight).abs()[mask != 0])
+
+
+def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
+    """Return the mean |w| of the connections; 0 if there are none."""
+    return _mean(weight.detach().abs()[mask != 0])
+
+
+def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
+    """Return the number of connections."""
+    return float((mask != 0).sum())
+
+
+def no_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
+    """Return the number of connections that the layer is to lose: it regrows as many."""
+    return float(_removed(masking, name))
+
+
+def global_magnitude_prune(masking: Masking) -> int:
+    """Drop ceil(rate * connections) with the smallest |w| of all layers together."""
+    every = sum(masking.name2nonzeros.values())
+    number = math.ceil(masking.prune_rate * every)
+    scores = [
+        torch.where(masking.masks[name], weight.detach().abs().double(), -1.0)
+        for name, weight in masking.weights.items()
+    ]
+    for name, kept in zip(masking.weights, highest(scores, every - number), strict=True):
+        masking.masks[name] = kept
+    return number
+
+
+def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
+    """Add the free entries with the largest |momentum| of all layers together."""
+    scores = [
+        torch.where(
+            masking.masks[name], -1.0, masking.get_momentum_for_weight(weight).abs().double()
+        )
+        for name, weight in masking.weights.items()
+    ]
+    for name, grown in zip(masking.weights, highest(scores, total_regrowth), strict=True):
+        masking.masks[name] = masking.masks[name] | grown
+    return sum(int(mask.sum()) for mask in masking.masks.values())
+
+
+def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
+    """Return whole shares of `total` in proportion to `importance`, none above its `room`.
+
+    What is more than `room` goes to the others, in proportion again; largest remainders get the odd
+    ones, and of equal ones the first. Where nobody with room has any importance, room decides.
+
+    Args:
+        total: at most the sum of `room`.
+        importance: numbers >= 0.
+        room: what each can take.
+
+    Examples:
+        >>> shared_out(10, [1.0, 1.0, 2.0], [100, 1, 100])
+        [3, 1, 6]
+    """
+    shares = [0] * len(room)
+    open_ = [i for i, space in enumerate(room) if space]
+    while open_ and total:
+        weights = [importance[i] for i in open_]
+        if not sum(weights):
+            weights = [float(room[i]) for i in open_]
+        parts = [total * weight / sum(weights) for weight in weights]
+        full = [i for i, part in zip(open_, parts, strict=True) if part >= room[i]]
+        if not full:
+            whole = [math.floor(part) for part in parts]
+            order = sorted(range(len(parts)), key=lambda k: whole[k] - parts[k])
+            for k in order[: total - sum(whole)]:
+                whole[k] += 1
+            for i, share in zip(open_, whole, strict=True):
+                shares[i] = share
+            break
+        for i in full:
+            shares[i] = room[i]
+        total -= sum(room[i] for i in full)
+        open_ = [i for i in open_ if i not in full]
+    return shares
+
+
+def _removed(masking: Masking, name: str) -> int:
+    return math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
+
+
+def _best(scores: Tensor, among: Tensor, number: int) -> Tensor:
+    """Return the `number` entries of `among` with the highest scores, which are >= 0."""
+    if number <= 0:
+        return torch.zeros_like(among)
+    (best,) = highest([torch.where(among, scores, -1.0)], min(number, int(among.sum())))
+    return best
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0
