@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     frozen: Tensor | None = None
     probe: Tensor | None = None
     executes: Tensor | None = None
-    _has_loaded = False
+    _executed: list[tuple[int, int, int, bool]] | None = None
 
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
         # Not ParametrizationList's: it reads the tensor, which an unset mask refuses, and calls
@@ -239,26 +239,41 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._has_loaded = True  # the mask, a child, loads after this
         key = f"{prefix}{len(self) - 1}.mask"
         is_set = getattr(self.mask, "_buffers", {}).get("mask") is not None
         if f"{prefix}original" in missing_keys and is_set and key not in state_dict:
             missing_keys.append(key)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        if self.executes is not None:
-            self.executes.data = fn(self.executes.data)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    def execute(self, weight: Tensor) -> None:
+        """Let `weight`, which holds the masked values, be what is read from now on."""
+        self.__dict__["executes"] = weight
+        self._executed = self._held()
 
     def _executing(self, executes: Tensor) -> Tensor:
-        if self._has_loaded:  # other values or another mask
+        # While torch.compile looks on, nothing changes; it has no word for versions either.
+        if not torch.compiler.is_compiling() and self._executed != self._held():
             del self.executes
-            with torch.no_grad():
-                executes.copy_(self())
-            self.__dict__["executes"] = executes
-            self._has_loaded = False
+            try:
+                with torch.no_grad():
+                    executes.data = self()  # other values, another mask, or another dtype
+            finally:
+                self.__dict__["executes"] = executes
+            executes.requires_grad_(any(trained for *_, trained in self._held()))
+            self._executed = self._held()
         return executes
+
+    def _held(self) -> list[tuple[int, int, int, bool]]:
+        """Return what tells whether the value may have changed."""
+        held = [
+            tensor
+            for module in self.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        return [
+            (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
+            for t in held
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("frozen", "probe")}

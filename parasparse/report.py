@@ -137,7 +137,7 @@ def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = Fal
     Tensors that are shared count once. A mask adds bytes while it is attached; `squash` drops them.
 
     Args:
-        model: stays as it is.
+        model: masked, and stays as it is; a squashed one has no masked tensors left to tell of.
         example_inputs: what the model is called with, a tensor, a tuple or a dict: adds multiply-
             adds of one call, for the dense and for the kept entries, and bytes when packed.
         latency: also measure each masked weight, dense and in its fastest format, as `accelerate`
@@ -201,8 +201,8 @@ def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) 
     return replace(
         row,
         bytes_packed=sum(part.bytes_packed for part in parts),
-        multiply_adds_dense=None if rows is None else rows * row.numel // each,
-        multiply_adds=None if rows is None or row.kept is None else rows * row.kept // each,
+        multiply_adds_dense=None if rows is None else int(rows * row.numel / each),
+        multiply_adds=None if rows is None or row.kept is None else int(rows * row.kept / each),
         dense_ms=_sum(part.dense_ms for part in parts),
         sparse_ms=_sum(part.sparse_ms for part in parts),
     )

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import parasparse as ps
+from parasparse._tensors import collect
 from parasparse.sparse import measure
 from parasparse.sparse.compressed import CSR, Bag
-from parasparse.sparse.places import weights_in
+from parasparse.sparse.places import installed, weights_in
 from parasparse.sparse.weight import SparseWeight
 
 
@@ -234,7 +235,7 @@ def test_gradients_are_an_error():
     model.requires_grad_(False)
     model(*inputs)  # nothing would get one
     with pytest.raises(RuntimeError, match="no gradient goes through them"):
-        model(inputs[0].requires_grad_())
+        model(inputs[0].clone().requires_grad_())
     ps.restore(model)
     assert not model.weight.requires_grad
     masked = ps.accelerate(ps.sparsify(nn.Linear(32, 48), 0.8), formats={"weight": [[1, "csr"]]})
@@ -285,6 +286,23 @@ def test_half_is_refused_on_a_cpu_before_and_after():
         ("linear", {"formats": {"weight": [[1, "2:4"]]}}, ValueError, "cannot hold"),
         ("linear", {"formats": {"weight": [[1, "blocks"]]}}, ValueError, 'got "blocks"'),
         ("conv2d", {}, ValueError, "`example_inputs` must be given"),
+        ("linear", {"formats": 5}, TypeError, "must be names of formats, or a plan; got 5"),
+        ("linear", {"formats": {}}, ValueError, "must name a weight; got an empty one"),
+        *(
+            ("linear", {"formats": {"weight": plan}}, ValueError, "must hold pairs")
+            for plan in (
+                [],
+                "csr",
+                ["csr"],
+                None,
+                [["a", "csr"]],
+                [[0, "csr"]],
+                [[1.5, "csr"]],
+                [[1, "csr"], [1, None]],
+                [[1, "csr", 2]],
+            )
+        ),
+        ("linear", {"formats": {"weight": [[1, ["csr"]]]}}, ValueError, "must be of"),
     ],
 )
 def test_bad_input_is_an_error_and_changes_nothing(build, arguments, error, text):
@@ -356,14 +374,27 @@ def test_the_fastest_is_chosen_if_it_gains_more_than_noise(monkeypatch):
         assert len(list(weights_in(model))) == (chosen is not None)
 
 
+def uses_of(model, inputs):
+    """Return all uses of the weights of a model."""
+    with torch.no_grad():
+        probes = {n: SparseWeight(p) for n, p in model.named_parameters() if p.ndim > 1}
+        targets = {t.name: t for t in collect(model, pairs=False) if t.name in probes}
+        with installed(targets, probes):
+            uses = measure.recorded(model, probes, inputs).uses
+    return [use for every in uses.values() for use in every]
+
+
 def test_a_model_that_does_not_gain_as_a_whole_stays_dense(monkeypatch):
     fake_times(monkeypatch, {None: 1.0, "csr": 0.5})
     monkeypatch.setattr(measure, "gains", lambda *_: False)
     for name in ("linear", "lstm", "encoder"):
         model, _, inputs = sparse(name)
+        used = {use.rows for use in uses_of(model, inputs)}
         ps.accelerate(model, inputs)
-        assert not list(weights_in(model))
-        assert {(r.format, r.chosen_ms) for r in ps.accelerated(model)} == {(None, 1.0)}
+        assert used
+        for row in ps.accelerated(model):  # the other numbers of rows were not put to the test
+            assert (row.format is None) == (row.rows in used)
+            assert row.chosen_ms == (1.0 if row.rows in used else 0.5)
 
 
 def test_the_nearest_number_of_rows_decides():
@@ -391,7 +422,7 @@ def test_measuring_leaves_buffers_hooks_and_modes_alone():
 def test_dense_values_can_be_freed():
     model, plan, inputs = sparse("linear")
     dense = copy.deepcopy(model)
-    ps.accelerate(model, formats=plan, keep_dense=False)
+    ps.accelerate(model, formats={"weight": [[1, "csr"]]}, keep_dense=False)
     assert model.weight.original is None
     with torch.no_grad():
         close(model(*inputs), dense(*inputs))
@@ -401,8 +432,19 @@ def test_dense_values_can_be_freed():
             assert other.weight.shape == (48, 32)
     with pytest.raises(RuntimeError, match="freed them"):
         ps.restore(model)
-    with pytest.raises(RuntimeError, match="must not change"):
-        model.load_state_dict(dense.state_dict())
+    other = ps.squash(ps.sparsify(nn.Linear(32, 48), 0.9))
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            close(
+                model.to("cpu").to(dtype)(inputs[0].to(dtype)), dense.to(dtype)(inputs[0].to(dtype))
+            )
+            assert model.weight.original is None
+        model.load_state_dict(other.state_dict())
+        close(model(*inputs), other(*inputs))
+        nn.init.constant_(model.weight, 0.5)  # no zeros are left: dense again
+        assert model.weight.original is not None
+        nn.init.constant_(other.weight, 0.5)
+        close(model(*inputs), other(*inputs))
     masked = ps.sparsify(nn.Linear(32, 48), 0.9)
     with pytest.raises(ValueError, match=r"Call parasparse\.squash first"):
         ps.accelerate(masked, formats=plan, keep_dense=False)
@@ -442,6 +484,15 @@ def test_every_way_to_write_is_followed():
         lambda w: torch._foreach_mul_([w], 2.0),
         lambda w: torch.mul(w, 2, out=w),
         lambda w: setattr(w, "data", torch.eye(48)[:, :32].double().float()),
+        lambda w: nn.init.constant_(tensor=w, val=0.1),
+        lambda w: w[:32].zero_(),
+        lambda w: w.view(-1).mul_(2),
+        lambda w: w.T.mul_(2),
+        lambda w: w.detach().mul_(2),
+        lambda w: w.split([32, 16])[0].mul_(2),
+        lambda w: w.chunk(2)[0].zero_(),
+        lambda w: [row.mul_(2) for row in w],
+        lambda w: F.relu(w, inplace=True),
     ):
         model, other = ps.accelerate(copy.deepcopy(dense), formats=plan), copy.deepcopy(dense)
         with torch.no_grad():
@@ -450,6 +501,108 @@ def test_every_way_to_write_is_followed():
             close(model(*inputs), other(*inputs))
             assert torch.equal(model.state_dict()["weight"], other.weight)
         assert torch.equal(ps.restore(model).weight, other.weight)
+
+
+def test_a_reference_from_before_is_followed():
+    dense, plan, inputs = sparse("linear")
+    parameter = dense.weight
+    ema = torch.optim.swa_utils.AveragedModel(dense)
+    ps.accelerate(dense, formats=plan)
+    ps.accelerate(ema, formats=plan)
+    with torch.no_grad():
+        parameter.mul_(3)
+        close(dense(*inputs), F.linear(*inputs, parameter, dense.bias))
+        ema.update_parameters(dense)
+        close(ema(*inputs), dense(*inputs))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, stack: stack.original.mul_(3),
+        lambda m, stack: stack.original.detach()[:3].zero_(),
+        lambda m, stack: setattr(m, "weight", torch.ones(48, 32)),
+        lambda m, stack: setattr(m, "weight", nn.Parameter(torch.ones(48, 32))),
+        lambda m, stack: stack[0].mask_(torch.eye(48)[:, :32]),
+        lambda m, stack: stack[0].mask.logical_not_(),
+        lambda m, stack: m.double(),
+    ],
+    ids=["in place", "view", "assigned", "retied", "mask", "mask in place", "dtype"],
+)
+def test_a_masked_model_follows_its_weights_and_masks(change):
+    dense = ps.sparsify(nn.Linear(32, 48), 0.8)
+    model = ps.accelerate(copy.deepcopy(dense), formats={"weight": [[1, "csr"]]})
+    with torch.no_grad():
+        for one in (model, dense):
+            change(one, one.parametrizations.weight)
+        inputs = q.to(dense.bias.dtype)
+        close(model(inputs), dense(inputs))
+        new = {"parametrizations.weight.original": torch.randn(48, 32, dtype=inputs.dtype)}
+        for _ in range(2):
+            close(*(torch.func.functional_call(one, new, (inputs,)) for one in (model, dense)))
+        close(model(inputs), dense(inputs))
+    assert list(weights_in(model))
+
+
+def test_no_gradient_is_lost_in_silence():
+    model, plan, inputs = sparse("linear")
+    ps.accelerate(model, formats=plan)
+    for use in (lambda w: inputs[0] @ w.T, lambda w: (w**2).sum(), lambda w: w.clone()):
+        with pytest.raises(RuntimeError, match="no gradient goes through them"):
+            use(model.weight)
+    masked = ps.sparsify(nn.Linear(32, 48).requires_grad_(False), 0.8)
+    ps.accelerate(masked, formats={"weight": [[1, "csr"]]})
+    masked(*inputs)
+    with pytest.raises(RuntimeError, match="no gradient goes through them"):
+        masked.requires_grad_(True)(*inputs)
+    masked.requires_grad_(False)(*inputs)
+
+
+def test_wrong_sizes_are_torchs_own_error():
+    for name in ("linear", "conv2d"):
+        dense, _, inputs = sparse(name)
+        for kind in ("csr", "bag", "channels"):
+            with torch.no_grad():
+                dense.weight[::2] = 0
+                dense.weight[:, 1::2] = 0
+            model = ps.accelerate(copy.deepcopy(dense), formats={"weight": [[1, kind]]})
+            for more in (-1, 1):
+                shape = list(inputs[0].shape)
+                shape[-1 if name == "linear" else 1] += more
+                with torch.no_grad():
+                    for one in (dense, model):
+                        with pytest.raises(RuntimeError, match="shapes cannot|to have 16 channels"):
+                            one(torch.randn(shape))
+
+
+def test_summary_leaves_an_accelerated_model_accelerated():
+    for model in (sparse("linear")[0], ps.sparsify(nn.Linear(32, 48), 0.8)):
+        ps.accelerate(model, formats={"weight": [[1, "csr"]]})
+        ps.summary(model, q)
+        assert len(list(weights_in(model))) == len(ps.accelerated(model)) == 1
+
+
+def test_what_was_replaced_is_no_longer_told_of():
+    model, plan, _ = sparse("linear")
+    ps.accelerate(model, formats=plan)
+    model.load_state_dict(nn.Linear(32, 48).state_dict(), assign=True)
+    assert ps.accelerated(model) == ()
+
+
+def test_convolutions_go_back_to_dense_far_above_what_was_measured(monkeypatch):
+    monkeypatch.setattr(measure, "gains", lambda *_: True)
+    fake_times(monkeypatch, {None: 1.0, "csr": 0.5})
+    model, _, inputs = sparse("conv2d, 1 x 1")
+    ps.accelerate(model, inputs)
+    rows = [(row.rows, row.format, row.dense_ms) for row in ps.accelerated(model)]
+    assert rows == [(80, "csr", 1.0), (640, "csr", 1.0), (2560, None, None)]
+
+
+@torch.no_grad()
+def test_double_under_autocast_stays_double():
+    dense, plan, _ = sparse("float64")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ps.accelerate(dense, formats=plan)(x(5, 32).double()).dtype == torch.float64
 
 
 def test_transforms_of_torch_func_see_the_dense_weight():

@@ -254,6 +254,48 @@ def test_multiply_adds_are_those_of_each_layer():
     assert model.training
 
 
+def test_a_part_of_a_fused_projection_counts_as_a_part():
+    q, k = torch.randn(1, 5, 16), torch.randn(1, 9, 16)
+    for other in (k, k.clone()):
+        model = ps.sparsify(nn.MultiheadAttention(16, 2, batch_first=True), {"*": 0.5})
+
+        class Call(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, q, k, v):
+                return self.inner(q, k, v)[0]
+
+        report = ps.summary(Call(model), (q, k, other))
+        in_proj, out_proj = report.rows
+        assert in_proj.multiply_adds_dense == 16 * 16 * (5 + 9 + 9)
+        assert in_proj.multiply_adds == 16 * 16 * (5 + 9 + 9) // 2
+        assert out_proj.multiply_adds_dense == 16 * 16 * 5
+
+
+def test_parameters_that_are_added_multiply_nothing():
+    vision = pytest.importorskip("torchvision")
+    vit = vision.models.VisionTransformer(16, 8, 1, 2, 32, 64)
+    report = ps.summary(ps.sparsify(vit, 0.5), torch.randn(1, 3, 16, 16))
+    # patches; four projections, two linear layers, at 4 patches and the class token; the head
+    dense = 4 * 3 * 64 * 32 + 5 * 32 * 32 * 4 + 5 * 32 * 64 * 2 + 32 * 1000
+    assert report.model.multiply_adds_dense == dense
+
+
+def test_layers_that_are_called_with_names_count_as_well():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3, 2, 2))
+
+        def forward(self, x):
+            return nn.functional.conv_transpose2d(x, self.weight, stride=2)
+
+    report = ps.summary(ps.sparsify(Up(), 0.5), torch.randn(1, 2, 4, 4))
+    assert report.rows[0].multiply_adds_dense == 16 * 24
+
+
 def test_packed_bytes_are_those_of_pack():
     model = ps.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0": 0.9})
     report = ps.summary(model, torch.randn(2, 64))

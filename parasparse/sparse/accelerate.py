@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
 from parasparse._tensors import Target, collect_as_masked
-from parasparse.sparse import measure
-from parasparse.sparse.acceleration import Accelerated, Acceleration
-from parasparse.sparse.formats import FORMATS, formats_of
-from parasparse.sparse.places import executable, installed, is_plain, put, take, weights_in
+from parasparse.sparse.acceleration import Acceleration
+from parasparse.sparse.choose import measured, weights_of
+from parasparse.sparse.places import executable, is_plain, put, take, weights_in
+from parasparse.sparse.plans import Plan, checked_names, checked_plan, planned
 from parasparse.sparse.regular import Channels
-from parasparse.sparse.weight import ON_CPU, Choices, SparseWeight
+from parasparse.sparse.weight import ON_CPU
 
-# As it is saved: {"layer.weight": [[1, "csr"], [64, None]]}, pairs of rows and format.
-SavedPlan = Mapping[str, Collection[Collection[Any]]]
-_LIKE_LINEAR = (nn.Linear, nn.MultiheadAttention, nn.RNNBase)
 _ATTRIBUTE = "_acceleration"
 
 
@@ -29,7 +25,7 @@ def accelerate(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    formats: str | Collection[str] | SavedPlan | None = None,
+    formats: str | Collection[str] | Plan | None = None,
     keep_dense: bool = True,
 ) -> nn.Module:
     """Let the zeros of `model` save time: its weights multiply sparsely; return the model.
@@ -65,18 +61,31 @@ def accelerate(
         raise RuntimeError(
             "`model` must not be accelerated already. Call parasparse.restore(model) first."
         )
-    plan = formats if isinstance(formats, Mapping) else None
-    names = _names(formats)
+    plan = checked_plan(formats)
+    names = checked_names(formats if plan is None else plan)
     targets = _candidates(model, plan)
     if not keep_dense:
         _check_freeable(targets)
+    with torch.inference_mode(False), torch.no_grad():
+        return _accelerated(model, example_inputs, targets, plan, names, keep_dense=keep_dense)
+
+
+def _accelerated(
+    model: nn.Module,
+    example_inputs: Any,
+    targets: Mapping[str, Target],
+    plan: Plan | None,
+    names: list[str],
+    *,
+    keep_dense: bool,
+) -> nn.Module:
     originals = {name: executable(target) for name, target in targets.items()}
     if plan is not None:
-        rows, read = _planned(plan, originals), set[str]()
+        rows, read = planned(plan, originals), set[str]()
     else:
-        rows, read = _measured(model, example_inputs, targets, originals, names)
+        rows, read = measured(model, example_inputs, targets, originals, names)
     kept = originals.keys() if keep_dense else {r.name for r in rows if r.format is None} | read
-    for name, weight in _weights(rows, originals, kept).items():
+    for name, weight in weights_of(rows, originals, kept).items():
         for site in targets[name].sites:
             put(site, weight)
     model.__dict__[_ATTRIBUTE] = Acceleration(rows)
@@ -112,27 +121,24 @@ def restore(model: nn.Module) -> nn.Module:
 def accelerated(model: nn.Module) -> Acceleration:
     """Return what `accelerate` chose for each weight of `model` and number of rows; a table.
 
+    Weights that have been replaced since are left out.
+
     Examples:
         >>> accelerated(nn.Linear(2, 2)).plan
         {}
     """
-    found: Acceleration = model.__dict__.get(_ATTRIBUTE, Acceleration())
-    return found
+    rows: Acceleration = model.__dict__.get(_ATTRIBUTE, Acceleration())
+    there = {site for site, _ in weights_in(model)}
+    now = {
+        target.name
+        for target in collect_as_masked(model, pairs=False)
+        if there.intersection(target.sites)
+    }
+    sparse = {row.name for row in rows if row.format is not None}
+    return Acceleration(row for row in rows if row.name in now or row.name not in sparse)
 
 
-def _names(formats: Any) -> list[str]:
-    if formats is None:
-        return list(FORMATS)
-    names = [formats] if isinstance(formats, str) else list(formats)
-    if isinstance(formats, Mapping):
-        names = [name for every in formats.values() for _, name in every if name is not None]
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown or not (names or isinstance(formats, Mapping)):
-        raise ValueError(f"`formats` must be of {listed(FORMATS)}; got {listed(unknown)}.")
-    return names
-
-
-def _candidates(model: nn.Module, plan: SavedPlan | None) -> dict[str, Target]:
+def _candidates(model: nn.Module, plan: Plan | None) -> dict[str, Target]:
     """Return the weights that may gain, by name; under a plan those that it names."""
     weights = {
         target.name: target
@@ -175,105 +181,3 @@ def _check_freeable(targets: Mapping[str, Target]) -> None:
             f"`keep_dense=False` must find plain weights; {listed(masked)} are masked, and a mask "
             "needs its dense weight. Call parasparse.squash first."
         )
-
-
-def _planned(plan: SavedPlan, originals: Mapping[str, Tensor]) -> list[Accelerated]:
-    rows = []
-    for name, original in originals.items():
-        choices = [(int(n), f) for n, f in plan[name]]
-        names = [f for _, f in choices if f is not None]
-        missing = [f for f in names if f not in formats_of(original.detach(), names)]
-        if missing:
-            raise ValueError(
-                f"`formats` must plan formats that can hold their weights; {missing[0]!r} cannot "
-                f'hold "{name}" of shape {tuple(original.shape)}. Measure anew.'
-            )
-        rows += [_row(name, original, n, f, None, None) for n, f in choices]
-    return rows
-
-
-def _measured(
-    model: nn.Module,
-    inputs: Any,
-    targets: Mapping[str, Target],
-    originals: Mapping[str, Tensor],
-    names: list[str],
-) -> tuple[list[Accelerated], set[str]]:
-    """Return what is the fastest, and the weights that are read other than by multiplying."""
-    probes = {name: SparseWeight(original) for name, original in originals.items()}
-    if inputs is None:
-        uses = {
-            n: measure.guessed_uses(o) if _is_linear(targets[n]) else []
-            for n, o in originals.items()
-        }
-        recording = measure.Recording(uses)
-    else:
-        with installed(targets, probes):
-            recording = measure.recorded(model, probes, inputs)
-    found = measure.measured(originals, recording.uses, names)
-    rows = [
-        _row(name, originals[name], m.rows, m.format, m.dense_ms, m.chosen_ms)
-        for name, every in found.items()
-        for m in every
-    ]
-    if not rows:
-        raise ValueError(
-            "`example_inputs` must be given: without them only linear layers can be measured, and "
-            "the sparse weights of `model` are in others."
-            if inputs is None
-            else "`model` must multiply with its sparse weights; on these inputs it does not."
-        )
-    if inputs is not None:
-        lost = _losers(model, inputs, recording, targets, _weights(rows, originals, originals))
-        rows = [
-            replace(row, format=None, chosen_ms=row.dense_ms) if row.name in lost else row
-            for row in rows
-        ]
-    read = {n for n, uses in recording.uses.items() if any(not use or not use.rows for use in uses)}
-    return rows, read
-
-
-def _losers(
-    model: nn.Module,
-    inputs: Any,
-    recording: measure.Recording,
-    targets: Mapping[str, Target],
-    weights: Mapping[str, SparseWeight],
-) -> set[str]:
-    """Return the weights that cost their module, or the model, more than they save it."""
-    lost: set[str] = set()
-    calls = [(m, partial(m, *args, **kwargs)) for m, (args, kwargs) in recording.fused.items()]
-    for module, call in [*calls, (model, partial(measure.called, model, inputs))]:
-        inside = set(module.modules())
-        own = {
-            name: weight
-            for name, weight in weights.items()
-            if name not in lost and any(site.module in inside for site in targets[name].sites)
-        }
-        with measure.evaluating(model):
-            if own and not measure.gains(call, partial(installed, targets, own)):
-                lost |= own.keys()
-    return lost
-
-
-def _weights(
-    rows: list[Accelerated], originals: Mapping[str, Tensor], kept: Collection[str]
-) -> dict[str, SparseWeight]:
-    """Return the weights for which any format was chosen."""
-    choices: dict[str, Choices] = {}
-    for row in rows:
-        choices[row.name] = (*choices.get(row.name, ()), (row.rows, row.format))
-    return {
-        name: SparseWeight(originals[name], every, keep_dense=name in kept)
-        for name, every in choices.items()
-        if any(format_ is not None for _, format_ in every)
-    }
-
-
-def _is_linear(target: Target) -> bool:
-    return target.ndim == 2 and any(isinstance(s.module, _LIKE_LINEAR) for s in target.sites)
-
-
-def _row(name: str, weight: Tensor, *measured: Any) -> Accelerated:
-    sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
-    return Accelerated(name, tuple(weight.shape), sparsity, *measured)

@@ -26,16 +26,16 @@ def attention(func: Any, *args: Any, **kwargs: Any) -> Any:
     return _through(*args, **kwargs)
 
 
-def split(func: Any, weight: Any, sizes: int | Sequence[int], dim: int = 0) -> Any:
+def split(func: Any, weight: Any, split_size: int | Sequence[int], dim: int = 0) -> Any:
     """Cut a fused projection into those of query, key and value."""
-    if dim != 0 or isinstance(sizes, int):
+    if dim != 0 or isinstance(split_size, int) or sum(split_size) != len(weight):
         return NotImplemented
-    return weight.parts(tuple(sizes))
+    return weight.parts(tuple(split_size))
 
 
 def chunk(func: Any, weight: Any, chunks: int, dim: int = 0) -> Any:
     """Cut a fused projection into equal parts."""
-    if dim != 0 or len(weight) % chunks:
+    if dim != 0 or chunks < 1 or len(weight) % chunks:
         return NotImplemented
     return weight.parts((len(weight) // chunks,) * chunks)
 

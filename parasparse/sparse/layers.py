@@ -32,6 +32,7 @@ class Use:
         more: its arguments after the weight.
         rows: how often it multiplied each entry of the weight; 0 for a lookup.
         times: how often the call came.
+        outputs: how many outputs of the weight it had; None: all.
     """
 
     func: Callable[..., Tensor]
@@ -39,6 +40,13 @@ class Use:
     more: tuple[Any, ...]
     rows: int
     times: int = 1
+    outputs: int | None = None
+
+
+GRADIENT = (
+    "accelerated weights are for inference: no gradient goes through them. Run the model under "
+    "`torch.no_grad()`, or call parasparse.restore(model) before training."
+)
 
 
 def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> Format | None:
@@ -50,10 +58,7 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     if not hasattr(weight, "choices") or _is_transformed():
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *others) if t is not None):
-        raise RuntimeError(
-            "accelerated weights are for inference: no gradient goes through them. Run the model "
-            "under `torch.no_grad()`, or call parasparse.restore(model) before training."
-        )
+        raise RuntimeError(GRADIENT)
     if torch.compiler._is_exporting_flag or is_tracing():
         raise RuntimeError(
             "an accelerated model must not be exported or traced: its kernels are torch's on this "
@@ -77,6 +82,8 @@ def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> T
     if not torch.is_autocast_enabled(kind):
         return call(x)
     with torch.autocast(kind, enabled=False):
+        if x.dtype == torch.float64:  # autocast leaves it alone
+            return call(x)
         return call(x.to(weight.dtype)).to(torch.get_autocast_dtype(kind))
 
 
@@ -89,7 +96,7 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     chosen = format_for(
         weight, lambda: Use(func, input.to("meta"), (bias,), rows), rows, input, bias
     )
-    if chosen is None or not rows:
+    if chosen is None or not rows or inputs != weight.inputs:  # type: ignore[attr-defined]
         return NotImplemented
     x = input.reshape(rows, inputs)
     result = multiplied(lambda x: compiled.rows(chosen, x, bias), x, weight)
@@ -120,7 +127,7 @@ def convolution(
     rows = len(x) * math.prod(sizes)
     more = (bias, stride, padding, dilation, groups)
     chosen = format_for(weight, lambda: Use(func, x.to("meta"), more, rows), rows, input, bias)
-    if chosen is None or rows <= 0 or groups != 1:
+    if chosen is None or rows <= 0 or groups != 1 or x.shape[1] != weight.inputs:  # type: ignore[attr-defined]
         return NotImplemented
     if isinstance(chosen, Channels):
         taken = x if chosen.inputs is None else x.index_select(1, chosen.inputs)
@@ -188,6 +195,7 @@ def transposed(
     input: Tensor,  # noqa: A002
     weight: Tensor,
     *more: Any,
+    **_: Any,
 ) -> Any:
     """Tell of a transposed convolution; it stays dense."""
     dims = weight.ndim - 2

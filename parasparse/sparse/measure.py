@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ _ROWS = (1, 8, 64)
 _GAIN = 0.95
 _SECONDS = 0.1
 # They have dense kernels of their own, which know nothing of single weights: timed as a whole.
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -33,14 +34,14 @@ class Measured:
     Attributes:
         rows: how often a call multiplies each entry of the weight.
         format: the fastest; None: the dense kernel.
-        dense_ms: milliseconds of the dense kernel.
-        chosen_ms: milliseconds of what was chosen.
+        dense_ms: milliseconds of the dense kernel; None: not measured.
+        chosen_ms: milliseconds of what was chosen; likewise.
     """
 
     rows: int
     format: str | None
-    dense_ms: float
-    chosen_ms: float
+    dense_ms: float | None
+    chosen_ms: float | None
 
 
 @dataclass
@@ -67,8 +68,12 @@ def recorded(model: nn.Module, probes: Mapping[str, SparseWeight], inputs: Any) 
                 stack.callback(handle.remove)
         for name, probe in probes.items():
             probe.seen = recording.uses[name].append
-        with evaluating(model):
-            called(model, inputs)
+        try:
+            with evaluating(model):
+                called(model, inputs)
+        finally:
+            for probe in probes.values():
+                probe.seen = None
     return recording
 
 
@@ -85,12 +90,12 @@ def called(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and in evaluation mode, so that nothing of `model` changes."""
+    """Run without gradients, in evaluation mode, and without a draw from the generators."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
         for module in training:
@@ -116,9 +121,10 @@ def measured(
         candidates = _candidates(weight, names)
         calls = [(u.func, rows, u.like.shape, *u.more[1:]) for rows, u in by_rows.items()]
         size = {n: round(10 * math.log2(1 + w.bytes_stored())) for n, w in candidates.items()}
-        key = repr((weight.shape, weight.stride(), calls, size))
+        key = repr((weight.shape, weight.stride(), weight.dtype, calls, size))
         if key not in known:
-            known[key] = tuple(_fastest(use, candidates) for _, use in sorted(by_rows.items()))
+            every = [_fastest(use, candidates) for _, use in sorted(by_rows.items())]
+            known[key] = (*every, *_beyond(list(by_rows.values())))
         results[name] = known[key]
     return results
 
@@ -130,7 +136,27 @@ def _by_rows(uses: list[Use], weight: Tensor) -> dict[int, Use]:
     bias = weight.new_zeros(len(weight)) if any(use.more[0] is not None for use in linear) else None
     like = torch.empty(1, weight.shape[1], device="meta")
     found = {n: Use(F.linear, like.new_empty(n, like.shape[1]), (bias,), n) for n in rows}
-    return {use.rows: use for use in uses} | found
+    known = {use.rows: use for use in uses} | found
+    larger = [_larger(use) for use in uses if use.func in _CONVOLUTIONS]
+    return {use.rows: use for use in larger if use is not None} | known
+
+
+def _larger(use: Use) -> Use | None:
+    """Return a convolution of a larger batch, where dense kernels gain: at most 32."""
+    batch, *sizes = use.like.shape
+    more = 8 * batch
+    if more > 32:
+        return None
+    like = use.like.new_empty(more, *sizes)
+    if use.like.is_contiguous(memory_format=torch.channels_last) and like.ndim == 4:
+        like = like.contiguous(memory_format=torch.channels_last)
+    return replace(use, like=like, rows=8 * use.rows)
+
+
+def _beyond(uses: list[Use]) -> list[Measured]:
+    """Return where convolutions go back to the dense kernel: far above what was measured."""
+    rows = [use.rows for use in uses if use.func in _CONVOLUTIONS]
+    return [Measured(4 * max(rows), None, None, None)] if rows else []
 
 
 def _candidates(weight: Tensor, names: list[str]) -> dict[str | None, SparseWeight]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from parasparse._tensors import Site, collect_as_masked
+from parasparse._tensors import Site, Target, collect_as_masked
 from parasparse.sparse import measure
 from parasparse.sparse.formats import FORMATS
+from parasparse.sparse.layers import Use
 from parasparse.sparse.packing import pack_tensor
 from parasparse.sparse.places import executable, installed, is_plain
 from parasparse.sparse.weight import SparseWeight
@@ -20,13 +22,13 @@ class Payoff:
     """What is known of one weight.
 
     Attributes:
-        rows: how often a call of the model multiplies each entry; None: not known.
+        rows: how often a call of the model multiplies an entry, on average; None: not known.
         bytes_packed: of the weight, packed.
         dense_ms: milliseconds of the dense kernel in a call; None: not asked, or not known.
         sparse_ms: of the fastest format, the dense kernel included.
     """
 
-    rows: int | None
+    rows: Fraction | None
     bytes_packed: int
     dense_ms: float | None
     sparse_ms: float | None
@@ -55,16 +57,26 @@ def payoffs(model: nn.Module, example_inputs: Any, *, latency: bool) -> dict[Sit
     result = {}
     for name, target in every.items():
         own = uses.get(name, [None])
+        # A part of a fused projection has a share of the outputs.
+        known = [(use, _share(use, target)) for use in own if use is not None]
         dense = sparse = None
         if name in times and None not in own:
             at = {m.rows: m for m in times[name]}
-            calls = [(at[use.rows], use.times) for use in own if use and use.rows]
-            dense = sum(m.dense_ms * n for m, n in calls)
-            sparse = sum(m.chosen_ms * n for m, n in calls)
+            calls = [(at[use.rows], use.times * share) for use, share in known if use.rows]
+            dense = float(sum((m.dense_ms or 0) * n for m, n in calls))
+            sparse = float(sum((m.chosen_ms or 0) * n for m, n in calls))
         result[target.sites[0]] = Payoff(
-            None if None in own else sum(use.rows * use.times for use in own if use),
+            None if None in own else sum((u.rows * u.times * share for u, share in known), _ZERO),
             pack_tensor(target.effective()).nbytes,
             dense,
             sparse,
         )
     return result
+
+
+_ZERO = Fraction()
+
+
+def _share(use: Use, target: Target) -> Fraction:
+    outputs = target.stored().shape[0]
+    return Fraction(use.outputs or outputs, outputs) if outputs else Fraction(1)

@@ -37,8 +37,7 @@ def put(site: Site, weight: SparseWeight) -> None:
     """Let `weight` multiply at `site`."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
-        stack.__dict__["executes"] = weight
-        stack._has_loaded = False
+        stack.execute(weight)
     else:
         _set(site, weight)
 
@@ -63,15 +62,23 @@ def _set(site: Site, tensor: Tensor) -> None:
 
 @contextmanager
 def installed(targets: Mapping[str, Target], weights: Mapping[str, SparseWeight]) -> Iterator[None]:
-    """Let `weights` multiply for the length of the block."""
-    places = [(site, weight) for name, weight in weights.items() for site in targets[name].sites]
+    """Let `weights` multiply for the length of the block; what was accelerated comes back."""
+    sites = [(site, weight) for name, weight in weights.items() for site in targets[name].sites]
+    before = [(site, _weight_at(site)) for site, _ in sites]
     try:
-        for site, weight in places:
+        for site, weight in sites:
             put(site, weight)
         yield
     finally:
-        for site, weight in places:
-            take(site, weight)
+        for (site, weight), (_, earlier) in zip(sites, before, strict=True):
+            take(site, weight) if earlier is None else put(site, earlier)
+
+
+def _weight_at(site: Site) -> SparseWeight | None:
+    stack = stack_of(site.module, site.attr)
+    masked = isinstance(stack, MaskedParametrizationList)
+    found = stack.executes if masked else site.module._parameters[site.attr]  # type: ignore[union-attr]
+    return found if isinstance(found, SparseWeight) else None
 
 
 def weights_in(model: nn.Module) -> Iterator[tuple[Site, SparseWeight]]:
