@@ -155,8 +155,8 @@ def test_a_safetensors_file_is_one_for_everybody(tmp_path):
         assert file.metadata()["format"] == "parasparse-packed"
         assert file.metadata()["version"] == "1"
         header = json.loads(file.metadata()["header"])
-    assert header["a.weight"]["dtype"] == "float32"
-    assert header["a.weight"]["shape"] == [8, 8]
+    assert header["entries"]["a.weight"]["dtype"] == "float32"
+    assert header["entries"]["a.weight"]["shape"] == [8, 8]
 
 
 def damaged(path, state):
@@ -388,3 +388,153 @@ def test_saving_many_tensors_takes_the_memory_of_saving_one(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors")]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert float(out) < 3  # all of them packed are 19 tensors
+
+
+class Versioned(nn.Module):
+    """Rescales what modules of its first version have saved."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *more):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 10
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+
+def test_versions_of_modules_come_back(path):
+    model = nn.Sequential(Versioned())
+    save(model, path)
+    for state in (load_packed(path), ps.unpack(ps.pack(model.state_dict()))):
+        assert state._metadata == model.state_dict()._metadata
+        model.load_state_dict(state)
+        assert torch.equal(model[0].weight, torch.ones(3))
+
+
+def test_weights_without_dense_values_are_no_ties(path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    ps.squash(ps.sparsify(model, 0.9))
+    want = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ps.accelerate(model, formats={f"{i}.weight": [[1, "csr"]] for i in (0, 1)}, keep_dense=False)
+    for state in (model, dict(model.named_parameters()), model.state_dict(keep_vars=True)):
+        save(state, path)
+        assert same_states(load_packed(path), want)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_subclasses_are_stored_as_plain_tensors_or_refused(path):
+    save({"x": torch.eye(3).as_subclass(Subclass), "y": nn.Parameter(torch.eye(4))}, path)
+    loaded = load_packed(path)
+    assert {type(tensor) for tensor in loaded.values()} == {torch.Tensor}
+    assert same_states(loaded, {"x": torch.eye(3), "y": torch.eye(4)})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match='"x" is a Wrapper, which has no storage of its own'):
+        save({"x": Wrapper(torch.eye(2))}, path)
+    with pytest.raises(ValueError, match='"weight" is not initialized yet'):
+        save(nn.LazyLinear(3), path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int4, torch.uint2])
+def test_dtypes_without_kernels_come_back(path, dtype):
+    tensor = torch.arange(8, dtype=torch.int8).add(1).view(dtype)
+    save({"x": tensor}, path)
+    loaded = load_packed(path)["x"]
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded.view(torch.int8), tensor.view(torch.int8))
+
+
+def test_names_that_a_file_cannot_hold_are_refused(path):
+    class Name(str):
+        __slots__ = ()
+
+    save({Name("x"): torch.eye(2)}, path)
+    assert list(map(type, load_packed(path))) == [str]
+    for name in ("__metadata__", "\ud800"):
+        with pytest.raises(TypeError, match="by name; got Tensor as"):
+            save({name: torch.eye(2)}, path)
+    for state in (torch.eye(2), [torch.eye(2)]):
+        with pytest.raises(TypeError, match=r"such as `model\.state_dict\(\)`; got"):
+            save(state, path)
+
+
+def test_a_long_file_cut_anywhere_is_refused(path):
+    save({"w": torch.randint(1, 255, (9_000,), dtype=torch.uint8)}, path)
+    whole = path.read_bytes()
+    for size in (*range(4_000, len(whole), 501), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged, cut off, or another kind"):
+            load_packed(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"entries": {}},
+        {"entries": {"x": {"same": "y"}}, "modules": None},
+        {"entries": {"x": {"same": ["x"]}}, "modules": None},
+        {"entries": {"x": "y"}, "modules": None},
+        {"entries": {"x": {"dtype": "float32"}}, "modules": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_lies_is_refused(tmp_path, header):
+    torch.save({**files._metadata(header), "tensors": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        load_packed(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("version", ["2", "2.0", "17"])
+def test_any_later_version_says_so(tmp_path, version):
+    header = {**files._metadata({"entries": {}, "modules": None}), "version": version}
+    torch.save({**header, "tensors": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"version {version}; this one reads 1. Upgrade"):
+        load_packed(tmp_path / "x.pt")
+
+
+def test_a_dtype_of_a_later_torch_is_named(path, monkeypatch):
+    save({"x": torch.eye(2)}, path)
+    monkeypatch.delattr(torch, "float32")
+    with pytest.raises(NotImplementedError, match="holds float32, which this torch does not"):
+        load_packed(path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_file_is_not_replaced(path):
+    save({"x": torch.eye(2)}, path)
+    path.chmod(0o444)
+    with pytest.raises(PermissionError):
+        save({"x": torch.eye(3)}, path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are those of POSIX")
+def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
+    save({"x": torch.eye(2)}, path)
+    path.chmod(0o600)
+    seen = []
+    pack_tensor = files.pack_tensor
+
+    def spied(tensor):
+        seen.extend(p.stat().st_mode & 0o777 for p in path.parent.glob("*.tmp"))
+        return pack_tensor(tensor)
+
+    monkeypatch.setattr(files, "pack_tensor", spied)
+    save({"x": torch.eye(3)}, path)
+    assert seen == [0o600]

@@ -70,16 +70,23 @@ ALLOWED = {
     "sparse.measure": {"sparse.layers", "sparse.weight"},
     "sparse.places": {"_attach", "_stack", "_tensors", "sparse.weight"},
     "sparse.acceleration": {"_tables"},
-    "sparse.accelerate": {
-        "_attach", "_checks", "_tensors", "sparse.acceleration", "sparse.formats",
-        "sparse.measure", "sparse.places", "sparse.regular", "sparse.weight",
-    },
-    "sparse.packing": set(),
-    "sparse._safetensors": set(),
-    "sparse.files": {"sparse._safetensors", "sparse.packing", "state", "_checks"},
-    "sparse.payoff": {
-        "_tensors", "sparse.formats", "sparse.measure", "sparse.packing", "sparse.places",
+    "sparse.choose": {
+        "_tensors", "sparse.acceleration", "sparse.measure", "sparse.places",
         "sparse.weight",
+    },
+    "sparse.plans": {"_checks", "sparse.acceleration", "sparse.choose", "sparse.formats"},
+    "sparse.accelerate": {
+        "_attach", "_checks", "_tensors", "sparse.acceleration", "sparse.choose", "sparse.places",
+        "sparse.plans", "sparse.regular", "sparse.weight",
+    },
+    "sparse._bits": set(),
+    "sparse._replacing": set(),
+    "sparse._safetensors": set(),
+    "sparse.packing": {"sparse._bits"},
+    "sparse.files": {"sparse._replacing", "sparse._safetensors", "sparse.packing", "state"},
+    "sparse.payoff": {
+        "_tensors", "sparse.formats", "sparse.layers", "sparse.measure", "sparse.packing",
+        "sparse.places", "sparse.weight",
     },
 }  # fmt: skip
 

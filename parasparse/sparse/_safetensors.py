@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+_LONGEST = 100_000_000  # what the library reads
+
 
 def head(metadata: Mapping[str, str], sizes: Mapping[str, int], *, room: int = 0) -> bytes:
     """Return what comes before the tensors: vectors of `sizes` bytes, without gaps, in that order.
@@ -21,6 +23,9 @@ def head(metadata: Mapping[str, str], sizes: Mapping[str, int], *, room: int = 0
         metadata: for the file as a whole.
         sizes: bytes by name.
         room: fill it with spaces to at least so many bytes.
+
+    Raises:
+        ValueError: it is longer than the library reads.
 
     Examples:
         >>> head({}, {"a": 3})[8:]
@@ -34,6 +39,11 @@ def head(metadata: Mapping[str, str], sizes: Mapping[str, int], *, room: int = 0
     body = json.dumps(text, separators=(",", ":")).encode()
     body = body.ljust(room - 8)
     body += b" " * (-len(body) % 8)
+    if len(body) > _LONGEST:
+        raise ValueError(
+            f"the head of a safetensors file must be at most {_LONGEST:,} bytes; got "
+            f"{len(body):,}. Save to a torch file (.pt) instead."
+        )
     return len(body).to_bytes(8, "little") + body
 
 

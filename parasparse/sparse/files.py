@@ -5,24 +5,23 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import secrets
-import shutil
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from parasparse.sparse import _safetensors
+from parasparse.sparse._replacing import replacing
 from parasparse.sparse.packing import (
     Packed,
-    check_packable,
     first_names,
     matrix,
     pack_tensor,
+    plain_state,
     unpack_tensor,
 )
 from parasparse.state import dense_state_dict
@@ -42,7 +41,8 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
 
     The file is written beside `path` and renamed when it is whole and on disk: whatever happens on
     the way, the old file stays. Every tensor has a checksum. A safetensors file is written tensor
-    by tensor; for a torch file, all packed tensors are in memory at once.
+    by tensor; for a torch file, all packed tensors are in memory at once; a masked model's dense
+    weights are made before any is written.
 
     Args:
         source: a model, of which `dense_state_dict` is written, or a state dict. What is no tensor
@@ -50,8 +50,8 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
         path: a safetensors file if it ends in .safetensors, else a torch file.
 
     Raises:
-        ValueError: a tensor is sparse, nested, quantized or on the meta device; `path` is there
-            and is no file.
+        ValueError: a tensor is sparse, nested, quantized, distributed or on the meta device; `path`
+            is there and is no file.
         TypeError: a name is no string, or what is under it neither a tensor nor plain JSON.
 
     Examples:
@@ -61,10 +61,12 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
         ...     load_packed(f"{folder}/eye.pt")["weight"].equal(torch.eye(64))
         True
     """
-    state = dense_state_dict(source) if isinstance(source, nn.Module) else source
-    entries = _entries(state)
-    with _replacing(path) as file:
-        (_write_safetensors if _is_safetensors(path) else _write_torch)(file, state, entries)
+    given = dense_state_dict(source) if isinstance(source, nn.Module) else source
+    state = {str(name): value for name, value in plain_state(given).items()}
+    _check_storable(state, given)
+    header = {"entries": _entries(state), "modules": getattr(given, "_metadata", None)}
+    with replacing(path) as file:
+        (_write_safetensors if _is_safetensors(path) else _write_torch)(file, state, header)
 
 
 def load_packed(path: FilePath) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def load_packed(path: FilePath) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no packed file, is damaged, or was written by a newer version.
         ImportError: it ends in .safetensors, and safetensors is not installed.
+        NotImplementedError: it holds a dtype that this torch does not have.
 
     Examples:
         >>> load_packed("nowhere.pt")
@@ -87,31 +90,42 @@ def load_packed(path: FilePath) -> dict[str, Any]:
         pass
     with _damage_named(path, "cannot be read"):
         content, read = (_safetensors.read if _is_safetensors(path) else _read_torch)(path)
-    state: dict[str, Any] = {}
-    for name, entry in _checked_header(content, path).items():
-        if "same" in entry:
-            state[name] = state[entry["same"]]
-        elif "value" in entry:
-            state[name] = entry["value"]
-        else:
-            with _damage_named(path, f'has no intact "{name}"'):
+    state: OrderedDict[str, Any] = OrderedDict()
+    header = _checked_header(content, path)
+    for name, entry in header["entries"].items():
+        with _damage_named(path, f'has no intact "{name}"'):
+            if "same" in entry:
+                state[name] = state[entry["same"]]
+            elif "value" in entry:
+                state[name] = entry["value"]
+            else:
                 state[name] = _unpacked(entry, read(name))
+    if header["modules"] is not None:
+        state._metadata = OrderedDict(header["modules"])  # type: ignore[attr-defined]
     return state
 
 
 def _is_safetensors(path: FilePath) -> bool:
-    return os.fspath(path).endswith(".safetensors")
+    return os.fspath(path).lower().endswith(".safetensors")
+
+
+def _check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise TypeError if a file would not give back what `state` holds."""
+    wrong = [name for name, value in state.items() if not _storable(name, value)]
+    if wrong or not all(isinstance(name, str) for name in given):
+        name = wrong[0] if wrong else next(name for name in given if not isinstance(name, str))
+        value = given.get(name)
+        raise TypeError(
+            "`source` must hold tensors and plain JSON by name; "
+            f"got {type(value).__name__} as {name!r}."
+        )
+    modules = getattr(given, "_metadata", None)
+    if not _is_json(modules):
+        raise TypeError(f"`source._metadata` must be plain JSON; got {modules!r:.60}.")
 
 
 def _entries(state: Mapping[str, Any]) -> dict[str, Entry]:
-    """Check all of `state`; return its entries, each tensor's as long as it may get."""
-    wrong = [name for name, value in state.items() if not _storable(name, value)]
-    if wrong:
-        raise TypeError(
-            "`source` must hold tensors and plain JSON by name; "
-            f"got {type(state[wrong[0]]).__name__} as {wrong[0]!r}."
-        )
-    check_packable(state)
+    """Return the entries of `state`, each tensor's as long as it may get."""
     first = first_names(state)
     entries: dict[str, Entry] = {}
     for name, value in state.items():
@@ -125,12 +139,17 @@ def _entries(state: Mapping[str, Any]) -> dict[str, Entry]:
     return entries
 
 
-def _storable(name: object, value: object) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(name, str)
+def _storable(name: str, value: object) -> bool:
+    # "__metadata__" is the head's own in safetensors; a lone surrogate cannot be written.
+    if name == "__metadata__" or name.encode(errors="replace").decode() != name:
+        return False
+    return isinstance(value, Tensor) or _is_json(value)
+
+
+def _is_json(value: object) -> bool:
     try:
-        return isinstance(name, str) and bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError):
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
         return False
 
 
@@ -164,8 +183,13 @@ def _unpacked(entry: Entry, data: Tensor) -> Tensor:
     if _crc32(_buffer(data)) != entry["crc32"]:
         raise ValueError("The checksum is another.")
     bits, values = data[: entry["bits"]], data[entry["bits"] :]
-    dtype = getattr(torch, entry["dtype"])
-    values = values.clone().view(dtype)  # at a place in memory that is fit for `dtype`
+    dtype = getattr(torch, entry["dtype"], None)
+    if dtype is None:
+        raise NotImplementedError(
+            f"the file holds {entry['dtype']}, which this torch does not have. Upgrade torch."
+        )
+    # At a place in memory that is fit for `dtype`; without bits it is copied later.
+    values = (values.clone() if len(bits) else values).view(dtype)
     shape, unit = tuple(entry["shape"]), (entry["unit"][0], entry["unit"][1])
     return unpack_tensor(Packed(dtype, shape, unit, bits if len(bits) else None, values))
 
@@ -180,30 +204,36 @@ def _buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
     return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
 
 
-def _metadata(entries: dict[str, Entry]) -> dict[str, str]:
-    header = json.dumps(entries, separators=(",", ":"))
-    crc32 = _crc32(header.encode())
-    return {"format": FORMAT, "version": str(VERSION), "header": header, "crc32": crc32}
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    text = json.dumps(header, separators=(",", ":"))
+    crc32 = _crc32(text.encode())
+    return {"format": FORMAT, "version": str(VERSION), "header": text, "crc32": crc32}
 
 
-def _checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Entry]:
+def _checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         reader = "safetensors.torch.load_file" if _is_safetensors(path) else "torch.load"
         raise ValueError(
             f'`path` must be a packed file of `parasparse.save`; "{path}" is another kind of '
             f"file. Read it with {reader}."
         )
-    version, header = str(content.get("version")), str(content.get("header"))
-    if version.isdecimal() and int(version) > VERSION:
+    version, text = str(content.get("version")), str(content.get("header"))
+    whole, _, _ = version.partition(".")
+    if whole.isdecimal() and whole.lstrip("0") != "" and whole != str(VERSION):
         raise ValueError(
             f'`path` must be of a version that this parasparse reads; "{path}" was written by a '
-            f"newer parasparse: version {version}; this one reads {VERSION}. Upgrade parasparse."
+            f"newer parasparse: version {version:.20}; this one reads {VERSION}. Upgrade "
+            "parasparse."
         )
     with _damage_named(path, "has no intact header"):
-        if version != str(VERSION) or _crc32(header.encode()) != content["crc32"]:
+        if version != str(VERSION) or _crc32(text.encode()) != content["crc32"]:
             raise ValueError("The version or the checksum is another.")
-        entries: dict[str, Entry] = json.loads(header)
-    return entries
+        header: dict[str, Any] = json.loads(text)
+        if header.keys() != {"entries", "modules"} or not all(
+            isinstance(entry, dict) for entry in header["entries"].values()
+        ):
+            raise ValueError("It holds other things than it should.")
+    return header
 
 
 @contextmanager
@@ -211,38 +241,42 @@ def _damage_named(path: FilePath, what: str) -> Iterator[None]:
     """Turn what is raised over damaged bytes, which may be anything, into a ValueError."""
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except (PermissionError, ImportError, MemoryError, NotImplementedError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's own MemoryError
+            raise
         raise ValueError(
             f'`path` must be an intact packed file of `parasparse.save`; "{path}" {what}. It is '
             "damaged, cut off, or another kind of file (code in it has not been run)."
         ) from error
 
 
-def _write_safetensors(file: BinaryIO, state: Mapping[str, Any], entries: dict[str, Entry]) -> None:
-    """Write tensor by tensor; `entries` become those of the packed tensors."""
+def _write_safetensors(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any]) -> None:
+    """Write tensor by tensor; the entries of `header` become those of the packed tensors."""
+    entries = header["entries"]
     sizes = {name: state[name].nbytes for name, entry in entries.items() if "crc32" in entry}
     # The head is known last and comes first. It is no longer than the one for tensors without
     # zeros: each number in it has at most as many digits.
-    room = len(_safetensors.head(_metadata(entries), sizes))
+    room = len(_safetensors.head(_metadata(header), sizes))
     file.seek(room)
     for name in sizes:
         entries[name], data = _packed(state[name])
         sizes[name] = data.numel()
         file.write(_buffer(data))
         del data  # before the next is packed
-    head = _safetensors.head(_metadata(entries), sizes, room=room)
+    head = _safetensors.head(_metadata(header), sizes, room=room)
     assert len(head) == room
     file.seek(0)
     file.write(head)
 
 
-def _write_torch(file: BinaryIO, state: Mapping[str, Any], entries: dict[str, Entry]) -> None:
+def _write_torch(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any]) -> None:
+    entries = header["entries"]
     tensors: dict[str, Tensor] = {}
     for name in [name for name, entry in entries.items() if "crc32" in entry]:
         entries[name], tensors[name] = _packed(state[name])
-    torch.save({**_metadata(entries), "tensors": tensors}, file)
+    torch.save({**_metadata(header), "tensors": tensors}, file)
 
 
 def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], Callable[[str], Tensor]]:
@@ -250,26 +284,3 @@ def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], Callable[[str], Tens
     if not isinstance(content, dict):
         content = {}  # another kind of file
     return content, lambda name: content["tensors"][name]
-
-
-@contextmanager
-def _replacing(path: FilePath) -> Iterator[BinaryIO]:
-    """Yield a new file beside `path` that takes its place at the end, unless something is raised.
-
-    As when `path` itself is opened, links are followed, and permissions stay or are the usual.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ValueError(f'`path` must be a file or be free; "{path}" is neither.')
-    beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, beside)
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

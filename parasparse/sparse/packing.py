@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from parasparse.sparse._bits import pack_bits, unpack_bits
 
 # What is zero is asked of the bits, for -0.0 and every nan are something; 16 bytes are two words.
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+# Places take 8 bytes each: so many at a time.
+_SLICE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +63,23 @@ def pack(state_dict: Mapping[str, Any]) -> dict[str, Packed | Any]:
             packed once, and one `Packed` is under all of them. What is no tensor passes through.
 
     Raises:
-        ValueError: a tensor is sparse, nested, quantized or on the meta device.
+        TypeError: `state_dict` is no dict.
+        ValueError: a tensor is sparse, nested, quantized, distributed or on the meta device.
 
     Examples:
         >>> packed = pack({"weight": torch.eye(8)})["weight"]
         >>> packed.nbytes, packed.values.tolist()
         (40, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     """
-    check_packable(state_dict)
-    first = first_names(state_dict)
-    packed: dict[str, Any] = {}
-    for name, value in state_dict.items():
+    state = plain_state(state_dict)
+    first = first_names(state)
+    packed: OrderedDict[str, Any] = OrderedDict()
+    for name, value in state.items():
         if name in first:
             packed[name] = packed[first[name]]
         else:
             packed[name] = pack_tensor(value) if isinstance(value, Tensor) else value
-    return packed
+    return with_metadata(packed, state_dict)
 
 
 def unpack(packed: Mapping[str, Packed | Any]) -> dict[str, Any]:
@@ -83,26 +91,56 @@ def unpack(packed: Mapping[str, Packed | Any]) -> dict[str, Any]:
         ValueError: the parts of a `Packed` do not belong together.
 
     Examples:
-        >>> unpack(pack({"weight": torch.eye(2), "steps": 3}))
-        {'weight': tensor([[1., 0.],
-                [0., 1.]]), 'steps': 3}
+        >>> state = unpack(pack({"weight": torch.eye(2), "steps": 3}))
+        >>> state["weight"].tolist(), state["steps"]
+        ([[1.0, 0.0], [0.0, 1.0]], 3)
     """
     different = {id(p): p for p in packed.values() if isinstance(p, Packed)}
     tensors = {key: unpack_tensor(p) for key, p in different.items()}
-    return {name: tensors.get(id(value), value) for name, value in packed.items()}
+    state = OrderedDict((name, tensors.get(id(value), value)) for name, value in packed.items())
+    return with_metadata(state, packed)
 
 
-def check_packable(state_dict: Mapping[str, Any]) -> None:
-    """Raise the ValueError that `pack` states."""
+def with_metadata(state: OrderedDict[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Return `state` with the versions of modules that torch keeps beside a state dict."""
+    metadata = getattr(source, "_metadata", None)
+    if metadata is not None:
+        state._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]
+    return state
+
+
+def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `state_dict` with plain tensors: detached, of no subclass, on their storage.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: a tensor has no values of its own.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "`state_dict` must be a dict of tensors by name, such as `model.state_dict()`; got "
+            f"{type(state_dict).__name__}."
+        )
+    state = {}
     for name, value in state_dict.items():
-        if isinstance(value, Tensor) and (kind := _unpackable(value)):
-            raise ValueError(
-                f'`state_dict` must hold dense tensors with values; "{name}" is {kind}. '
-                "Make it dense, or leave it out."
-            )
+        if isinstance(value, Tensor):
+            kind = _unpackable(value)
+            if kind:
+                raise ValueError(
+                    f'`state_dict` must hold dense tensors with values; "{name}" is {kind}. '
+                    "Make it dense, or leave it out."
+                )
+            state[name] = value.detach().as_subclass(Tensor)
+        else:
+            state[name] = value
+    return state
 
 
 def _unpackable(tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return "not initialized yet"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(tensor).__name__}, which has no storage of its own"
     if tensor.layout is not torch.strided:
         return f"of layout {tensor.layout}"
     kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
@@ -135,10 +173,15 @@ def pack_tensor(tensor: Tensor) -> Packed:
     if found is None:
         return Packed(dtype, shape, (rows, columns), None, words.clone().view(dtype))
     unit, grid = found
-    places = grid.flatten().nonzero().squeeze(1)  # masked_select is 3 times slower than by index
     tall, wide = unit[0], unit[1] * _words_per_entry(dtype)
     cut = words.view(grid.shape[0], tall, grid.shape[1], wide).transpose(1, 2)
-    values = cut.reshape(-1, tall * wide).index_select(0, places)
+    cut, flat = cut.reshape(-1, tall * wide), grid.flatten()
+    values = cut.new_empty(int(flat.count_nonzero()), tall * wide)
+    done = 0
+    for part, chosen in zip(cut.split(_SLICE), flat.split(_SLICE), strict=True):
+        places = chosen.nonzero().squeeze(1)  # masked_select is 3 times slower than by index
+        torch.index_select(part, 0, places, out=values[done : done + len(places)])
+        done += len(places)
     return Packed(dtype, shape, unit, pack_bits(grid), values.view(-1).view(dtype))
 
 
@@ -149,16 +192,32 @@ def unpack_tensor(packed: Packed) -> Tensor:
         ValueError: its parts do not belong together.
     """
     rows, columns = matrix(packed.shape)
+    word = _WORDS[packed.dtype.itemsize]
+    if packed.values.dtype != packed.dtype:
+        raise ValueError(
+            f"`values` of a `Packed` must be {packed.dtype}, as it says; got {packed.values.dtype}."
+        )
     if packed.bits is None:
         _check_size("values", packed.values, rows * columns)
-        return packed.values.clone().view(packed.shape)
-    height, width = rows // packed.unit[0], columns // packed.unit[1]
+        return packed.values.view(word).clone().view(packed.dtype).view(packed.shape)
+    unit = packed.unit
+    if min(unit) < 1 or rows % unit[0] or columns % unit[1] or packed.bits.dtype != torch.uint8:
+        raise ValueError(
+            f"`unit` of a `Packed` must divide {rows} x {columns}, and its bits be uint8; got "
+            f"{unit} and {packed.bits.dtype}."
+        )
+    height, width = rows // unit[0], columns // unit[1]
     _check_size("bits", packed.bits, -(-height * width // 8))
-    places = unpack_bits(packed.bits, height * width).nonzero().squeeze(1)
-    _check_size("values", packed.values, places.numel() * packed.unit[0] * packed.unit[1])
-    tall, wide = packed.unit[0], packed.unit[1] * _words_per_entry(packed.dtype)
-    values = packed.values.view(_WORDS[packed.dtype.itemsize]).view(-1, tall * wide)
-    words = values.new_zeros(height * width, tall * wide).index_copy_(0, places, values)
+    kept = unpack_bits(packed.bits, height * width)
+    _check_size("values", packed.values, int(kept.count_nonzero()) * unit[0] * unit[1])
+    tall, wide = unit[0], unit[1] * _words_per_entry(packed.dtype)
+    values = packed.values.view(word).view(-1, tall * wide)
+    words = values.new_zeros(height * width, tall * wide)
+    done = 0
+    for part, chosen in zip(words.split(_SLICE), kept.split(_SLICE), strict=True):
+        places = chosen.nonzero().squeeze(1)
+        part.index_copy_(0, places, values[done : done + len(places)])
+        done += len(places)
     joined = words.view(height, width, tall, wide).transpose(1, 2).reshape(-1)
     return joined.view(packed.dtype).view(packed.shape)
 
@@ -226,21 +285,3 @@ def _coarser(grid: Tensor, tall: int, wide: int) -> Tensor:
     rows, columns = grid.shape
     cut = grid.view(torch.uint8).view(rows // tall, tall, columns // wide, wide)
     return cut.amax(1).amax(2).view(torch.bool)  # ten times faster than `any` over both
-
-
-# Eight bools, a little-endian word of bytes 0 and 1, times this have bit 56 + j where byte j is 1.
-_GATHER = 0x0102_0408_1020_4080
-
-
-def pack_bits(bools: Tensor) -> Tensor:
-    """Return `bools` as bits, uint8: eight a byte, from the lowest bit up, filled with 0."""
-    flat = bools.flatten().view(torch.uint8)
-    if flat.numel() % 8:
-        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])
-    return (flat.view(torch.int64) * _GATHER).view(torch.uint8)[7::8].contiguous()
-
-
-def unpack_bits(bits: Tensor, number: int) -> Tensor:
-    """Return the first `number` of `bits` as bools."""
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (bits.unsqueeze(1) & powers).flatten()[:number] != 0
