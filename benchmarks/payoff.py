@@ -159,7 +159,7 @@ def ceiling(model: nn.Module, x: Tensor, dense_ms: float) -> float:
     total = dense_ms
     known: dict[str, tuple[float, float]] = {}
     for name, original in originals.items():
-        for use in filter(None, uses[name]):
+        for use in [use for use in uses[name] if use and use.rows]:
             key = repr((original.shape, use.like.shape, use.more[1:]))
             if key not in known:
                 known[key] = dense_and_raw(original.detach(), use)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import parasparse as ps
-from parasparse._tensors import collect
 from parasparse.sparse import measure
 from parasparse.sparse.compressed import CSR, Bag
-from parasparse.sparse.places import installed, weights_in
+from parasparse.sparse.measure import Measured
+from parasparse.sparse.places import weights_in
 from parasparse.sparse.weight import SparseWeight
 
 
@@ -374,27 +374,28 @@ def test_the_fastest_is_chosen_if_it_gains_more_than_noise(monkeypatch):
         assert len(list(weights_in(model))) == (chosen is not None)
 
 
-def uses_of(model, inputs):
-    """Return all uses of the weights of a model."""
-    with torch.no_grad():
-        probes = {n: SparseWeight(p) for n, p in model.named_parameters() if p.ndim > 1}
-        targets = {t.name: t for t in collect(model, pairs=False) if t.name in probes}
-        with installed(targets, probes):
-            uses = measure.recorded(model, probes, inputs).uses
-    return [use for every in uses.values() for use in every]
-
-
 def test_a_model_that_does_not_gain_as_a_whole_stays_dense(monkeypatch):
     fake_times(monkeypatch, {None: 1.0, "csr": 0.5})
     monkeypatch.setattr(measure, "gains", lambda *_: False)
     for name in ("linear", "lstm", "encoder"):
         model, _, inputs = sparse(name)
-        used = {use.rows for use in uses_of(model, inputs)}
         ps.accelerate(model, inputs)
-        assert used
-        for row in ps.accelerated(model):  # the other numbers of rows were not put to the test
-            assert (row.format is None) == (row.rows in used)
-            assert row.chosen_ms == (1.0 if row.rows in used else 0.5)
+        assert not list(weights_in(model))
+        assert {(r.format, r.chosen_ms) for r in ps.accelerated(model)} == {(None, 1.0)}
+
+
+def test_a_weight_that_gains_only_at_other_rows_than_the_examples_stays_dense(monkeypatch):
+    monkeypatch.setattr(measure, "gains", lambda *_: True)
+    monkeypatch.setattr(measure, "_fastest", lambda use, _: Measured(use.rows, *FAST[use.rows]))
+    for rows in (8, 64):
+        model = sparse("linear")[0]
+        ps.accelerate(model, x(rows, 32))
+        assert [r.format for r in ps.accelerated(model)] == (
+            [None, None, None] if rows == 8 else [None, None, "csr"]
+        )
+
+
+FAST = {1: (None, 1.0, 1.0), 8: (None, 1.0, 1.0), 64: ("csr", 1.0, 0.5)}
 
 
 def test_the_nearest_number_of_rows_decides():

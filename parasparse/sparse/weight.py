@@ -129,15 +129,15 @@ class SparseWeight(torch.Tensor):
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func in _METADATA or (func.__name__ == "__set__" and func != _SET_DATA):
+        elif func in _METADATA or (func.__name__ == "__set__" and func != _SET_DATA):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if handler is None:
+        else:
             for weight in _weights_in((args, kwargs)):
                 if weight.seen is not None:
                     weight.seen(_ADDED if func in _ADDING else None)
-        if _writes(func) or "out" in kwargs:
-            return _written(func, args, kwargs)
+            if _writes(func) or "out" in kwargs:
+                return _written(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*_as_plain(args), **_as_plain(kwargs))
         if torch.is_grad_enabled() and _is_differentiable(result):
@@ -232,7 +232,7 @@ def _as_plain(tree: Any, known: dict[int, Tensor] | None = None) -> Any:
     if isinstance(tree, dict):
         return {key: _as_plain(branch, known) for key, branch in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_as_plain(branch, known) for branch in tree)
+        return type(tree)([_as_plain(branch, known) for branch in tree])
     return tree
 
 
