@@ -11,9 +11,8 @@ Wherever a schedule is taken, any callable `int -> float` will do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,39 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Ramp(ABC):
+    """From `initial` to `final`; what is final says how, as a curve from 0 to 1."""
+
+    initial: float
+    final: float
+    _: KW_ONLY
+    start: int = 0
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check_finite("initial", self.initial)
+        _check_finite("final", self.final)
+        if not self.stop > self.start:
+            raise ValueError(
+                f"`stop` must be after `start`; got {self.stop!r}, not after {self.start!r}."
+            )
+
+    def __call__(self, step: int) -> float:
+        """Return the value at `step`."""
+        if step <= self.start:
+            return self.initial
+        if step >= self.stop:
+            return self.final
+        p = (step - self.start) / (self.stop - self.start)
+        return self.initial + (self.final - self.initial) * self._curve(p)
+
+    @abstractmethod
+    def _curve(self, p: float) -> float:
+        """Return the share of the way at progress `p`: 0 at 0 and 1 at 1."""
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
     """initial + (final - initial) p.
 
     Args:
@@ -53,32 +84,15 @@ class Linear:
         [0.0, 0.0, 0.25, 1.0, 1.0]
     """
 
-    initial: float
-    final: float
-    _: KW_ONLY
-    start: int = 0
-    stop: int
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: int) -> float:
-        """Return the value at `step`."""
-        return _ramp(self, step, lambda p: p)
+    def _curve(self, p: float) -> float:
+        return p
 
 
 @dataclass(frozen=True)
-class Cubic:
+class Cubic(_Ramp):
     """final + (initial - final) (1 - p)^3: fast at first, then ever slower.
 
-    Args:
-        initial: value up to step `start`.
-        final: value from step `stop` on.
-        start: where it begins to move.
-        stop: where it has arrived; after `start`.
-
-    Raises:
-        ValueError: `stop` is not after `start`, or a number is not finite.
+    Args, Raises: as `Linear`.
 
     Examples:
         >>> [Cubic(0.0, 1.0, stop=2)(step) for step in (0, 1, 2)]
@@ -88,32 +102,15 @@ class Cubic:
         Differs: has a value for each step; `Every` says which of them count.
     """
 
-    initial: float
-    final: float
-    _: KW_ONLY
-    start: int = 0
-    stop: int
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: int) -> float:
-        """Return the value at `step`."""
-        return _ramp(self, step, lambda p: 1 - (1 - p) ** 3)
+    def _curve(self, p: float) -> float:
+        return 1 - (1 - p) ** 3
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Ramp):
     """final + (initial - final) (1 + cos(pi p)) / 2: slow at both ends.
 
-    Args:
-        initial: value up to step `start`.
-        final: value from step `stop` on.
-        start: where it begins to move.
-        stop: where it has arrived; after `start`.
-
-    Raises:
-        ValueError: `stop` is not after `start`, or a number is not finite.
+    Args, Raises: as `Linear`.
 
     Examples:
         >>> [round(Cosine(0.5, 0.0, stop=4)(step), 3) for step in (0, 1, 2, 4, 6)]
@@ -123,73 +120,40 @@ class Cosine:
         section 3. Differs: stays at `final`, where a cosine learning rate rises again.
     """
 
-    initial: float
-    final: float
-    _: KW_ONLY
-    start: int = 0
-    stop: int
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: int) -> float:
-        """Return the value at `step`."""
-        return _ramp(self, step, lambda p: (1 - math.cos(math.pi * p)) / 2)
+    def _curve(self, p: float) -> float:
+        return (1 - math.cos(math.pi * p)) / 2
 
 
 @dataclass(frozen=True)
-class Exponential:
+class Exponential(_Ramp):
     """initial (final / initial)^p: each step multiplies by the same number.
 
-    Args:
-        initial: value up to step `start`, over 0.
-        final: value from step `stop` on, over 0.
-        start: where it begins to move.
-        stop: where it has arrived; after `start`.
-
-    Raises:
-        ValueError: `stop` is not after `start`, or a number is not finite or not over 0.
+    Args, Raises: as `Linear`; both values must be over 0.
 
     Examples:
         >>> [Exponential(1.0, 100.0, stop=2)(step) for step in (0, 1, 2, 3)]
         [1.0, 10.0, 100.0, 100.0]
     """
 
-    initial: float
-    final: float
-    _: KW_ONLY
-    start: int = 0
-    stop: int
-
     def __post_init__(self) -> None:
-        _check(self)
+        super().__post_init__()
         if not (self.initial > 0 and self.final > 0):
             raise ValueError(
                 f"`initial` and `final` must be over 0; got {self.initial!r} and {self.final!r}."
             )
 
-    def __call__(self, step: int) -> float:
-        """Return the value at `step`."""
-        if self.initial == self.final:
-            return self.final
+    def _curve(self, p: float) -> float:
         share = self.final / self.initial
-        return _ramp(self, step, lambda p: (share**p - 1) / (share - 1))
+        return p if share == 1 else (share**p - 1) / (share - 1)
 
 
 @dataclass(frozen=True)
-class OneCycle:
+class OneCycle(_Ramp):
     """initial + (final - initial) (f(p) - f(0)) / (f(1) - f(0)): slow, fast, slow.
 
     With f(p) = 1 / (1 + exp(-14 p + 5)).
 
-    Args:
-        initial: value up to step `start`.
-        final: value from step `stop` on.
-        start: where it begins to move.
-        stop: where it has arrived; after `start`.
-
-    Raises:
-        ValueError: `stop` is not after `start`, or a number is not finite.
+    Args, Raises: as `Linear`.
 
     Examples:
         >>> [round(OneCycle(0.0, 1.0, stop=4)(step), 3) for step in (0, 1, 2, 4)]
@@ -199,18 +163,8 @@ class OneCycle:
         2021, arXiv:2107.02086, equation 2. Differs: exact at p = 0, where theirs is at 0.7 %.
     """
 
-    initial: float
-    final: float
-    _: KW_ONLY
-    start: int = 0
-    stop: int
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def __call__(self, step: int) -> float:
-        """Return the value at `step`."""
-        return _ramp(self, step, _one_cycle)
+    def _curve(self, p: float) -> float:
+        return (_logistic(p) - _logistic(0)) / (_logistic(1) - _logistic(0))
 
 
 @dataclass(frozen=True)
@@ -249,41 +203,8 @@ class Every:
         return step >= self.start and before_end and (step - self.start) % self.n == 0
 
 
-class _Ramp(Protocol):
-    @property
-    def initial(self) -> float: ...
-    @property
-    def final(self) -> float: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-
-
-def _ramp(schedule: _Ramp, step: int, curve: Callable[[float], float]) -> float:
-    """Return initial + (final - initial) curve(p), exact at both ends and outside."""
-    if step <= schedule.start:
-        return schedule.initial
-    if step >= schedule.stop:
-        return schedule.final
-    p = (step - schedule.start) / (schedule.stop - schedule.start)
-    return schedule.initial + (schedule.final - schedule.initial) * curve(p)
-
-
-def _one_cycle(p: float) -> float:
-    def logistic(p: float) -> float:
-        return 1 / (1 + math.exp(-14 * p + 5))
-
-    return (logistic(p) - logistic(0)) / (logistic(1) - logistic(0))
-
-
-def _check(schedule: _Ramp) -> None:
-    _check_finite("initial", schedule.initial)
-    _check_finite("final", schedule.final)
-    if not schedule.stop > schedule.start:
-        raise ValueError(
-            f"`stop` must be after `start`; got {schedule.stop!r}, not after {schedule.start!r}."
-        )
+def _logistic(p: float) -> float:
+    return 1 / (1 + math.exp(-14 * p + 5))
 
 
 def _check_finite(argument: str, value: float) -> None:

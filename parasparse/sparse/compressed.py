@@ -135,14 +135,11 @@ class BSR:
     def of(cls, weight: Tensor) -> Self | None:
         """Return `weight` in this format, in the largest blocks that its zeros allow."""
         kept = torch.count_nonzero(weight).item()
-        if not weight.is_cpu or weight.dtype not in _WIDE or not kept:
+        if not weight.is_cpu or weight.dtype not in _WIDE or not kept or not _has_mkl():
             return None
         matrix = weight.flatten(1)
         for size in (64, 32, 16):
-            if (
-                any(length % size for length in matrix.shape)
-                or not torch.backends.mkl.is_available()
-            ):
+            if any(length % size for length in matrix.shape):
                 continue
             found = matrix.to_sparse_bsr((size, size))
             # A tenth more than what is kept is what accidental zeros in blocks may cost.

@@ -22,8 +22,8 @@ _ROWS = (1, 8, 64)
 # What a format must gain to be chosen; less is within the noise of a shared machine.
 _GAIN = 0.95
 _SECONDS = 0.1
-# They have dense kernels of their own, which know nothing of single weights: timed as a whole.
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+# They have dense kernels of their own, which know nothing of single weights: timed as a whole.
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
