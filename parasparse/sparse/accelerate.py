@@ -33,8 +33,8 @@ def accelerate(
     Linear, Conv1d to Conv3d, MultiheadAttention, RNN, LSTM and GRU keep their classes and their
     `state_dict`; a tensor subclass takes the place of each weight that gains. Which of the formats
     is the fastest, or whether the dense kernel is, is measured for each weight and number of rows:
-    see `accelerated`. For inference alone. A weight is multiplied as its mask has it now; changing
-    masks, or values through `.data`, needs `restore` first.
+    see `accelerated`. For inference alone. Changes in place are followed; those through `.data` are
+    not, and `sparsify`, `squash` and other verbs on masks ask for `restore` first.
 
     Args:
         model: squashed or masked; changed in place.
