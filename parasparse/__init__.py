@@ -9,13 +9,17 @@ from parasparse.sparse.accelerate import accelerate, accelerated, restore
 from parasparse.sparse.files import load_packed, save
 from parasparse.sparse.packing import Packed, pack, unpack
 from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
+from parasparse.training import moves
+from parasparse.training.dynamic import DynamicSparsity
 from parasparse.training.gradual import GradualPruning
+from parasparse.training.methods import rigl, sparse_evolutionary_training, sparse_momentum
 from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
 from parasparse.treatments import Fixed, Gate, Prune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicSparsity",
     "Fixed",
     "Gate",
     "GradualPruning",
@@ -37,15 +41,19 @@ __all__ = [
     "load_packed",
     "load_state_dict",
     "mask_of",
+    "moves",
     "named_masks",
     "optim",
     "pack",
     "patterns",
     "plan",
     "restore",
+    "rigl",
     "save",
     "schedules",
     "scores",
+    "sparse_evolutionary_training",
+    "sparse_momentum",
     "sparsify",
     "squash",
     "stored",

@@ -35,6 +35,25 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     return _ApplyMask.apply(weight, mask)  # type: ignore[no-any-return]
 
 
+def apply_mask_straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return what `apply_mask` does, but let the gradient pass as if there were no mask.
+
+    Args:
+        weight: real or complex, any shape.
+        mask: bool, same shape.
+    """
+    plain = (
+        torch.compiler.is_compiling()
+        or is_tracing()
+        or isinstance(weight, Proxy)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+    if plain:  # 0 with a derivative of 1
+        return torch.where(mask, weight, weight - weight.detach())
+    return _ApplyMaskStraightThrough.apply(weight, mask)  # type: ignore[no-any-return]
+
+
 def is_tracing() -> bool:
     """Whether torch.jit.trace, or an exporter built on it, is watching."""
     return torch._C._get_tracing_state() is not None
@@ -97,6 +116,18 @@ class _ApplyMask(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (mask,) = ctx.saved_tensors
         return _derivative(tangent, mask)
+
+
+class _ApplyMaskStraightThrough(torch.autograd.Function):
+    """Masks on the way forward only."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return _masked_eagerly(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _ApplyMaskUnderTransforms(torch.autograd.Function):

@@ -40,6 +40,33 @@ def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: T
             value.masked_fill_(entries.to(value.device), 0)
 
 
+def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """Return the momentum that `optimizer` keeps for `parameter`; None if it keeps none so far.
+
+    That is `momentum_buffer`, or exp_avg / (sqrt(exp_avg_sq) + 1e-8), or `exp_avg` alone.
+
+    Reference: sparse_learning, `get_momentum_for_weight`.
+    """
+    state = optimizer.state.get(parameter, {})
+    if state.get("momentum_buffer") is not None:
+        return state["momentum_buffer"]  # type: ignore[no-any-return]
+    if "exp_avg" not in state:
+        return None
+    average, squares = state["exp_avg"], state.get("exp_avg_sq")
+    if squares is None or squares.shape != average.shape:
+        return average  # type: ignore[no-any-return]
+    if average.is_complex():  # the squares of the real and of the imaginary part
+        parts = torch.view_as_real(average) / (torch.view_as_real(squares).sqrt() + 1e-8)
+        return torch.view_as_complex(parts)
+    return average / (squares.sqrt() + 1e-8)  # type: ignore[no-any-return]
+
+
+def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether `optimizer` is set to keep a momentum for `parameter`, which it holds."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return "betas" in group or bool(group.get("momentum"))
+
+
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the state of `optimizer` by plain parameter names.
 

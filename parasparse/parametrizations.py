@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import gates
-from parasparse._apply_mask import apply_mask
+from parasparse._apply_mask import apply_mask, apply_mask_straight_through
 from parasparse._hooks import is_hooked
 
 
@@ -19,6 +19,10 @@ class Mask(nn.Module):
     The mask is the persistent buffer `mask`, of the tensor's shape, device and memory format: bool
     (1 byte an entry) where its entries are all 0 or 1, else real in the tensor's dtype, and then it
     multiplies. `mask = None` unsets it; an unset mask refuses to be read.
+
+    Attributes:
+        dense_gradient: masked entries of a bool mask get their gradient too, as dynamic sparse
+            training by momentum wants it. Not in the state.
 
     Args:
         like: the tensor to be masked; gives shape, dtype, device and memory format.
@@ -33,6 +37,7 @@ class Mask(nn.Module):
     """
 
     mask: Tensor | None
+    dense_gradient: bool = False
 
     def __init__(self, like: Tensor, mask: object = None) -> None:
         super().__init__()
@@ -87,6 +92,8 @@ class Mask(nn.Module):
                 "(`deploy_masks`, `Mask.mask_`; `torch.tensor(1.)` keeps everything), or take the "
                 "masking off with `unsparsify`."
             )
+        if self.dense_gradient:
+            return apply_mask_straight_through(weight, _distributed_like(mask, weight))
         return apply_mask(weight, _distributed_like(mask, weight))
 
     def __call__(self, weight: Tensor) -> Tensor:

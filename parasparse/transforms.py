@@ -43,13 +43,17 @@ def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
         >>> int((model.weight != 0).sum())
         10
     """
-    steps = resolve(model, rules, pairs=pairs)
+    attach(resolve(model, rules, pairs=pairs))
+    return model
+
+
+def attach(steps: list[Step]) -> None:
+    """Do what `steps` say, all of them or none."""
     with restored_on_error(site.module for step in steps for site in step.target.sites):
         masks = [_attached(step) for step in steps]
     for step, mask in zip(steps, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
             mask.mask_(step.result)
-    return model
 
 
 def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:

@@ -1,6 +1,7 @@
 """The kernel: exact values, and every transform of torch.func."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
 import parasparse as ps
-from parasparse._apply_mask import _FEW, apply_mask
+from parasparse._apply_mask import _FEW, apply_mask, apply_mask_straight_through
 
 DTYPES = [
     torch.half,
@@ -221,3 +222,39 @@ def test_sparse_embedding_gradients_stay_sparse_and_masked(kind, layer):
     changed = model.parametrizations.weight.original != before
     assert changed.any()
     assert not changed[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_straight_through_masks_forward_only(dtype):
+    weight = torch.randn(4, 5, dtype=dtype)
+    weight[0, 0] = math.nan
+    weight[0, 1] = -0.0
+    weight.requires_grad_()
+    mask = torch.rand(4, 5) < 0.5
+    mask[0, 0], mask[0, 1] = False, True
+    out = apply_mask_straight_through(weight, mask)
+    assert torch.equal(out, apply_mask(weight.detach(), mask))
+    grad = torch.randn(4, 5, dtype=dtype)
+    out.backward(grad)
+    assert torch.equal(weight.grad, grad)
+
+
+def test_straight_through_compiles_traces_and_takes_transforms():
+    mask = torch.rand(4, 5) < 0.5
+
+    def loss(weight):
+        return apply_mask_straight_through(weight, mask).sin().sum()
+
+    weight = torch.randn(4, 5)
+    want = torch.where(mask, weight, 0.0).cos()
+    torch.testing.assert_close(torch.func.grad(loss)(weight), want)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(weight[None])[0], want)
+    _, tangent = torch.func.jvp(loss, (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(tangent, want.sum())
+    leaf = weight.clone().requires_grad_()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf).backward()
+    torch.testing.assert_close(leaf.grad, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.trace is deprecated
+        traced = torch.jit.trace(lambda w: apply_mask_straight_through(w, mask), weight)
+    assert torch.equal(traced(weight), torch.where(mask, weight, 0.0))

@@ -1,8 +1,4 @@
-import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from torch import nn
 import parasparse as ps
 from parasparse._checks import num_kept
 from parasparse.schedules import Constant, Cubic, Every, Linear
-from tests.cases import PairLinear, Tied
 
 
 def build():
@@ -92,119 +87,6 @@ def test_masks_stay_the_buffers_that_compiled_graphs_hold():
     masks = [mask for _, mask in ps.named_masks(model)]
     pruner.step()
     assert all(a is b for a, (_, b) in zip(masks, ps.named_masks(model), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("make", "inputs"),
-    [
-        (lambda: nn.LSTM(6, 8), lambda: torch.randn(3, 2, 6)),
-        (lambda: nn.GRU(6, 8, bidirectional=True), lambda: torch.randn(3, 2, 6)),
-        (lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.randn(3, 2, 8)),
-        (Tied, lambda: torch.randint(7, (3, 2))),
-        (PairLinear, lambda: torch.randn(3, 6)),
-        (lambda: nn.Linear(6, 4, dtype=torch.complex64), lambda: torch.randn(3, 6) + 0j),
-    ],
-    ids=["lstm", "gru", "attention", "tied", "pair", "complex"],
-)
-@pytest.mark.parametrize("amp", [False, True], ids=["full", "bf16"])
-def test_any_model_trains_with_accumulation_and_amp(make, inputs, amp):
-    model = make()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    pruner = ps.GradualPruning(
-        model, {"*": 0.75}, optimizer, schedule=Linear(0.0, 1.0, stop=4), every=2
-    )
-    first = inputs()
-    if amp and first.is_complex():
-        pytest.skip("torch has no bfloat16 of complex numbers")
-    for _ in range(4):
-        for _ in range(2):  # gradients of two batches
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                out = model(inputs())
-            out = out[0] if isinstance(out, tuple) else out
-            out.abs().float().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        pruner.step()
-    for row in ps.summary(model).rows:
-        assert row.sparsity == pytest.approx(0.75, abs=0.02)
-    assert len(pruner.history) == 2
-    before = copy.deepcopy(ps.dense_state_dict(model))
-    for key, value in ps.squash(model).state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-def test_a_compiled_step_needs_no_new_graph():
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    pruner = ps.GradualPruning(model, 0.9, optimizer, schedule=Cubic(0.0, 1.0, stop=5), every=1)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for _ in range(6):
-        optimizer.zero_grad()
-        compiled(torch.randn(8, 12)).square().mean().backward()
-        optimizer.step()
-        pruner.step()
-    assert len(graphs) == 1
-    assert ps.summary(model).masked.sparsity == pytest.approx(0.9, abs=0.01)
-
-
-PROGRAM = """
-import sys, torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-import parasparse as ps
-from parasparse.schedules import Cubic, Every
-
-first, last, read, write = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.manual_seed(0)
-data = TensorDataset(torch.randn(64, 12), torch.randint(4, (64,)))
-model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4))
-optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-pruner = ps.GradualPruning(
-    model, {"*": ps.Prune(0.9, score=lambda t, n: t.abs() + 1e-3 * torch.rand_like(t))}, optimizer,
-    schedule=Cubic(0.0, 1.0, stop=12), every=Every(3, start=1),
-)
-if read != "-":
-    saved = torch.load(read, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    pruner.load_state_dict(saved["pruner"])
-    torch.set_rng_state(saved["rng"])
-for epoch in range(first, last):
-    for x, y in DataLoader(data, batch_size=16, shuffle=True):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        pruner.step()
-torch.save({
-    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-    "pruner": pruner.state_dict(), "rng": torch.get_rng_state(),
-}, write)
-"""
-
-
-def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
-    def run(*arguments):
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-            check=True,
-            cwd=Path(__file__).parent.parent,
-        )
-
-    run(0, 5, "-", tmp_path / "whole.pt")
-    run(0, 2, "-", tmp_path / "half.pt")
-    run(2, 5, tmp_path / "half.pt", tmp_path / "rest.pt")
-    whole, rest = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "rest"))
-    ours, theirs = (torch.utils._pytree.tree_leaves(saved) for saved in (whole, rest))
-    assert len(ours) == len(theirs)
-    for one, two in zip(ours, theirs, strict=True):
-        assert torch.equal(one, two) if torch.is_tensor(one) else one == two
-    assert len(whole["pruner"]["history"]) == 5  # steps 1, 4, 7, 10, and 13 is past the stop
 
 
 @pytest.mark.parametrize(

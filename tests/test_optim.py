@@ -6,7 +6,13 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import parasparse as ps
-from parasparse.optim import load_named_state, named_state, zero_entries
+from parasparse.optim import (
+    keeps_momentum,
+    load_named_state,
+    momentum_of,
+    named_state,
+    zero_entries,
+)
 from parasparse.schedules import Linear
 
 OPTIMIZERS = {
@@ -152,3 +158,43 @@ def test_a_state_of_other_parameters_is_refused():
     fewer = torch.optim.SGD([model[0].weight], 0.1)
     with pytest.raises(ValueError, match=r"groups of \[1\], `state` of \[4\]"):
         load_named_state(model, fewer, named_state(model, optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_momentum_is_the_buffer_or_adams_step(dtype):
+    weight = nn.Parameter(torch.randn(3, 4, dtype=dtype))
+
+    def trained(make):
+        optimizer = make([weight])
+        for _ in range(3):
+            weight.grad = torch.randn(3, 4, dtype=dtype)
+            optimizer.step()
+        return optimizer, optimizer.state[weight]
+
+    optimizer, state = trained(lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    assert momentum_of(optimizer, weight) is state["momentum_buffer"]
+    assert keeps_momentum(optimizer, weight)
+    optimizer, state = trained(lambda p: torch.optim.Adam(p, 0.1))
+    parts = [
+        torch.view_as_real(t) if t.is_complex() else t
+        for t in (state["exp_avg"], state["exp_avg_sq"])
+    ]
+    want = parts[0] / (parts[1].sqrt() + 1e-8)
+    found = momentum_of(optimizer, weight)
+    torch.testing.assert_close(torch.view_as_real(found) if dtype.is_complex else found, want)
+    assert keeps_momentum(optimizer, weight)
+    if not dtype.is_complex:
+        optimizer, state = trained(lambda p: torch.optim.Adamax(p, 0.1))
+        assert momentum_of(optimizer, weight) is state["exp_avg"]
+    optimizer, _ = trained(lambda p: torch.optim.SGD(p, 0.1))
+    assert momentum_of(optimizer, weight) is None
+    assert not keeps_momentum(optimizer, weight)
+    optimizer, _ = trained(lambda p: torch.optim.Adagrad(p, 0.1))
+    assert not keeps_momentum(optimizer, weight)
+
+
+def test_asking_for_momentum_makes_no_state():
+    weight = nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.Adam([weight])
+    assert momentum_of(optimizer, weight) is None
+    assert not optimizer.state

@@ -52,7 +52,22 @@ ALLOWED = {
     },
     "optim": {"_attach", "_checks", "_tensors"},
     "training.history": set(),
-    "training.moves": {"_select"},
+    "training.masking": set(),
+    "training.moves": {"_select", "training.masking"},
+    "training.layer": {
+        "_tensors", "_units", "optim", "parametrizations", "patterns", "training.gradual",
+    },
+    "training.start": {
+        "_checks", "_resolve", "_stack", "_tables", "_tensors", "_units", "distributions",
+        "parametrizations", "patterns", "scores", "targets", "training.layer", "treatments",
+    },
+    "training.update": {"_checks", "patterns", "training.masking", "training.moves"},
+    "training.dynamic": {
+        "_checks", "_units", "contexts", "optim", "patterns", "schedules", "training.gradual",
+        "training.history", "training.layer", "training.masking", "training.moves",
+        "training.start", "training.update", "transforms",
+    },
+    "training.methods": {"schedules", "training.dynamic", "training.start"},
     "training.gradual": {
         "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules", "targets",
         "training.history", "transforms", "treatments",

@@ -18,7 +18,7 @@ from parasparse.optim import zero_entries
 from parasparse.schedules import Every
 from parasparse.targets import masked
 from parasparse.training.history import Update, copied, update_of
-from parasparse.transforms import sparsify
+from parasparse.transforms import attach, sparsify
 from parasparse.treatments import Prune, as_treatment
 
 
@@ -77,7 +77,7 @@ class GradualPruning:
         if optimizer is not None:
             check_held(optimizer, [step.target for step in steps])
         self._names = [step.target.name for step in steps]
-        sparsify(model, rules)
+        attach(steps)
         self._start = copied(self._masks())
 
     def step(self) -> None:
@@ -158,16 +158,19 @@ def _with_sparsity(treatment: Any) -> Prune | None:
     )
 
 
-def check_held(optimizer: torch.optim.Optimizer, targets: list[Target]) -> None:
+def check_held(
+    optimizer: torch.optim.Optimizer, targets: list[Target], *, frozen: bool = False
+) -> None:
     """Raise ValueError if `optimizer` does not hold what `targets` store, as far as it is trained.
 
-    A fresh optimizer over another copy of the model is what this is about.
+    A fresh optimizer over another copy of the model is what this is about. With `frozen` it must
+    hold what is not trained as well.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [
         target.name
         for target in targets
-        if any(p.requires_grad and id(p) not in held for p in parameters_of(target))
+        if any((frozen or p.requires_grad) and id(p) not in held for p in parameters_of(target))
     ]
     if missing:
         raise ValueError(

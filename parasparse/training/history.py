@@ -20,15 +20,17 @@ class Update:
         sparsity: share of zeros of each tensor, by name.
         churn: share of all entries whose mask changed.
         overlap: share of what is kept now that was kept at the start.
+        missing: connections that growth fell short of; the next update makes up for them.
     """
 
     step: int
     sparsity: dict[str, float]
     churn: float
     overlap: float
+    missing: int = 0
 
 
-def update_of(step: int, before: Masks, after: Masks, start: Masks) -> Update:
+def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int = 0) -> Update:
     """Return what changed from `before` to `after`; `start` are the first masks.
 
     Examples:
@@ -46,6 +48,7 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks) -> Update:
         sparsity={n: 1 - kept[n] / m.numel() if m.numel() else 0.0 for n, m in after.items()},
         churn=changed / numel if numel else 0.0,
         overlap=stayed / every if every else 1.0,
+        missing=missing,
     )
 
 

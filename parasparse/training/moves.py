@@ -11,49 +11,23 @@ and, for all layers at once,
     prune(masking) -> number removed
     growth(masking, total_regrowth) -> number of connections afterwards
 
-`masking` is a view of the controller. Where `mask` is 0, `weight` is 0.
+`masking` is a view of the controller, `training.masking.Masking`. Where `mask` is 0, `weight` is 0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parasparse._select import highest
+from parasparse.training.masking import Masking, needs
 
 
-class Masking(Protocol):
-    """What moves see of the controller; all dicts are by name of the layer.
-
-    Attributes:
-        optimizer: as it is; `optimizer.state[weight]` is the state of a weight.
-        masks: bool. Moves for all layers at once put new ones here.
-        weights: the weights.
-        prune_rate: share of its connections that a layer loses now.
-        name2prune_rate: the same, by layer.
-        name2nonzeros: connections of each layer before the update.
-        name2zeros: entries that are none.
-    """
-
-    optimizer: Any
-    masks: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    prune_rate: float
-    name2prune_rate: dict[str, float]
-    name2nonzeros: dict[str, int]
-    name2zeros: dict[str, int]
-    baseline_nonzero: int
-
-    def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        """Return the momentum that the optimizer keeps for `weight`."""
-
-    def get_gradient_for_weight(self, weight: Tensor) -> Tensor:
-        """Return the dense gradient of this step."""
-
-
+@needs("weights")
 def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop the ceil(rate * connections) with the smallest |w|.
 
@@ -64,17 +38,19 @@ def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -
     return _best(weight.detach().abs(), kept, int(kept.sum()) - _removed(masking, name))
 
 
+@needs("weights")
 def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
     """Drop ceil(rate * connections): the positive weights and the negative ones closest to 0.
 
     Half of them of each sign; where one sign has too few, the other gives more. Weights of 0 count
-    as positive.
+    as positive, and so do complex ones.
 
     Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, lines 8 and 9.
     """
     kept = mask != 0
     size = weight.detach().abs()
-    positive, negative = kept & (weight >= 0), kept & (weight < 0)
+    below = torch.zeros_like(kept) if weight.is_complex() else weight < 0
+    positive, negative = kept & ~below, kept & below
     number = _removed(masking, name)
     of_negative = min(number // 2, int(negative.sum()))
     of_positive = min(number - of_negative, int(positive.sum()))
@@ -84,6 +60,7 @@ def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tens
     )
 
 
+@needs("weights")
 def random_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
@@ -91,10 +68,10 @@ def random_growth(
 
     Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, line 10.
     """
-    draws = torch.rand(new_mask.shape, device=new_mask.device)
-    return new_mask | _best(draws, ~new_mask, total_regrowth)
+    return new_mask | _best(_draws(masking, weight), ~new_mask, total_regrowth)
 
 
+@needs("momentum")
 def momentum_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
@@ -102,10 +79,10 @@ def momentum_growth(
 
     Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
     """
-    size = masking.get_momentum_for_weight(weight).abs()
-    return new_mask | _best(size, ~new_mask, total_regrowth)
+    return new_mask | _best(_momentum(masking, weight), ~new_mask, total_regrowth)
 
 
+@needs("gradient")
 def gradient_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
@@ -113,10 +90,10 @@ def gradient_growth(
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
-    size = masking.get_gradient_for_weight(weight).abs()
-    return new_mask | _best(size, ~new_mask, total_regrowth)
+    return new_mask | _best(_gradient(masking, weight), ~new_mask, total_regrowth)
 
 
+@needs("momentum")
 def momentum_neuron_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
@@ -124,37 +101,42 @@ def momentum_neuron_growth(
 
     Differs: in sparse_learning, what a full output cannot take is lost; here others take it.
     """
-    size = masking.get_momentum_for_weight(weight).abs().flatten(1)
-    free = ~new_mask.flatten(1)
+    size = _momentum(masking, weight).reshape(len(weight), -1)
+    free = ~new_mask.reshape(size.shape)
     room = free.sum(1).tolist()
     shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
     grown = [_best(size[i], free[i], shares[i]) for i in range(len(size))]
     return new_mask | torch.stack(grown).view_as(new_mask)
 
 
+@needs("momentum")
 def momentum_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the mean |momentum| of the connections; 0 if there are none.
 
     Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
     """
-    return _mean(masking.get_momentum_for_weight(weight).abs()[mask != 0])
+    return _mean(_momentum(masking, weight)[mask != 0])
 
 
+@needs("weights")
 def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the mean |w| of the connections; 0 if there are none."""
     return _mean(weight.detach().abs()[mask != 0])
 
 
+@needs("weights")
 def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the number of connections."""
     return float((mask != 0).sum())
 
 
+@needs("weights")
 def no_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the number of connections that the layer is to lose: it regrows as many."""
     return float(_removed(masking, name))
 
 
+@needs("weights")
 def global_magnitude_prune(masking: Masking) -> int:
     """Drop ceil(rate * connections) with the smallest |w| of all layers together."""
     every = sum(masking.name2nonzeros.values())
@@ -168,12 +150,11 @@ def global_magnitude_prune(masking: Masking) -> int:
     return number
 
 
+@needs("momentum")
 def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
     """Add the free entries with the largest |momentum| of all layers together."""
     scores = [
-        torch.where(
-            masking.masks[name], -1.0, masking.get_momentum_for_weight(weight).abs().double()
-        )
+        torch.where(masking.masks[name], -1.0, _momentum(masking, weight).double())
         for name, weight in masking.weights.items()
     ]
     for name, grown in zip(masking.weights, highest(scores, total_regrowth), strict=True):
@@ -219,6 +200,18 @@ def shared_out(total: int, importance: list[float], room: list[int]) -> list[int
     return shares
 
 
+def _draws(masking: Masking, weight: Tensor) -> Tensor:
+    return torch.rand(weight.shape, device=weight.device)
+
+
+def _momentum(masking: Masking, weight: Tensor) -> Tensor:
+    return masking.get_momentum_for_weight(weight).abs()
+
+
+def _gradient(masking: Masking, weight: Tensor) -> Tensor:
+    return masking.get_gradient_for_weight(weight).abs()
+
+
 def _removed(masking: Masking, name: str) -> int:
     return math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
 
@@ -233,3 +226,30 @@ def _best(scores: Tensor, among: Tensor, number: int) -> Tensor:
 
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if values.numel() else 0.0
+
+
+# What a string stands for.
+PRUNE: dict[str, Callable[..., Any]] = {
+    "magnitude": magnitude_prune,
+    "SET": set_prune,
+    "global_magnitude": global_magnitude_prune,
+}
+GROWTH: dict[str, Callable[..., Any]] = {
+    "random": random_growth,
+    "momentum": momentum_growth,
+    "gradient": gradient_growth,
+    "momentum_neuron": momentum_neuron_growth,
+    "global_momentum_growth": global_momentum_growth,
+}
+REDISTRIBUTION: dict[str, Callable[..., Any]] = {
+    "momentum": momentum_redistribution,
+    "magnitude": magnitude_redistribution,
+    "nonzero": nonzero_redistribution,
+    "none": no_redistribution,
+}
+# Growth by a score can also grow within the groups of an n:m pattern.
+GROWTH_SCORES: dict[Callable[..., Any], Callable[[Masking, Tensor], Tensor]] = {
+    random_growth: _draws,
+    momentum_growth: _momentum,
+    gradient_growth: _gradient,
+}

@@ -1,0 +1,111 @@
+"""One masked tensor as the moves of dynamic sparse training see it: by entry, or by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parasparse._tensors import Target
+from parasparse._units import has_units
+from parasparse.optim import zero_entries
+from parasparse.parametrizations import Mask
+from parasparse.patterns import Pattern, n_of_m, unstructured
+from parasparse.training.gradual import parameters_of
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A masked tensor, what the optimizer holds for it, and the pattern of its mask.
+
+    Attributes:
+        target: where it hangs.
+        pattern: units are what is counted and moved; groups of `n_of_m` keep their n.
+    """
+
+    target: Target
+    pattern: Pattern = unstructured
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The Parameter; the real and the imaginary one of a pair."""
+        return parameters_of(self.target)
+
+    @property
+    def module(self) -> Mask:
+        """What masks it."""
+        modules = self.target.masks()
+        if len(modules) != 1 or not isinstance(modules[0], Mask):
+            raise RuntimeError(
+                f'the controller\'s mask of "{self.target.name}" must stay where it is; it was '
+                "taken off or replaced. Make a new controller."
+            )
+        return modules[0]
+
+    @property
+    def groups(self) -> n_of_m | None:
+        """The pattern, if it is one of groups."""
+        return self.pattern if isinstance(self.pattern, n_of_m) else None
+
+    @property
+    def mask(self) -> Tensor:
+        """The live mask of all entries."""
+        mask = self.module.mask
+        assert mask is not None
+        return mask
+
+    def seen_mask(self) -> Tensor:
+        """Return a copy of the mask, of units where these count."""
+        if has_units(self.pattern):
+            return self.pattern.pool(self.mask.float()) > 0
+        return self.mask.clone()
+
+    def seen_weight(self) -> Tensor:
+        """Return the weight as moves get it."""
+        parameters = self.parameters
+        plain = len(parameters) == 1 and not has_units(self.pattern)
+        return parameters[0] if plain else self.seen([p.detach() for p in parameters])
+
+    def seen(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return values of the Parameters as moves get them: joined, and pooled by unit."""
+        values = parts[0] if len(parts) == 1 else _complex(*parts)
+        return self.pattern.pool(values.abs()) if has_units(self.pattern) else values
+
+    def of_each(self, read: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """Return what `read` gives of the Parameters as moves get it; None if nothing is there."""
+        parameters = self.parameters
+        found = [read(parameter) for parameter in parameters]
+        if all(part is None for part in found):
+            return None
+        both = zip(parameters, found, strict=True)
+        return self.seen([torch.zeros_like(p) if part is None else part for p, part in both])
+
+    def entries(self, seen: Tensor) -> Tensor:
+        """Return the mask of all entries that has `seen`, as moves give it."""
+        return self.pattern.spread(seen, self.mask.shape) if has_units(self.pattern) else seen
+
+    @torch.no_grad()
+    def zero_masked(self) -> None:
+        """Set weights to 0 where they are masked."""
+        dropped = ~self.mask
+        for parameter in self.parameters:
+            parameter.masked_fill_(dropped, 0)
+
+    @torch.no_grad()
+    def set_mask(
+        self, mask: Tensor, optimizer: torch.optim.Optimizer, *, keep_state_of_grown: bool
+    ) -> None:
+        """Put `mask` in place: what is dropped or grown is 0, and so is its optimizer state."""
+        before = self.mask.clone()
+        self.module.mask_(mask)
+        changed = before ^ mask
+        for parameter in self.parameters:
+            parameter.masked_fill_(changed, 0)
+            zero_entries(optimizer, parameter, changed & before if keep_state_of_grown else changed)
+
+
+def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
+    wide = torch.float64 if real.dtype == torch.float64 else torch.float32
+    return torch.complex(real.to(wide), imaginary.to(wide))

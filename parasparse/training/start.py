@@ -1,0 +1,140 @@
+"""The masks with which dynamic sparse training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse._checks import listed
+from parasparse._resolve import Step, as_pairs, resolve
+from parasparse._stack import stack_of
+from parasparse._tables import described
+from parasparse._tensors import Target, collect
+from parasparse._units import has_units
+from parasparse.distributions import erdos_renyi, erk
+from parasparse.parametrizations import as_mask
+from parasparse.patterns import Pattern, n_of_m, unstructured
+from parasparse.scores import random
+from parasparse.targets import group_by_rule
+from parasparse.training.layer import Layer
+from parasparse.treatments import Prune, as_treatment, is_array, keep_nonzero
+
+_DRAWN: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "linear": {"distribution": erdos_renyi},
+    "erk": {"distribution": erk},
+}
+Init = str | Mapping[str, Any]
+
+
+def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], list[Layer]]:
+    """Return the steps that give each tensor its first mask, and the layers that they make.
+
+    Args:
+        model: is not changed.
+        rules: as for `sparsify`. A sparsity alone is drawn as `init` says.
+        init: "constant": exactly that sparsity in each tensor, drawn at random; "linear", "erk":
+            as the distributions `erdos_renyi` and `erk` share it out; "resume": what is 0 now is
+            masked, whatever the rules say; a mask for each tensor by name.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `sparsify`; or a mask is not bool, or empty, or of a
+            pattern in which nothing can move; other parametrizations lie under it.
+    """
+    pairs = as_pairs(rules)
+    start = _start(init)
+    wanted = [(spec, None if rule is None else start(rule)) for spec, rule in pairs]
+    steps = resolve(model, wanted[0][1] if wanted[0][0] is None else wanted, pairs=True)
+    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, collect(model))
+    patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
+    layers = [Layer(step.target, patterns[step.target.name]) for step in steps]
+    if isinstance(init, Mapping):
+        _check_names(init, [step.target.name for step in steps])
+    for step, layer in zip(steps, layers, strict=True):
+        _check(step, layer)
+    return steps, layers
+
+
+def _start(init: Init) -> Callable[[Any], Any]:
+    """Return what makes the first treatment of one in the rules."""
+    if isinstance(init, Mapping):
+        masks = dict(init)
+        return lambda rule: partial(_given, masks)
+    if init == "resume":
+        return lambda rule: keep_nonzero
+    if not isinstance(init, str) or init not in _DRAWN:
+        raise ValueError(
+            f"`init` must be one of {listed([*_DRAWN, 'resume'])}, or a mask for each tensor by "
+            f"name; got {init!r}."
+        )
+    return lambda rule: _drawn(rule, _DRAWN[init])
+
+
+def _drawn(rule: Any, keywords: dict[str, Any]) -> Any:
+    treatment = as_treatment(rule)
+    if rule is treatment or is_array(rule) or not isinstance(treatment, Prune):
+        return rule  # says itself what the masks are
+    return Prune(treatment.sparsity, score=random, **keywords)
+
+
+def _given(masks: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    missing = [name for name in tensors if name not in masks]
+    if missing:
+        raise ValueError(f"`init` must hold a mask for each tensor; {listed(missing)} have none.")
+    return {name: masks[name] for name in tensors}
+
+
+def _check_names(init: Mapping[str, Any], names: list[str]) -> None:
+    unknown = [name for name in init if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`init` must name tensors that `rules` reach; {listed(unknown)} are none of "
+            f"{listed(names)}."
+        )
+
+
+def _pattern(rule: Any, name: str) -> Pattern:
+    pattern = rule.pattern if isinstance(rule, Prune) else unstructured
+    if pattern is unstructured or has_units(pattern) or isinstance(pattern, n_of_m):
+        return pattern
+    raise ValueError(
+        f'a pattern must be unstructured, of units or n_of_m for entries to move; "{name}" has '
+        f"{described(pattern)}."
+    )
+
+
+def _check(step: Step, layer: Layer) -> None:
+    name = step.target.name
+    if not isinstance(step.result, Tensor) or step.result.dtype.is_floating_point:
+        raise ValueError(
+            f'`rules` must give each tensor a bool mask that is set; "{name}" gets '
+            f"{described(step.treatment)}."
+        )
+    if _is_parametrized(step.target):
+        raise ValueError(
+            f'a tensor whose mask moves must not be parametrized underneath; "{name}" is. Take '
+            "that off first, or leave it out: a rule to None before this one."
+        )
+    shape = step.target.stored().shape
+    mask = as_mask(step.result, shape, step.target.stored().dtype)
+    if not bool(mask.any()):
+        raise ValueError(
+            f'`rules` must leave each tensor a connection or more; "{name}", {tuple(shape)}, would '
+            "have none. Lower its sparsity."
+        )
+    pattern = layer.pattern
+    held = pattern(mask.float()) if isinstance(pattern, n_of_m) else mask
+    if has_units(pattern):
+        held = pattern.spread(pattern.pool(mask.float()) > 0, shape)
+    if not held.equal(mask):
+        raise ValueError(f'`init` must keep to the pattern of the rule; the mask of "{name}" does '
+                         f"not keep {pattern}.")  # fmt: skip
+
+
+def _is_parametrized(target: Target) -> bool:
+    stacks = [stack_of(site.module, site.attr) for site in target.sites]
+    masked = bool(target.masks())
+    return any(stack is not None and len(stack) > masked for stack in stacks)

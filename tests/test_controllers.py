@@ -1,0 +1,191 @@
+"""What holds for each controller: it goes with any model, and goes on where it was left."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import parasparse as ps
+from parasparse.schedules import Linear
+from tests.cases import PairLinear, Tied
+
+
+def gradual(model, optimizer, rules):
+    return ps.GradualPruning(model, rules, optimizer, schedule=Linear(0.0, 1.0, stop=4), every=2)
+
+
+def evolutionary(model, optimizer, rules):
+    return ps.sparse_evolutionary_training(model, rules, optimizer, every=2, init="constant")
+
+
+def rigl(model, optimizer, rules):
+    return ps.rigl(model, rules, optimizer, stop=8, every=2, init="constant")
+
+
+def momentum(model, optimizer, rules):
+    return ps.sparse_momentum(model, rules, optimizer, stop=8, every=2)
+
+
+CONTROLLERS = [gradual, evolutionary, rigl, momentum]
+MODELS = {
+    "lstm": (lambda: nn.LSTM(6, 8), lambda: torch.randn(3, 2, 6)),
+    "gru": (lambda: nn.GRU(6, 8, bidirectional=True), lambda: torch.randn(3, 2, 6)),
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.randn(3, 2, 8)),
+    "tied": (Tied, lambda: torch.randint(7, (3, 2))),
+    "pair": (PairLinear, lambda: torch.randn(3, 6)),
+    "complex": (
+        lambda: nn.Linear(6, 4, dtype=torch.complex64),
+        lambda: torch.randn(3, 6, dtype=torch.complex64),
+    ),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)),
+        lambda: torch.randn(3, 3, 5, 5),
+    ),
+}
+
+
+def backward(model, x):
+    out = model(x)
+    out = out[0] if isinstance(out, tuple) else out
+    out.abs().float().square().mean().backward()
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("amp", [False, True], ids=["full", "bf16"])
+def test_any_model_trains_with_accumulation_and_amp(controller, kind, amp):
+    make, inputs = MODELS[kind]
+    if amp and kind == "complex":
+        pytest.skip("torch has no bfloat16 of complex numbers")
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    made = controller(model, optimizer, {"*": 0.75})
+    start = {name: mask.clone() for name, mask in ps.named_masks(model)}
+    for _ in range(6):
+        for _ in range(2):  # gradients of two batches
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                backward(model, inputs())
+        optimizer.step()
+        optimizer.zero_grad()
+        made.step()
+    table = ps.summary(model)
+    assert table.masked.sparsity == pytest.approx(0.75, abs=0.02)
+    assert [update.step for update in made.history] == (
+        [2, 4] if controller is gradual else [2, 4, 6]
+    )
+    assert any(not mask.equal(start[name]) for name, mask in ps.named_masks(model))
+    before = copy.deepcopy(ps.dense_state_dict(model))
+    for key, value in ps.squash(model).state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_a_compiled_step_needs_no_graph_per_update(controller):
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    made = controller(model, optimizer, 0.9)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(8):
+        optimizer.zero_grad()
+        compiled(torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+        made.step()
+    # One more where the dense gradient of some steps is asked for.
+    assert len(graphs) == (2 if controller is rigl else 1)
+    assert ps.summary(model).masked.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_is_eager_training(controller, backend):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    compiled = copy.deepcopy(plain)
+    batches = [torch.randn(8, 12) for _ in range(6)]
+    for model in (plain, compiled):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        made = controller(model, optimizer, 0.8)
+        run = torch.compile(model, backend=backend) if model is compiled else model
+        for x in batches:
+            optimizer.zero_grad()
+            run(x).square().mean().backward()
+            optimizer.step()
+            made.step()
+    for (name, one), (_, two) in zip(ps.named_masks(plain), ps.named_masks(compiled), strict=True):
+        assert one.equal(two), name
+        torch.testing.assert_close(ps.stored(plain, name), ps.stored(compiled, name))
+
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import parasparse as ps
+from parasparse.schedules import Cubic, Every
+
+kind, first, last, read, write = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(64, 12), torch.randint(4, (64,)))
+model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+made = {
+    "gradual": lambda: ps.GradualPruning(
+        model, {"*": ps.Prune(0.9, score=lambda t, n: t.abs() + 1e-3 * torch.rand_like(t))},
+        optimizer, schedule=Cubic(0.0, 1.0, stop=12), every=Every(3, start=1),
+    ),
+    "evolutionary": lambda: ps.sparse_evolutionary_training(model, 0.8, optimizer, every=3),
+    "rigl": lambda: ps.rigl(model, 0.8, optimizer, stop=16, every=3),
+    "momentum": lambda: ps.sparse_momentum(model, 0.8, optimizer, stop=20, every=3),
+}[kind]()
+if read != "-":
+    saved = torch.load(read, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    made.load_state_dict(saved["controller"])
+    torch.set_rng_state(saved["rng"])
+for epoch in range(first, last):
+    for x, y in DataLoader(data, batch_size=16, shuffle=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        made.step()
+torch.save({
+    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    "controller": made.state_dict(), "rng": torch.get_rng_state(),
+}, write)
+"""
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_a_fresh_process_goes_on_bit_for_bit(controller, tmp_path):
+    def run(*arguments):
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, controller.__name__, *map(str, arguments)],
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    run(0, 5, "-", tmp_path / "whole.pt")
+    run(0, 2, "-", tmp_path / "half.pt")
+    run(2, 5, tmp_path / "half.pt", tmp_path / "rest.pt")
+    whole, rest = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "rest"))
+    ours, theirs = (torch.utils._pytree.tree_leaves(saved) for saved in (whole, rest))
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one, two) if torch.is_tensor(one) else one == two
+    # Gradual: steps 1, 4, 7, 10, and 13 is past the stop.
+    steps = [update["step"] for update in whole["controller"]["history"]]
+    at = {gradual: [1, 4, 7, 10, 13], rigl: [3, 6, 9, 12, 15]}
+    assert steps == at.get(controller, [3, 6, 9, 12, 15, 18])
