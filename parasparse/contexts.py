@@ -121,6 +121,27 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
                         _average(probe, module.process_group)
 
 
+@contextmanager
+def probed(target: Target) -> Iterator[Tensor]:
+    """Arm one masked tensor; yield the probe, a leaf whose gradient is that of the weight.
+
+    Raises:
+        RuntimeError: it is armed already.
+    """
+    (stacks,) = _part_stacks(target)
+    if any(stack.probe is not None for stack in stacks):
+        raise RuntimeError(
+            f'the dense gradient of "{target.name}" must not be collected twice at a time: '
+            "`dense_gradients` or `scores.collect` is open for this model, or a controller that "
+            "grows by gradients is about to update."
+        )
+    try:
+        yield _probe(stacks)
+    finally:
+        for stack in stacks:
+            stack.__dict__.pop("probe", None)
+
+
 def _probe(stacks: list[MaskedParametrizationList]) -> Tensor:
     """Arm all `stacks` of one tensor with one probe, so that ties add up as in `.grad`."""
     with torch.no_grad():

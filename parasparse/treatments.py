@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from parasparse import patterns, scores
+from parasparse import patterns
 from parasparse._checks import check_sparsity, listed
 from parasparse._tables import described
 from parasparse.parametrizations import SoftMask
 from parasparse.patterns import Pattern, jointly, takes_sparsity
-from parasparse.scores import Score
+from parasparse.scores.entries import Score, magnitude
 
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -48,7 +48,7 @@ class Prune:
     """
 
     sparsity: float | None = None
-    score: Score = field(default=scores.magnitude, kw_only=True)
+    score: Score = field(default=magnitude, kw_only=True)
     pattern: Pattern = field(default=patterns.unstructured, kw_only=True)
     scope: Literal["local", "global"] = field(default="local", kw_only=True)
     distribution: Distribution | None = field(default=None, kw_only=True)

@@ -17,7 +17,7 @@ from parasparse._units import has_units
 from parasparse.distributions import erdos_renyi, erk
 from parasparse.parametrizations import as_mask
 from parasparse.patterns import Pattern, n_of_m, unstructured
-from parasparse.scores import random
+from parasparse.scores.entries import random
 from parasparse.targets import group_by_rule
 from parasparse.training.layer import Layer
 from parasparse.treatments import Prune, as_treatment, is_array, keep_nonzero

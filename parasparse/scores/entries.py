@@ -1,7 +1,4 @@
-"""Scores: saliency of each entry of a tensor. Higher = keep.
-
-A score is any callable `(tensor, name) -> scores` whose result is real and has the tensor's shape.
-"""
+"""Scores that need the tensor alone."""
 
 from __future__ import annotations
 
@@ -50,6 +47,30 @@ def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None 
     """
     device = tensor.device if generator is None else generator.device
     return torch.rand(tensor.shape, generator=generator, device=device).to(tensor.device)
+
+
+def lamp(tensor: Tensor, name: str = "") -> Tensor:
+    """Return w^2 over the sum of w^2 of all entries that are at least as large; in (0, 1].
+
+    Ranked jointly (`scope="global"`) they share out the sparsity among layers. Of equal entries the
+    one with the lower index counts as larger. Entries that are 0 score 0.
+
+    Args:
+        tensor: real or complex, any shape.
+        name: not used; part of the protocol.
+
+    Examples:
+        >>> lamp(torch.tensor([1.0, -2.0, 2.0])).tolist()
+        [0.1111111111111111, 1.0, 0.5]
+
+    Reference: Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021,
+        arXiv:2010.07611, equation 4.
+    """
+    squares = magnitude(tensor).double().flatten().square()
+    order = squares.argsort(descending=True, stable=True)
+    largest_first = squares[order]
+    shares = largest_first / largest_first.cumsum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(shares).scatter_(0, order, shares).view(tensor.shape)
 
 
 @dataclass(frozen=True)

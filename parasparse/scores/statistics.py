@@ -1,0 +1,247 @@
+"""What was seen of a model while it ran: gradients, curvature, inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from parasparse._checks import listed
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sums over the backward passes that reached one tensor.
+
+    Attributes:
+        read: gives the tensor as it is stored now.
+        leaf: what its gradient is taken of; None if there is none.
+        parameter: the Parameter that stores it; None if others are parametrized into it.
+        passes: how many.
+        gradient: sum of g.
+        squares: sum of g^2; of the real and of the imaginary part where it is complex.
+        movement: sum of -w g.
+    """
+
+    read: Callable[[], Tensor]
+    leaf: Tensor | None
+    parameter: Tensor | None
+    passes: int = 0
+    gradient: Tensor | None = None
+    squares: Tensor | None = None
+    movement: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, grad: Tensor) -> None:
+        """Count a backward pass that gave `grad`."""
+        grad = wide(grad.detach().to_dense() if grad.is_sparse else grad.detach())
+        self.passes += 1
+        self.gradient = _plus(self.gradient, grad)
+        self.squares = _plus(self.squares, each_part(lambda g: g.square(), grad))
+        self.movement = _plus(self.movement, -product(wide(self.read().detach()), grad))
+
+
+@dataclass(eq=False, repr=False)
+class Statistics:
+    """What `collect` saw, for scores that need more than the weight.
+
+    Each method takes the plain name of a tensor, and raises RuntimeError if nothing was seen of it.
+    """
+
+    model: Any
+    sums: dict[str, Sums]
+    parts: Mapping[str, list[str]]
+    squared_inputs: dict[str, Tensor] = field(default_factory=dict)
+    curvatures: dict[str, Tensor] = field(default_factory=dict)
+    flows: dict[str, Tensor] = field(default_factory=dict)
+    is_paused: bool = False
+
+    def __repr__(self) -> str:
+        return f"Statistics({len(self.sums)} tensors)"
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the mean of the gradients of the backward passes."""
+        return self._joined(name, lambda part: _mean(self._sums(part), "gradient"))
+
+    def squared_gradient(self, name: str) -> Tensor:
+        """Return the mean of their squares; complex: of the real and of the imaginary part."""
+        return self._joined(name, lambda part: _mean(self._sums(part), "squares"))
+
+    def movement(self, name: str) -> Tensor:
+        """Return the sum of -w g, w as it was at each backward pass."""
+        found = [self._sums(part).movement for part in self._parts(name)]
+        return torch.stack([part for part in found if part is not None]).sum(0)
+
+    def hessian_gradient(self, name: str) -> Tensor:
+        """Return the sum of H g over the losses that `add_curvature` got."""
+        remedy = "Call `statistics.add_curvature(loss)` for each batch in the block."
+        return self._joined(name, lambda part: _seen(self.curvatures, part, "curvature", remedy))
+
+    def synaptic_flow(self, name: str) -> Tensor:
+        """Return |w| times the gradient of the flow that `add_synaptic_flow` measured."""
+        remedy = "Call `statistics.add_synaptic_flow(torch.ones(...))` in the block."
+        parts = self._parts(name)
+        found = [_seen(self.flows, part, "synaptic flow", remedy) for part in parts]
+        return torch.stack(found).sum(0)
+
+    def input_norm(self, name: str) -> Tensor:
+        """Return the 2-norm of what each entry was multiplied by, over all batches and places.
+
+        Its shape broadcasts to that of the tensor.
+        """
+        (part, *more) = self._parts(name)
+        remedy = (
+            "Run the model in the block. Known are inputs of Linear, convolutions and embeddings "
+            "that are called as modules; for other tensors take another score."
+        )
+        squares = _seen(self.squared_inputs, part, "input", remedy)
+        for other in more:
+            squares = squares + _seen(self.squared_inputs, other, "input", remedy)
+        return squares.sqrt()
+
+    def add_curvature(self, loss: Tensor) -> None:
+        """Add H g of `loss` for each tensor: g its gradient, H its Hessian.
+
+        Args:
+            loss: a scalar with its graph, which stays. Not one of attention kernels that know no
+                second derivative (`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` does).
+        """
+        tensors = {n: sums.leaf for n, sums in self.sums.items() if sums.leaf is not None}
+        leaves = list(tensors.values())
+        with self._paused():
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            # d/dw of sum(g * constant g), which is H g
+            total = sum(product(g, g.detach()).sum() for g in grads if g is not None)
+            if not isinstance(total, Tensor):
+                raise RuntimeError("`loss` must depend on the tensors that are collected.")
+            found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        for (name, leaf), value in zip(tensors.items(), found, strict=True):
+            value = torch.zeros_like(leaf) if value is None else value
+            self.curvatures[name] = _plus(self.curvatures.get(name), wide(value.detach()))
+
+    def add_synaptic_flow(self, *inputs: Any) -> None:
+        """Add |w| dR/d|w|, where R sums the outputs of the model with |w| for all its w.
+
+        In float64 and evaluation mode; the model stays as it is.
+
+        Args:
+            inputs: of the model; all ones in the paper, so that no data are needed.
+        """
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        linear = {name: _magnitude(buffer) for name, buffer in self.model.named_buffers()}
+        for name, parameter in self.model.named_parameters():
+            linear[name] = _magnitude(parameter).requires_grad_()
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with self._paused(), torch.enable_grad():
+                ones = tree_map(_in_float64, inputs)
+                out = torch.func.functional_call(self.model, linear, ones)
+                leaves = {
+                    name: linear[names[id(sums.parameter)]]
+                    for name, sums in self.sums.items()
+                    if id(sums.parameter) in names
+                }
+                flow = sum(_magnitude_sum(value) for value in tree_leaves(out))
+                grads = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
+        finally:
+            for module in training:
+                module.training = True
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+            value = torch.zeros_like(leaf) if grad is None else grad
+            self.flows[name] = _plus(self.flows.get(name), product(leaf.detach(), value))
+
+    def _paused(self) -> Any:
+        return _Paused(self)
+
+    def _parts(self, name: str) -> list[str]:
+        parts = self.parts.get(name, [name])
+        unknown = [part for part in parts if part not in self.sums]
+        if unknown:
+            raise RuntimeError(
+                f'statistics must be collected of "{name}"; they are of {listed(self.sums)}.'
+            )
+        return parts
+
+    def _sums(self, part: str) -> Sums:
+        sums = self.sums[part]
+        if not sums.passes:
+            raise RuntimeError(
+                f'a gradient of "{part}" must have been collected; no backward pass in the block '
+                "reached it. (One that is frozen, or parametrized by other than a mask, gets one "
+                "once it is masked: `sparsify(model, {name: 0.0})`.)"
+            )
+        return sums
+
+    def _joined(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        found = [read(part) for part in self._parts(name)]
+        return found[0] if len(found) == 1 else torch.complex(*found)
+
+
+class _Paused:
+    """Backward passes of our own are not the user's."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+
+    def __enter__(self) -> None:
+        self.statistics.is_paused = True
+
+    def __exit__(self, *_: object) -> None:
+        self.statistics.is_paused = False
+
+
+def product(weight: Tensor, grad: Tensor) -> Tensor:
+    """Return w g, or Re(conj(g) w) where they are complex: how the loss changes along w."""
+    return (grad.conj() * weight).real if weight.is_complex() else weight * grad
+
+
+def each_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return `function` of a real tensor, or of the real and of the imaginary part."""
+    if tensor.is_complex():
+        return torch.complex(function(tensor.real), function(tensor.imag))
+    return function(tensor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return `tensor` in 32 bits at least, so that sums do not lose small terms."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value.clone() if total is None else total.add_(value)
+
+
+def _mean(sums: Sums, what: str) -> Tensor:
+    total: Tensor = getattr(sums, what)
+    return total / sums.passes
+
+
+def _seen(found: Mapping[str, Tensor], name: str, what: str, remedy: str) -> Tensor:
+    if name not in found:
+        raise RuntimeError(f'the {what} of "{name}" must have been collected; it was not. {remedy}')
+    return found[name]
+
+
+def _in_float64(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    size = tensor.detach().abs().double()
+    return size + 0j if tensor.is_complex() else size
+
+
+def _magnitude_sum(value: Any) -> Tensor | float:
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    return (value.abs() if value.is_complex() else value).sum()
