@@ -127,7 +127,7 @@ def controller_for(
     return ps.DynamicSparsity(
         model, 1 - options.density, optimizer, prune=move(options.prune),
         growth=move(options.growth), redistribution=move(options.redistribution), prune_rate=rate,
-        init=options.init,
+        every=options.every, init=options.init,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def train(
             if dst is not None:
                 dst.step()
             total += loss.item() * len(y)
-        if dst is not None and epoch < options.epochs:
+        if dst is not None and options.every is None and epoch < options.epochs:
             dst.at_end_of_epoch()
         accuracy, _ = evaluate(model, held_out)
         curves["accuracy"].append(accuracy)
@@ -264,6 +264,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     add("--redistribution", default="momentum")
     add("--prune-rate", type=float, default=0.5)
     add("--decay-schedule", choices=[*SCHEDULES, "constant"], default="cosine")
+    add("--every", type=int, help="steps from update to update; else at the end of each epoch")
     add("--init", choices=["constant", "linear", "erk"], default="constant")
     add("--optimizer", choices=["sgd", "adam"], default="sgd")
     add("--lr", type=float, default=0.1)
@@ -278,11 +279,15 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     add("--dense", action="store_true", help="train the dense network as well, the same way")
     add("--verbose", action="store_true", help="log what each update changed")
     add("--summarize", type=Path, nargs="+", metavar="LOG", help="only summarize these logs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.epochs < 1 or options.iters < 1:
+        parser.error("--epochs and --iters must be 1 or more")
+    return options
 
 
 def main(arguments: list[str]) -> None:
     options = options_of(arguments)
+    sys.path.insert(0, str(Path.cwd()))  # for module:function
     if options.summarize:
         print(summarize_logs(options.summarize))
         return

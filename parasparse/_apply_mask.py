@@ -42,6 +42,8 @@ def apply_mask_straight_through(weight: Tensor, mask: Tensor) -> Tensor:
         weight: real or complex, any shape.
         mask: bool, same shape.
     """
+    if not torch.is_grad_enabled() and not is_tracing():  # which compares with grad mode off
+        return apply_mask(weight, mask)
     plain = (
         torch.compiler.is_compiling()
         or is_tracing()
@@ -49,8 +51,9 @@ def apply_mask_straight_through(weight: Tensor, mask: Tensor) -> Tensor:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-    if plain:  # 0 with a derivative of 1
-        return torch.where(mask, weight, weight - weight.detach())
+    if plain:  # 0 with a derivative of 1, also of inf and NaN
+        finite = weight.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(mask, weight, finite - finite.detach())
     return _ApplyMaskStraightThrough.apply(weight, mask)  # type: ignore[no-any-return]
 
 

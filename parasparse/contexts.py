@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -99,39 +99,37 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
-    targets = masked(model)
-    if any(stack.probe is not None for stack in _stacks(model)):
-        raise RuntimeError("`dense_gradients` must not be entered twice for one model.")
-    probes = {
-        target.name: [_probe(part_of) for part_of in _part_stacks(target)] for target in targets
-    }
-    armed = [stack for target in targets for part in _part_stacks(target) for stack in part]
-    try:
+    with collecting(model, masked(model)) as grads:
+        yield grads
+
+
+@contextmanager
+def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradients]:
+    """Collect the dense gradients of some masked tensors of `model`, as `dense_gradients` does."""
+    probes = {}
+    with ExitStack() as stack:
+        for target in targets:
+            probes[target.name] = [stack.enter_context(probed(p)) for p in part_stacks(target)]
         yield DenseGradients(probes)
-    finally:
-        for stack in armed:
-            # Not set to None: compiled graphs guard on the attribute not being there.
-            stack.__dict__.pop("probe", None)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             inside = {id(stack) for stack in _stacks(module)}
             for target in targets:
-                for stacks, probe in zip(_part_stacks(target), probes[target.name], strict=True):
+                for stacks, probe in zip(part_stacks(target), probes[target.name], strict=True):
                     if any(id(stack) in inside for stack in stacks):
                         _average(probe, module.process_group)
 
 
 @contextmanager
-def probed(target: Target) -> Iterator[Tensor]:
-    """Arm one masked tensor; yield the probe, a leaf whose gradient is that of the weight.
+def probed(stacks: list[MaskedParametrizationList]) -> Iterator[Tensor]:
+    """Arm all places of one tensor; yield the probe, a leaf whose gradient is that of the weight.
 
     Raises:
         RuntimeError: it is armed already.
     """
-    (stacks,) = _part_stacks(target)
     if any(stack.probe is not None for stack in stacks):
         raise RuntimeError(
-            f'the dense gradient of "{target.name}" must not be collected twice at a time: '
+            "the dense gradient of a tensor must not be collected twice at a time: "
             "`dense_gradients` or `scores.collect` is open for this model, or a controller that "
             "grows by gradients is about to update."
         )
@@ -139,6 +137,7 @@ def probed(target: Target) -> Iterator[Tensor]:
         yield _probe(stacks)
     finally:
         for stack in stacks:
+            # Not set to None: compiled graphs guard on the attribute not being there.
             stack.__dict__.pop("probe", None)
 
 
@@ -159,7 +158,8 @@ def _average(probe: Tensor, group: torch.distributed.ProcessGroup) -> None:
     probe.grad = grad / torch.distributed.get_world_size(group)
 
 
-def _part_stacks(target: Target) -> list[list[MaskedParametrizationList]]:
+def part_stacks(target: Target) -> list[list[MaskedParametrizationList]]:
+    """Return the places of each part of `target` that are masked."""
     found = [[stack_of(site.module, site.attr) for site in p] for p in target.parts]
     return [[s for s in part if isinstance(s, MaskedParametrizationList)] for part in found]
 

@@ -11,8 +11,11 @@ Wherever a schedule is taken, any callable `int -> float` will do.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,22 @@ class Every:
         """Return whether `step` counts."""
         before_end = self.stop is None or step <= self.stop
         return step >= self.start and before_end and (step - self.start) % self.n == 0
+
+
+def as_every(every: Any) -> Callable[[int], bool]:
+    """Return when to update: `every` itself if it is a function, each so-many-th step if a number.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the number is under 1.
+    """
+    if callable(every):
+        return every  # type: ignore[no-any-return]
+    if isinstance(every, bool) or not hasattr(every, "__index__"):
+        raise TypeError(
+            f"`every` must be a whole number of steps, or a function of the step; got {every!r}."
+        )
+    return Every(operator.index(every))
 
 
 def _logistic(p: float) -> float:

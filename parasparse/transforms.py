@@ -54,6 +54,7 @@ def attach(steps: list[Step]) -> None:
     for step, mask in zip(steps, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
             mask.mask_(step.result)
+            mask.dense_gradient = False  # a controller that wanted it has lost its masks
 
 
 def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:

@@ -1,5 +1,8 @@
+import copy
+import functools
 import importlib.util
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -103,18 +106,14 @@ def reference(weights, momenta, masks, rate):
         pruned[n].view(-1)[[-i for _, i in smallest]] = False
         removed += gone
     room = {n: int(0.99 * int((~pruned[n]).sum())) for n in names}
-    number, left = dict.fromkeys(names, 0), removed
-    others = list(names)
-    while True:  # who is full takes what it can, the others share the rest
-        wanted = {n: left * share[n] / sum(share[m] for m in others) for n in others}
-        full = [n for n in others if wanted[n] >= room[n]]
-        if not full:
-            break
-        number |= {n: room[n] for n in full}
-        left -= sum(room[n] for n in full)
-        others = [n for n in others if n not in full]
-    number |= {n: math.floor(wanted[n]) for n in others}
-    for n in sorted(others, key=lambda n: number[n] - wanted[n])[: removed - sum(number.values())]:
+    wanted = {n: removed * share[n] for n in names}
+    while any(wanted[n] > room[n] for n in names):  # what a full layer cannot take, others share
+        excess = sum(max(wanted[n] - room[n], 0) for n in names)
+        others = [n for n in names if wanted[n] < room[n]]
+        wanted = {n: min(wanted[n], room[n]) + (n in others) * excess / len(others) for n in names}
+    number = {n: math.floor(wanted[n] + 1e-9) for n in names}
+    odd = sorted((n for n in names if number[n] < room[n]), key=lambda n: number[n] - wanted[n])
+    for n in odd[: removed - sum(number.values())]:
         number[n] += 1
     for n in names:
         free, size = (~pruned[n]).flatten().nonzero().flatten().tolist(), momenta[n].flatten().abs()
@@ -318,6 +317,22 @@ def test_functions_of_ones_own_see_what_they_are_promised():
     assert total(masks_of(model)) == dst.baseline_nonzero
 
 
+def test_growth_by_momentum_goes_on_with_the_momentum_of_what_it_grows():
+    model = build()
+    optimizer = sgd(model)
+    dst = ps.DynamicSparsity(model, 0.8, optimizer)
+    train(model, optimizer, dst, 3)
+    before = masks_of(model)
+    momenta = {n: optimizer.state[ps.stored(model, n)]["momentum_buffer"] for n in before}
+    held = {n: momentum.clone() for n, momentum in momenta.items()}
+    dst.update()
+    for name, mask in masks_of(model).items():
+        grown, dropped = mask & ~before[name], before[name] & ~mask
+        assert momenta[name][grown].equal(held[name][grown])
+        assert momenta[name][grown].all()
+        assert not momenta[name][dropped].any()
+
+
 def test_what_growth_falls_short_of_is_made_up_for_later():
     model = build()
     optimizer = sgd(model)
@@ -487,9 +502,10 @@ PLAIN = {"growth": "random", "redistribution": "magnitude"}
 @pytest.mark.parametrize(
     ("keywords", "text"),
     [
-        ({"redistribution": nan_importance}, 'a finite number >= 0; got nan for "0.weight"'),
-        ({"redistribution": lambda *_: -1.0}, "a finite number >= 0; got -1.0"),
-        ({"redistribution": lambda *_: "high"}, "must return a number; got 'high'"),
+        ({"redistribution": nan_importance}, 'a finite number; got nan for "0.weight"'),
+        ({"redistribution": lambda *_: math.inf}, "a finite number; got inf"),
+        ({"redistribution": lambda *_: "3"}, "a finite number; got '3'"),
+        ({"redistribution": lambda *_: [1]}, r"must return a number; got \[1\]"),
         ({"prune": other_shape}, r'shape \(30, 12\) for "0.weight"; got \(29, 12\)'),
         ({"prune": lambda *_: None}, "got NoneType"),
         ({"prune": adds}, 'keep a part of the mask; it adds entries to "0.weight"'),
@@ -526,6 +542,23 @@ def test_a_failed_update_leaves_masks_budget_and_count(keywords, text):
         ({"init": "ones"}, "`init` must be one of"),
         ({"init": {"0.weight": torch.ones(30, 12)}}, '"2.weight", "3.weight" have none'),
         ({"init": {"nowhere": torch.ones(2)}}, "`init` must hold a mask for each"),
+        ({"every": 2.0}, "`every` must be a whole number of steps, or a function"),
+        ({"every": "2"}, "`every` must be a whole number"),
+        ({"prune_rate": "much"}, r"`prune_rate` must be a number in \[0, 1\]; got 'much'"),
+        ({"rules": {"*": None}}, "`rules` must give one tensor a mask or more"),
+        (
+            {"growth": lambda masking, name, mask: None},
+            r"must take \(masking, name, new_mask.*got \(m",
+        ),
+        ({"prune": lambda: None}, r"`prune` must take \(masking, mask, weight, name\) or"),
+        (
+            {
+                "redistribution": "none",
+                "growth": lambda *_: None,
+                "rules": {"0.weight": ps.Prune(0.5, pattern=ps.patterns.channel(0))},
+            },
+            "pairs and patterns of units",
+        ),
         ({"rules": 1.0}, "must leave each tensor a connection or more"),
         ({"rules": ps.Gate()}, "must give each tensor a bool mask"),
         ({"rules": {"0.weight": torch.rand(30, 12)}}, "must give each tensor a bool mask"),
@@ -638,3 +671,268 @@ def test_presets_say_what_they_are():
     assert (dst.moves.prune, dst.moves.growth) == (ps.moves.set_prune, ps.moves.random_growth)
     assert dst.prune_rate == Constant(0.3)
     assert dst.moves.redistribution is ps.moves.no_redistribution
+
+
+def test_functions_of_ones_own_go_with_an_optimizer_without_state():
+    model = build()
+    optimizer = sgd(model, momentum=0.0)
+
+    def importance(masking, name, weight, mask):
+        return weight.abs().mean()  # a tensor with a graph, as long as nobody says otherwise
+
+    dst = ps.DynamicSparsity(
+        model, 0.8, optimizer, growth="random", redistribution=importance, every=5
+    )
+    train(model, optimizer, dst, 10)
+    assert len(dst.history) == 2
+
+
+def test_importance_below_zero_is_none():
+    model = build()
+    optimizer = sgd(model)
+
+    def signed(masking, name, weight, mask):  # the tutorial's first example
+        momentum = masking.optimizer.state[weight]["momentum_buffer"]
+        found[name] = momentum[mask.bool()].sum().item()
+        return found[name]
+
+    found = {}
+    dst = ps.DynamicSparsity(model, 0.8, optimizer, redistribution=signed, growth="random")
+    for _ in range(5):
+        train(model, optimizer, dst)
+        dst.update()
+        assert total(masks_of(model)) == dst.baseline_nonzero
+    assert min(found.values()) < 0
+
+
+def test_a_layer_that_is_nearly_full_loses_less_if_it_is_important():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10))
+    optimizer = sgd(model)
+    seen = {}
+
+    @ps.moves.needs("weights")
+    def importance(masking, name, weight, mask):
+        return {"0.weight": 5.0, "1.weight": 0.0, "2.weight": 1.0}[name]
+
+    @ps.moves.needs("weights")
+    def prune(masking, mask, weight, name):
+        seen[name] = masking.name2prune_rate[name]
+        return ps.moves.magnitude_prune(masking, mask, weight, name)
+
+    rules = {"0.weight": 0.1, "1.weight": 0.1, "2.weight": 0.5}
+    dst = ps.DynamicSparsity(
+        model, rules, optimizer, prune=prune, growth="random", redistribution=importance,
+        prune_rate=0.4,
+    )  # fmt: skip
+    dst.update()
+    assert seen == {"0.weight": pytest.approx(0.1), "1.weight": 0.4, "2.weight": 0.4}
+
+
+def test_functions_for_all_layers_may_have_defaults_and_owe_what_was_missing():
+    model = build()
+    optimizer = sgd(model)
+    asked = []
+
+    @ps.moves.needs("weights")
+    def prune(masking, threshold=0.05, *, verbose=False):
+        removed = 0
+        for module in masking.modules:
+            for name, weight in module.named_parameters():
+                if name in masking.masks:
+                    mask = masking.masks[name]
+                    removed += int(mask.sum())
+                    mask[:] = mask & (weight.abs() > threshold)
+                    removed -= int(mask.sum())
+        return removed
+
+    @ps.moves.needs("weights")
+    def growth(masking, total_regrowth, least=1):
+        asked.append((masking.total_removed, total_regrowth))
+        left = total_regrowth // 2 if len(asked) == 1 else total_regrowth
+        for mask in masking.masks.values():
+            free = (~mask).flatten().nonzero().flatten()[:left]
+            mask.view(-1)[free] = True
+            left -= len(free)
+        return sum(int(mask.sum()) for mask in masking.masks.values())
+
+    dst = ps.DynamicSparsity(
+        model, 0.8, optimizer, prune=functools.partial(prune, threshold=0.1), growth=growth,
+        redistribution="nonzero",
+    )  # fmt: skip
+    dst.update()
+    missing = dst.history[0].missing
+    assert asked[0][0] == asked[0][1] > missing > 0
+    assert total(masks_of(model)) == dst.baseline_nonzero - missing
+    dst.update()
+    assert asked[1][1] == asked[1][0] + missing
+    assert total(masks_of(model)) == dst.baseline_nonzero
+
+
+def test_two_controllers_share_a_model():
+    model = build()
+    optimizer = sgd(model)
+    one = ps.rigl(model, {"0.weight": 0.8}, optimizer, stop=100, every=2, init="constant")
+    two = ps.rigl(model, {"2.weight": 0.8}, optimizer, stop=100, every=2, init="constant")
+    three = ps.sparse_momentum(model, {"3.weight": 0.5}, optimizer, stop=100, every=2)
+    for _ in range(4):
+        train(model, optimizer, one)
+        two.step()
+        three.step()
+    assert len(one.history) == len(two.history) == len(three.history) == 2
+    assert [ps.mask_of(model, n).sum() for n in ("0.weight", "2.weight", "3.weight")] == [
+        72,
+        120,
+        50,
+    ]
+
+
+def test_a_failed_update_asks_for_the_dense_gradient_again():
+    model = build()
+    optimizer = sgd(model)
+    fails = [True]
+
+    @ps.moves.needs("gradient")
+    def growth(masking, name, new_mask, total_regrowth, weight):
+        if fails[0]:
+            raise KeyError(name)
+        seen[name] = masking.get_gradient_for_weight(weight).clone()
+        return ps.moves.gradient_growth(masking, name, new_mask, total_regrowth, weight)
+
+    seen = {}
+    dst = ps.DynamicSparsity(model, 0.8, optimizer, growth=growth, redistribution="none", every=2)
+    train(model, optimizer, dst)
+    with pytest.raises(KeyError) as error:
+        train(model, optimizer, dst)
+    assert 'while growth was called for "0.weight"' in error.value.__notes__
+    fails[0] = False
+    optimizer.zero_grad()
+    x = torch.randn(8, 12)
+    dense = build()
+    dense.load_state_dict(ps.dense_state_dict(model))
+    for net in (model, dense):
+        net(x).square().mean().backward()
+    optimizer.step()
+    dst.step()
+    assert dst.steps == 2
+    for name, grad in seen.items():
+        torch.testing.assert_close(grad, dict(dense.named_parameters())[name].grad)
+
+
+def test_a_grad_scaler_that_skips_steps_postpones_updates():
+    model = build()
+    optimizer = sgd(model)
+    dst = ps.sparse_momentum(model, 0.8, optimizer, stop=100, every=1)
+    model(torch.full((8, 12), math.inf)).square().mean().backward()  # step() is skipped
+    dst.step()
+    assert not dst.history
+    train(model, optimizer, dst)
+    assert [update.step for update in dst.history] == [2]
+
+
+def test_gradients_are_masked_again_once_somebody_else_sets_the_masks():
+    model = build()
+    optimizer = sgd(model)
+    dst = ps.sparse_momentum(model, 0.8, optimizer, stop=100)
+    train(model, optimizer, dst, 2)
+    pruner = ps.GradualPruning(model, 0.9, optimizer, schedule=Constant(1.0), every=10)
+    train(model, optimizer, pruner, 2)
+    for name, mask in masks_of(model).items():
+        assert not ps.stored(model, name).grad[~mask].any()
+
+
+def test_masked_weights_are_zero_at_an_update_whatever_the_optimizer_does():
+    model = build()
+    muon = torch.optim.Muon([layer.weight for layer in (model[0], model[2], model[3])], 0.1)
+
+    @ps.moves.needs("weights")
+    def prune(masking, mask, weight, name):
+        assert not weight[mask == 0].any()
+        return ps.moves.set_prune(masking, mask, weight, name)
+
+    dst = ps.DynamicSparsity(
+        model, 0.8, muon, prune=prune, growth="random", redistribution="none", every=3
+    )
+    train(model, muon, dst, 2)
+    stored = ps.stored(model, "0.weight")
+    assert stored[~ps.mask_of(model, "0.weight")].any()  # Muon moves them
+    train(model, muon, dst, 4)
+    assert len(dst.history) == 2
+
+
+def test_its_state_is_whole():
+    def made():
+        model = build()
+        return ps.DynamicSparsity(model, 0.8, sgd(model), every=3)
+
+    one, two = made(), made()
+    one.steps, one._is_due, one._missing, one.baseline_nonzero = 7, True, {"0.weight": 3}, 123
+    two.load_state_dict(one.state_dict())
+    assert two.state_dict().keys() == one.state_dict().keys()
+    assert (two.steps, two._is_due, two._missing, two.baseline_nonzero) == (
+        7, True, {"0.weight": 3}, 123,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("growth", ["momentum", "gradient"])
+def test_a_copy_of_all_goes_on_alike(growth):
+    torch.manual_seed(0)
+    model = build()
+    optimizer = sgd(model)
+    dst = ps.DynamicSparsity(model, 0.8, optimizer, growth=growth, redistribution="none", every=3)
+    train(model, optimizer, dst, 2)
+    copies = copy.deepcopy((model, optimizer, dst))
+    batches = [torch.randn(8, 12) for _ in range(4)]
+    for net, opt, controller in ((model, optimizer, dst), copies):
+        for x in batches:
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+            controller.step()
+    other = masks_of(copies[0])
+    assert len(dst.history) == len(copies[2].history) == 2
+    assert all(mask.equal(other[name]) for name, mask in masks_of(model).items())
+    pickle.loads(pickle.dumps(dst))
+
+
+def test_resuming_from_a_real_mask_is_refused():
+    model = ps.sparsify(build(), {"0.weight": torch.rand(30, 12)})
+    with pytest.raises(ValueError, match="must find bool masks.*`binarize` the model first"):
+        ps.DynamicSparsity(model, {"0.weight": 0.5}, sgd(model), init="resume")
+
+
+def test_sparse_gradients_of_embeddings_grow_connections():
+    model = nn.Embedding(10, 6, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dst = ps.rigl(model, {"weight": 0.5}, optimizer, stop=100, every=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randint(10, (8,))).square().sum().backward()
+        optimizer.step()
+        dst.step()
+    assert len(dst.history) == 2
+    assert int(ps.mask_of(model, "weight").sum()) == 30
+
+
+def test_what_a_move_did_not_ask_for_it_does_not_get():
+    model = build()
+    optimizer = sgd(model)
+
+    def growth(masking, name, new_mask, total_regrowth, weight):
+        return ps.moves.gradient_growth(masking, name, new_mask, total_regrowth, weight)
+
+    dst = ps.DynamicSparsity(model, 0.8, optimizer, growth=growth, redistribution="none")
+    train(model, optimizer, dst)
+    with pytest.raises(RuntimeError, match="decorate the function that reads it"):
+        dst.update()
+
+    def copied(masking, name, weight, mask):
+        return masking.get_momentum_for_weight(weight.data)
+
+    dst = ps.DynamicSparsity(model, 0.8, optimizer, redistribution=copied)
+    train(model, optimizer, dst)
+    with pytest.raises(ValueError, match="must be one that a move was given"):
+        dst.update()
+    with pytest.raises(ValueError, match='`what` must be of "weights", .*got "momentm"'):
+        ps.moves.needs("momentm")
+    with pytest.raises(TypeError, match="`optimizer` must be one of torch's kind; got None"):
+        ps.DynamicSparsity(build(), 0.8, None)

@@ -122,17 +122,26 @@ def test_global_moves_rank_all_layers_together(view):
     st.lists(st.tuples(st.sampled_from([0.0, 0.1, 1.0, 7.0]), st.integers(0, 20)), min_size=1),
     st.floats(0, 1),
 )
-def test_shares_add_up_within_their_room_in_proportion(parties, share):
+def test_shares_add_up_within_their_room(parties, share):
     importance, room = ([p[0] for p in parties], [p[1] for p in parties])
     total = int(share * sum(room))
     shares = shared_out(total, importance, room)
     assert sum(shares) == total
     assert all(0 <= part <= space for part, space in zip(shares, room, strict=True))
-    if sum(importance) and all(
-        total * i / sum(importance) < space for i, space in zip(importance, room, strict=True)
-    ):  # nobody is full: each is within one of its share
-        for part, i in zip(shares, importance, strict=True):
-            assert abs(part - total * i / sum(importance)) < 1
+    if not sum(importance):
+        return
+    wanted = [total * i / sum(importance) for i in importance]
+    more = [part - want for part, want in zip(shares, wanted, strict=True)]
+    open_ = [i for i in range(len(room)) if shares[i] < room[i]]
+    # Who has room left got what it wanted, and as much of the rest as each other one.
+    assert all(abs(more[i] - more[j]) <= 1 + 1e-9 for i in open_ for j in open_)
+    assert all(more[i] > -1 for i in open_)
+    assert all(more[i] <= max(more[j] for j in open_) + 1 for i in range(len(room)) if open_)
+
+
+def test_room_decides_where_nobody_has_any_importance():
+    assert shared_out(5, [0.0, 0.0], [3, 12]) == [1, 4]
+    assert shared_out(0, [], []) == []
 
 
 def test_random_growth_is_uniform():

@@ -193,6 +193,14 @@ def test_momentum_is_the_buffer_or_adams_step(dtype):
     assert not keeps_momentum(optimizer, weight)
 
 
+def test_momentum_is_kept_group_by_group():
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [one], "momentum": 0.9}, {"params": [two]}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    assert keeps_momentum(optimizer, one)
+    assert not keeps_momentum(optimizer, two)
+
+
 def test_asking_for_momentum_makes_no_state():
     weight = nn.Parameter(torch.randn(3, 4))
     optimizer = torch.optim.Adam([weight])

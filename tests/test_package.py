@@ -10,8 +10,8 @@ import parasparse as ps
 
 ROOT = Path(ps.__file__).parent
 PURE = {
-    "scores.entries", "scores.saliency", "scores.statistics", "patterns", "distributions", "schedules",
-    "gates",
+    "scores.entries", "scores.saliency", "scores.statistics", "patterns", "distributions",
+    "schedules", "gates",
 }  # fmt: skip
 ALLOWED = {
     "_checks": set(),
@@ -59,22 +59,22 @@ ALLOWED = {
         "treatments",
     },
     "optim": {"_attach", "_checks", "_tensors"},
-    "training.history": set(),
-    "training.masking": set(),
+    "training.history": {"_checks"},
+    "training.masking": {"_checks"},
     "training.moves": {"_select", "training.masking"},
     "training.layer": {
         "_tensors", "_units", "optim", "parametrizations", "patterns", "training.gradual",
+        "training.masking",
     },
     "training.start": {
-        "_checks", "_resolve", "_stack", "_tables", "_tensors", "_units", "distributions",
+        "_checks", "_resolve", "_stack", "_tables", "_tensors", "_units", "distributions", "optim",
         "parametrizations", "patterns", "scores.entries", "targets", "training.layer",
-        "treatments",
+        "training.moves", "training.update", "treatments",
     },
     "training.update": {"_checks", "patterns", "training.masking", "training.moves"},
     "training.dynamic": {
-        "_checks", "_units", "contexts", "optim", "patterns", "schedules", "training.gradual",
-        "training.history", "training.layer", "training.masking", "training.moves",
-        "training.start", "training.update", "transforms",
+        "contexts", "optim", "schedules", "training.gradual", "training.history", "training.layer",
+        "training.masking", "training.start", "training.update", "transforms",
     },
     "training.methods": {"schedules", "training.dynamic", "training.start"},
     "training.gradual": {

@@ -15,7 +15,7 @@ from parasparse._checks import listed
 from parasparse._stack import stack_of
 from parasparse._tensors import Target
 from parasparse._tensors import collect as tensors_of
-from parasparse.contexts import probed
+from parasparse.contexts import part_stacks, probed
 from parasparse.scores.statistics import Statistics, Sums, wide
 from parasparse.targets import is_weight, reaches
 
@@ -83,7 +83,7 @@ def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
     first = _attach.originals(site.module, site.attr)[0]
     leaf: Tensor | None = None
     if is_masked:
-        leaf = stack.enter_context(probed(target))
+        leaf = stack.enter_context(probed(part_stacks(target)[0]))
     elif is_plain and first.requires_grad:
         leaf = first
     sums = Sums(lambda: _attach.stored(site.module, site.attr), leaf, first if is_plain else None)

@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._checks import check_sparsity, listed
-from parasparse._units import has_units
-from parasparse.contexts import DenseGradients, dense_gradients
-from parasparse.optim import keeps_momentum, momentum_of
-from parasparse.patterns import unstructured
-from parasparse.schedules import Constant, Every
+from parasparse.contexts import DenseGradients, collecting
+from parasparse.optim import momentum_of
+from parasparse.schedules import Constant, as_every
 from parasparse.training.gradual import check_held
-from parasparse.training.history import Update, copied, update_of
-from parasparse.training.layer import Layer
-from parasparse.training.masking import Masking, need_of
-from parasparse.training.moves import GROWTH_SCORES, no_redistribution
-from parasparse.training.start import Init, first_masks
+from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.layer import view_of
+from parasparse.training.masking import needs_of
+from parasparse.training.start import Init, check_moves, first_masks
 from parasparse.training.update import Moves, next_masks
 from parasparse.transforms import attach
 
@@ -35,8 +31,8 @@ class DynamicSparsity:
     ceil(rate * connections) (`prune`), a layer with less than 20 % zeros and more than average
     importance at most at the rate of its sparsity; what all lost grows again (`growth`), shared out
     by importance. No layer takes more than 0.99 of what is free in it, unless the budget needs it.
-    What dropped and what grew starts at 0, in the weights and in the optimizer's state, except that
-    growth by the optimizer's state keeps the state of what it grows.
+    What dropped and what grew is 0 then, in the weights and in the optimizer's state, except that
+    growth that reads this state keeps it for what it grows.
 
     Args:
         model: changed in place.
@@ -90,12 +86,16 @@ class DynamicSparsity:
         every: int | Callable[[int], bool] | None = None,
         init: Init = "constant",
     ) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"`optimizer` must be one of torch's kind; got {optimizer!r:.60}.")
         self.model, self.optimizer = model, optimizer
         self.moves = Moves.named(prune, growth, redistribution)
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
         _rate(self.prune_rate(0), "prune_rate(0)")
-        self.every = Every(every) if isinstance(every, int) else every
+        self.every = None if every is None else as_every(every)
         self.steps, self.history, self._missing = 0, list[Update](), dict[str, int]()
+        self._is_due, self._armed = False, ExitStack()
+        self._gradients: DenseGradients | None = None
         if self.every is None and "gradient" in self.moves.needs:
             raise ValueError(
                 "`every` must say when updates are, so that the dense gradient is collected in the "
@@ -104,21 +104,20 @@ class DynamicSparsity:
         steps, layers = first_masks(model, rules, init)
         self._layers = {layer.target.name: layer for layer in layers}
         check_held(optimizer, [step.target for step in steps], frozen=True)
-        _check_patterns(self.moves, self._layers)
-        _check_momentum(self.moves, self._layers, optimizer)
+        check_moves(self.moves, self._layers, optimizer)
+        self._is_next()  # a function that fails does so before anything has changed
         attach(steps)
         for layer in layers:
             layer.module.dense_gradient = self._is_dense
             layer.zero_masked()
         self._start = copied(self._masks())
         self.baseline_nonzero = sum(int(layer.seen_mask().count_nonzero()) for layer in layers)
-        self._is_due = False
-        self._armed = ExitStack()
-        self._gradients: DenseGradients | None = None
         self._arm()
 
     def step(self) -> None:
         """Count a step, and update the masks if it is time; call it after `optimizer.step()`.
+
+        An update waits for a step with finite gradients where a GradScaler skips some.
 
         Raises:
             RuntimeError: an update is due and no gradient has come by yet.
@@ -129,20 +128,31 @@ class DynamicSparsity:
             for layer in self._layers.values():
                 layer.zero_masked()
         self._armed.close()  # where several processes train, they average here
-        step = self.steps + 1
-        is_due = self._is_due or (self.every is not None and self.every(step))
-        if is_due and self._is_finite():
-            self._update(step)
-            is_due = False
-        self.steps, self._is_due = step, is_due
-        self._arm()
+        try:
+            is_due = self._is_next()
+            if is_due and self._has_seen():
+                self._update(self.steps + 1)
+                is_due = False
+            self.steps, self._is_due = self.steps + 1, is_due
+        finally:
+            self._arm()
 
     def update(self) -> None:
-        """Update the masks now.
+        """Update the masks now; the prune rate is that of the steps counted so far.
 
         Raises:
-            RuntimeError, ValueError: as `step`.
+            RuntimeError, ValueError: as `step`; a move reads the dense gradient, which is collected
+                for the updates of `step` only.
         """
+        if self._is_armed:
+            raise RuntimeError(
+                "`update` must be left to `step` when a move reads the dense gradient, which is "
+                "collected in the step before an update only."
+            )
+        if not self._has_seen():
+            raise RuntimeError(
+                "an update must come after an `optimizer.step()`, which was skipped."
+            )
         self._update(self.steps)
 
     def at_end_of_epoch(self) -> None:
@@ -166,134 +176,99 @@ class DynamicSparsity:
         Raises:
             ValueError: it had other tensors.
         """
-        start = state_dict["start"]
-        if start.keys() != self._start.keys():
-            raise ValueError(
-                f"`state_dict` must be of the same rules; it has the tensors {listed(start)}, this "
-                f"controller {listed(self._start)}."
-            )
+        start = first_masks_of(state_dict, self._start)
+        history = [Update(**update) for update in state_dict["history"]]
         self.steps, self._is_due = state_dict["steps"], state_dict["is_due"]
         self._missing = dict(state_dict["missing"])
         self.baseline_nonzero = state_dict["baseline_nonzero"]
-        self.history = [Update(**update) for update in state_dict["history"]]
-        self._start = {n: mask.to(self._start[n].device).clone() for n, mask in start.items()}
+        self.history, self._start = history, start
+        self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_armed": None, "_gradients": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _armed=ExitStack())
         self._arm()
 
     @property
     def _is_dense(self) -> bool:
         return not self.moves.needs.isdisjoint({"momentum", "state"})
 
+    @property
+    def _is_armed(self) -> bool:
+        return "gradient" in self.moves.needs
+
+    def _is_next(self) -> bool:
+        """Whether the next step is an update."""
+        return self._is_due or (self.every is not None and bool(self.every(self.steps + 1)))
+
     def _update(self, step: int) -> None:
         for layer in self._layers.values():
             layer.zero_masked()
-        view = self._view(_rate(self.prune_rate(step), f"prune_rate({step})"))
-        self._check_seen()
-        groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
-        masks, missing = next_masks(view, self.moves, self._missing, groups)
-        before = copied(self._masks())
-        keep = need_of(self.moves.growth) in ("momentum", "state")
-        for name, layer in self._layers.items():
-            layer.set_mask(layer.entries(masks[name]), self.optimizer, keep_state_of_grown=keep)
-        self._missing = {name: number for name, number in missing.items() if number}
-        shortfall = sum(missing.values())
-        self.history.append(update_of(step, before, self._masks(), self._start, shortfall))
-
-    def _view(self, rate: float) -> Masking:
-        weights = {name: layer.seen_weight() for name, layer in self._layers.items()}
-        layers = {id(weights[name]): layer for name, layer in self._layers.items()}
-
-        def momentum(weight: Tensor) -> Tensor:
-            found = layers[id(weight)].of_each(lambda p: momentum_of(self.optimizer, p))
-            return torch.zeros_like(weight) if found is None else found
-
-        def gradient(weight: Tensor) -> Tensor:
-            layer = layers[id(weight)]
-            assert self._gradients is not None
-            found = self._gradients[layer.target.name]
-            if found is None:
-                return torch.zeros_like(weight)
-            return layer.seen([found])
-
-        return Masking(
-            optimizer=self.optimizer,
-            weights=weights,
-            masks={name: layer.seen_mask() for name, layer in self._layers.items()},
-            prune_rate=rate,
-            baseline_nonzero=self.baseline_nonzero,
-            model=self.model,
-            momentum=momentum,
-            gradient=gradient,
+        rate = _rate(self.prune_rate(step), f"prune_rate({step})")
+        view = view_of(
+            self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
         )
+        groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
+        with torch.no_grad():
+            masks, missing = next_masks(view, self.moves, self._missing, groups)
+        new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
+        update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
+        # Growth by momentum goes on with what it grew by.
+        keep = not needs_of(self.moves.growth).isdisjoint({"momentum", "state"})
+        for name, layer in self._layers.items():
+            layer.set_mask(new[name], self.optimizer, keep_state_of_grown=keep)
+        self._missing = {name: number for name, number in missing.items() if number}
+        self.history.append(update)
 
-    def _check_seen(self) -> None:
-        """Raise RuntimeError if no gradient has come by, which the moves read."""
-        layers = self._layers.values()
-        if "gradient" in self.moves.needs and self._gradients is None:
-            raise RuntimeError(
-                "`update` must be left to `step` when a move reads the dense gradient, which is "
-                "collected in the step before an update only."
-            )
-        states = [self.optimizer.state.get(p) for layer in layers for p in layer.parameters]
-        probes = [] if self._gradients is None else list(self._gradients.values())
-        state_missing = self._is_dense and not any(states)
-        probe_missing = "gradient" in self.moves.needs and all(g is None for g in probes)
-        if state_missing or probe_missing:
+    def _has_seen(self) -> bool:
+        """Whether the moves find what they read; if a GradScaler skipped the step, they do not.
+
+        Raises:
+            RuntimeError: no gradient has come by yet.
+        """
+        parameters = [p for layer in self._layers.values() for p in layer.parameters]
+        missing = "momentum" in self.moves.needs and all(
+            momentum_of(self.optimizer, parameter) is None for parameter in parameters
+        )
+        probes: list[Tensor | None] = [None]
+        if self._is_armed:
+            assert self._gradients is not None
+            probes = list(self._gradients.values())
+            missing = missing or all(probe is None for probe in probes)
+        if missing and all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
                 "an update must come after a backward and an `optimizer.step()`; the masked "
                 "weights have had no gradient yet."
             )
+        finite = all(bool(_values(probe).isfinite().all()) for probe in probes if probe is not None)
+        return finite and not missing
 
     def _arm(self) -> None:
         """Collect the dense gradient if the next step is an update that reads it."""
         self._armed.close()
         self._gradients = None
-        if "gradient" not in self.moves.needs or self.every is None:
-            return
-        if self._is_due or self.every(self.steps + 1):
-            self._gradients = self._armed.enter_context(dense_gradients(self.model))
-
-    def _is_finite(self) -> bool:
-        grads = [] if self._gradients is None else list(self._gradients.values())
-        return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+        if self._is_armed and self._is_next():
+            targets = [layer.target for layer in self._layers.values()]
+            self._gradients = self._armed.enter_context(collecting(self.model, targets))
 
     def _masks(self) -> dict[str, Tensor]:
         return {name: layer.mask for name, layer in self._layers.items()}
 
 
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
 def _rate(value: Any, argument: str = "prune_rate") -> float:
     try:
-        return check_sparsity(value, argument)
+        rate = float(value)
     except (TypeError, ValueError) as error:
-        error.add_note("the prune rate is the share of connections that an update drops")
-        raise
-
-
-def _check_patterns(moves: Moves, layers: Mapping[str, Layer]) -> None:
-    bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
-    if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
+        raise TypeError(f"`{argument}` must be a number in [0, 1]; got {value!r:.60}.") from error
+    if not 0.0 <= rate <= 1.0:  # false for NaN as well
         raise ValueError(
-            '`redistribution` must be "none", and growth local, with patterns, whose counts differ '
-            f"from layer to layer; {listed(bound)} have one."
+            f"`{argument}` must be in [0, 1], the share of connections that an update drops; got "
+            f"{value!r}."
         )
-    groups = [name for name, layer in bound.items() if not has_units(layer.pattern)]
-    if groups and moves.growth not in GROWTH_SCORES:
-        raise ValueError(
-            '`growth` must be "random", "momentum" or "gradient" where groups keep their n; '
-            f"{listed(groups)} have such a pattern."
-        )
-
-
-def _check_momentum(
-    moves: Moves, layers: Mapping[str, Layer], optimizer: torch.optim.Optimizer
-) -> None:
-    without = [
-        name
-        for name, layer in layers.items()
-        if not all(keeps_momentum(optimizer, parameter) for parameter in layer.parameters)
-    ]
-    if without and "momentum" in moves.needs:
-        raise ValueError(
-            f"`optimizer` must keep a momentum, which the moves read; {type(optimizer).__name__} "
-            f'keeps none for {listed(without)}. Give it one (`momentum=0.9`), or use "gradient" or '
-            '"random" growth and "magnitude", "nonzero" or "none" redistribution.'
-        )
+    return rate

@@ -15,9 +15,9 @@ from parasparse._resolve import as_pairs, resolve
 from parasparse._tables import described
 from parasparse._tensors import Target
 from parasparse.optim import zero_entries
-from parasparse.schedules import Every
+from parasparse.schedules import as_every
 from parasparse.targets import masked
-from parasparse.training.history import Update, copied, update_of
+from parasparse.training.history import Update, copied, first_masks_of, update_of
 from parasparse.transforms import attach, sparsify
 from parasparse.treatments import Prune, as_treatment
 
@@ -67,7 +67,7 @@ class GradualPruning:
         every: int | Callable[[int], bool],
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.every = Every(every) if isinstance(every, int) else every
+        self.every = as_every(every)
         self.steps = 0
         self.history: list[Update] = []
         self._is_over = False
@@ -107,15 +107,10 @@ class GradualPruning:
         Raises:
             ValueError: it had other tensors.
         """
-        start = state_dict["start"]
-        if start.keys() != self._start.keys():
-            raise ValueError(
-                f"`state_dict` must be of the same rules; it has the tensors {listed(start)}, this "
-                f"controller {listed(self._start)}."
-            )
+        start = first_masks_of(state_dict, self._start)
+        history = [Update(**update) for update in state_dict["history"]]
         self.steps, self._is_over = state_dict["steps"], state_dict["is_over"]
-        self.history = [Update(**update) for update in state_dict["history"]]
-        self._start = {n: mask.to(self._start[n].device).clone() for n, mask in start.items()}
+        self.history, self._start = history, start
 
     def _update(self, step: int) -> None:
         before = copied(self._masks())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from parasparse._checks import listed
 
 Masks = Mapping[str, Tensor]
 
@@ -55,3 +58,21 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
 def copied(masks: Masks) -> dict[str, Tensor]:
     """Return copies of `masks`."""
     return {name: torch.clone(mask) for name, mask in masks.items()}
+
+
+def first_masks_of(state_dict: Mapping[str, Any], own: Masks) -> dict[str, Tensor]:
+    """Return the first masks in the state of a controller, where `own` are.
+
+    Raises:
+        ValueError: it was of other tensors.
+    """
+    start: Masks = state_dict["start"]
+    theirs, ours = (
+        [f"{name} {tuple(mask.shape)}" for name, mask in masks.items()] for masks in (start, own)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"`state_dict` must be of the same rules; it has the tensors {listed(theirs)}, this "
+            f"controller {listed(ours)}."
+        )
+    return {name: mask.to(own[name].device).clone() for name, mask in start.items()}

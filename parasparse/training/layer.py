@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasparse._tensors import Target
 from parasparse._units import has_units
-from parasparse.optim import zero_entries
+from parasparse.optim import momentum_of, zero_entries
 from parasparse.parametrizations import Mask
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.training.gradual import parameters_of
+from parasparse.training.masking import Masking
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,51 @@ class Layer:
         for parameter in self.parameters:
             parameter.masked_fill_(changed, 0)
             zero_entries(optimizer, parameter, changed & before if keep_state_of_grown else changed)
+
+
+def view_of(
+    layers: Mapping[str, Layer],
+    optimizer: torch.optim.Optimizer,
+    gradients: Mapping[str, Tensor | None] | None,
+    prune_rate: float,
+    baseline_nonzero: int,
+    model: nn.Module,
+) -> Masking:
+    """Return what moves see of `layers`; `gradients` are dense, None if nobody asked for them."""
+    weights = {name: layer.seen_weight() for name, layer in layers.items()}
+    names = {id(weight): name for name, weight in weights.items()}
+
+    def name_of(weight: Tensor) -> str:
+        if id(weight) not in names:
+            raise ValueError("`weight` must be one that a move was given; got another tensor.")
+        return names[id(weight)]
+
+    def momentum(weight: Tensor) -> Tensor:
+        found = layers[name_of(weight)].of_each(lambda p: momentum_of(optimizer, p))
+        return torch.zeros_like(weight) if found is None else found
+
+    def gradient(weight: Tensor) -> Tensor:
+        if gradients is None:
+            raise RuntimeError(
+                "the dense gradient must be asked for: decorate the function that reads it with "
+                '`@ps.moves.needs("gradient")`.'
+            )
+        name = name_of(weight)
+        found = gradients[name]
+        if found is None:
+            return torch.zeros_like(weight)
+        return layers[name].seen([found.to_dense() if found.is_sparse else found])
+
+    return Masking(
+        optimizer=optimizer,
+        weights=weights,
+        masks={name: layer.seen_mask() for name, layer in layers.items()},
+        prune_rate=prune_rate,
+        baseline_nonzero=baseline_nonzero,
+        model=model,
+        momentum=momentum,
+        gradient=gradient,
+    )
 
 
 def _complex(real: Tensor, imaginary: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
+
+from parasparse._checks import listed
 
 Need = Literal["weights", "gradient", "momentum", "state"]
 _Move = TypeVar("_Move", bound=Callable[..., Any])
@@ -92,16 +95,17 @@ class _PlainNames:
     _model: nn.Module
     _weights: dict[str, Tensor]
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def named_parameters(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, Tensor]]:
         yield from self._weights.items()
         own = {id(weight) for weight in self._weights.values()}
-        yield from ((n, p) for n, p in self._model.named_parameters() if id(p) not in own)
+        others = self._model.named_parameters(*args, **keywords)
+        yield from ((name, parameter) for name, parameter in others if id(parameter) not in own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
 
-def needs(what: Need) -> Callable[[_Move], _Move]:
+def needs(*what: Need) -> Callable[[_Move], _Move]:
     """Say what a move of your own reads, so that nothing else is kept up for it.
 
     Args:
@@ -110,21 +114,29 @@ def needs(what: Need) -> Callable[[_Move], _Move]:
             which is what a function without this decorator gets. With the last two, gradients of
             masked entries reach the optimizer at every step.
 
+    Raises:
+        ValueError: it is none of these.
+
     Examples:
         >>> @needs("weights")
         ... def number_of_inputs(masking, name, weight, mask): return weight.shape[1]
-        >>> need_of(number_of_inputs), need_of(lambda masking: 0)
-        ('weights', 'state')
+        >>> sorted(needs_of(number_of_inputs)), sorted(needs_of(lambda masking: 0))
+        (['weights'], ['state'])
     """
+    unknown = [word for word in what if word not in get_args(Need)]
+    if unknown or not what:
+        raise ValueError(f"`what` must be of {listed(get_args(Need))}; got {listed(what)}.")
 
     def mark(move: _Move) -> _Move:
-        move.needs = what  # type: ignore[attr-defined]
+        move.needs = frozenset(what)  # type: ignore[attr-defined]
         return move
 
     return mark
 
 
-def need_of(move: Callable[..., Any]) -> Need:
+def needs_of(move: Callable[..., Any]) -> frozenset[Need]:
     """Return what `move` reads: see `needs`."""
-    found: Need = getattr(move, "needs", "state")
+    if isinstance(move, partial) and not hasattr(move, "needs"):
+        return needs_of(move.func)
+    found: frozenset[Need] = getattr(move, "needs", frozenset({"state"}))
     return found

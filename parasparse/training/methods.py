@@ -28,7 +28,8 @@ def sparse_evolutionary_training(
         model: changed in place.
         rules: as for `DynamicSparsity`.
         optimizer: any; momentum is not needed.
-        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does.
+        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does,
+            besides `step()` after each step.
         prune_rate: zeta.
         init: the paper's Erdos-Renyi masks.
 
@@ -79,7 +80,7 @@ def rigl(
     """
     return DynamicSparsity(
         model, rules, optimizer, prune="magnitude", growth="gradient", redistribution="none",
-        prune_rate=Cosine(prune_rate, 0.0, stop=stop), every=Every(every, start=every, stop=stop),
+        prune_rate=Cosine(prune_rate, 0.0, stop=stop), every=Every(every, stop=stop),
         init=init,
     )  # fmt: skip
 
@@ -101,7 +102,8 @@ def sparse_momentum(
         rules: as for `DynamicSparsity`.
         optimizer: keeps a momentum.
         stop: the step at which the prune rate is 0: the end of training in the paper.
-        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does.
+        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does,
+            besides `step()` after each step.
         prune_rate: at first; falls to 0 at `stop` along a cosine.
         init: the paper's masks of one sparsity.
 

@@ -2,7 +2,7 @@
 
 Each is an ordinary function; those of a user's own have the same signatures:
 
-    redistribution(masking, name, weight, mask) -> importance of the layer, a number >= 0
+    redistribution(masking, name, weight, mask) -> importance of the layer, a number
     prune(masking, mask, weight, name) -> new mask       keeps a part of `mask` (float, 0 and 1)
     growth(masking, name, new_mask, total_regrowth, weight) -> newer mask     bool, keeps `new_mask`
 
@@ -105,8 +105,11 @@ def momentum_neuron_growth(
     free = ~new_mask.reshape(size.shape)
     room = free.sum(1).tolist()
     shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
-    grown = [_best(size[i], free[i], shares[i]) for i in range(len(size))]
-    return new_mask | torch.stack(grown).view_as(new_mask)
+    order = torch.where(free, size, -1.0).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(size.shape[1], device=size.device).expand_as(size)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    grown = rank < torch.tensor(shares, device=size.device)[:, None]
+    return new_mask | grown.view_as(new_mask)
 
 
 @needs("momentum")
@@ -165,8 +168,8 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
 def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
     """Return whole shares of `total` in proportion to `importance`, none above its `room`.
 
-    What is more than `room` goes to the others, in proportion again; largest remainders get the odd
-    ones, and of equal ones the first. Where nobody with room has any importance, room decides.
+    What is more than `room` is spread evenly over the others; largest remainders get the odd ones,
+    and of equal ones the first. Where nobody has any importance, room decides.
 
     Args:
         total: at most the sum of `room`.
@@ -177,31 +180,26 @@ def shared_out(total: int, importance: list[float], room: list[int]) -> list[int
         >>> shared_out(10, [1.0, 1.0, 2.0], [100, 1, 100])
         [3, 1, 6]
     """
-    shares = [0] * len(room)
-    open_ = [i for i, space in enumerate(room) if space]
-    while open_ and total:
-        weights = [importance[i] for i in open_]
-        if not sum(weights):
-            weights = [float(room[i]) for i in open_]
-        parts = [total * weight / sum(weights) for weight in weights]
-        full = [i for i, part in zip(open_, parts, strict=True) if part >= room[i]]
-        if not full:
-            whole = [math.floor(part) for part in parts]
-            order = sorted(range(len(parts)), key=lambda k: whole[k] - parts[k])
-            for k in order[: total - sum(whole)]:
-                whole[k] += 1
-            for i, share in zip(open_, whole, strict=True):
-                shares[i] = share
+    weights = importance if sum(importance) else [float(space) for space in room]
+    wanted = [total * weight / (sum(weights) or 1) for weight in weights]
+    while True:
+        open_ = [i for i, space in enumerate(room) if wanted[i] < space]
+        excess = total - sum(min(want, space) for want, space in zip(wanted, room, strict=True))
+        if not open_ or excess < 1e-9 * max(total, 1):
             break
-        for i in full:
-            shares[i] = room[i]
-        total -= sum(room[i] for i in full)
-        open_ = [i for i in open_ if i not in full]
+        for i in open_:
+            wanted[i] += excess / len(open_)
+    shares = [min(math.floor(want), space) for want, space in zip(wanted, room, strict=True)]
+    by_remainder = sorted(
+        (i for i in range(len(room)) if shares[i] < room[i]), key=lambda i: shares[i] - wanted[i]
+    )
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
     return shares
 
 
 def _draws(masking: Masking, weight: Tensor) -> Tensor:
-    return torch.rand(weight.shape, device=weight.device)
+    return torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
 
 
 def _momentum(masking: Masking, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The masks with which dynamic sparse training starts."""
+"""How dynamic sparse training starts: the first masks, and what must hold for the moves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from parasparse._checks import listed
@@ -15,11 +16,14 @@ from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse._units import has_units
 from parasparse.distributions import erdos_renyi, erk
-from parasparse.parametrizations import as_mask
+from parasparse.optim import keeps_momentum
+from parasparse.parametrizations import Mask, as_mask
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.scores.entries import random
 from parasparse.targets import group_by_rule
 from parasparse.training.layer import Layer
+from parasparse.training.moves import GROWTH_SCORES, no_redistribution
+from parasparse.training.update import Moves
 from parasparse.treatments import Prune, as_treatment, is_array, keep_nonzero
 
 _DRAWN: dict[str, dict[str, Any]] = {
@@ -53,9 +57,52 @@ def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], l
     layers = [Layer(step.target, patterns[step.target.name]) for step in steps]
     if isinstance(init, Mapping):
         _check_names(init, [step.target.name for step in steps])
+    if not steps:
+        raise ValueError("`rules` must give one tensor a mask or more; all of them are None.")
     for step, layer in zip(steps, layers, strict=True):
         _check(step, layer)
+        if init == "resume" and any(_is_real(mask) for mask in step.target.masks()):
+            raise ValueError(
+                f'`init="resume"` must find bool masks; that of "{step.target.name}" is real. '
+                "`binarize` the model first."
+            )
     return steps, layers
+
+
+def check_moves(
+    moves: Moves, layers: Mapping[str, Layer], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise ValueError if `moves` cannot work on these layers, or read what nobody keeps."""
+    bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
+    if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
+        raise ValueError(
+            '`redistribution` must be "none", and growth local, with patterns, whose counts differ '
+            f"from layer to layer; {listed(bound)} have one."
+        )
+    blind = [n for n, layer in layers.items() if layer.seen_weight() is not layer.parameters[0]]
+    if blind and "state" in moves.needs:
+        raise ValueError(
+            "a function that reads the optimizer's state must get the Parameter itself, which it "
+            f"does not for pairs and patterns of units: {listed(blind)}. If it reads the weights "
+            'alone, decorate it with `@ps.moves.needs("weights")`.'
+        )
+    groups = [name for name, layer in bound.items() if not has_units(layer.pattern)]
+    if groups and moves.growth not in GROWTH_SCORES:
+        raise ValueError(
+            '`growth` must be "random", "momentum" or "gradient" where groups keep their n; '
+            f"{listed(groups)} have such a pattern."
+        )
+    without = [
+        name
+        for name, layer in layers.items()
+        if not all(keeps_momentum(optimizer, parameter) for parameter in layer.parameters)
+    ]
+    if without and "momentum" in moves.needs:
+        raise ValueError(
+            f"`optimizer` must keep a momentum, which the moves read; {type(optimizer).__name__} "
+            f'keeps none for {listed(without)}. Give it one (`momentum=0.9`), or use "gradient" or '
+            '"random" growth and "magnitude", "nonzero" or "none" redistribution.'
+        )
 
 
 def _start(init: Init) -> Callable[[Any], Any]:
@@ -132,6 +179,10 @@ def _check(step: Step, layer: Layer) -> None:
     if not held.equal(mask):
         raise ValueError(f'`init` must keep to the pattern of the rule; the mask of "{name}" does '
                          f"not keep {pattern}.")  # fmt: skip
+
+
+def _is_real(mask: nn.Module) -> bool:
+    return isinstance(mask, Mask) and mask.mask is not None and mask.mask.is_floating_point()
 
 
 def _is_parametrized(target: Target) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parasparse._checks import listed
 from parasparse.patterns import n_of_m
-from parasparse.training.masking import Masking, Need, need_of
+from parasparse.training.masking import Masking, Need, needs_of
 from parasparse.training.moves import (
     GROWTH,
     GROWTH_SCORES,
@@ -41,18 +41,23 @@ class Moves:
 
         Raises:
             ValueError: there is no move of that name.
-            TypeError: it is neither.
+            TypeError: it is neither, or a function of other arguments.
         """
-        return cls(
+        moves = cls(
             _named("prune", prune, PRUNE),
             _named("growth", growth, GROWTH),
             _named("redistribution", redistribution, REDISTRIBUTION),
         )
+        _check_arguments("prune", moves.prune, "masking, mask, weight, name", "masking")
+        names = "masking, name, new_mask, total_regrowth, weight"
+        _check_arguments("growth", moves.growth, names, "masking, total_regrowth")
+        _check_arguments("redistribution", moves.redistribution, "masking, name, weight, mask")
+        return moves
 
     @property
     def needs(self) -> set[Need]:
         """What the three read."""
-        return {need_of(move) for move in (self.prune, self.growth, self.redistribution)}
+        return {*needs_of(self.prune), *needs_of(self.growth), *needs_of(self.redistribution)}
 
     @property
     def stay(self) -> bool:
@@ -62,12 +67,12 @@ class Moves:
     @property
     def prune_globally(self) -> bool:
         """Whether `prune(masking)` is for all layers at once."""
-        return _arity(self.prune) == 1
+        return not _takes(self.prune, 4)
 
     @property
     def grow_globally(self) -> bool:
         """Whether `growth(masking, total_regrowth)` is for all layers at once."""
-        return _arity(self.growth) == 2
+        return not _takes(self.growth, 5)
 
 
 def next_masks(
@@ -102,10 +107,11 @@ def next_masks(
     for name, mask in pruned.items():
         if name in groups:
             masks[name] = _grown_in_groups(view, moves, name, mask, groups[name])
-        else:
-            masks[name] = _grown(view, moves, name, mask, shares[name])
-        left[name] = shares[name] - int(masks[name].count_nonzero()) + counts[name]
-        _check_number(shares[name] - left[name], shares[name], name)
+            continue
+        masks[name] = _grown(view, moves, name, mask, shares[name])
+        grown = int(masks[name].count_nonzero()) - counts[name]
+        _check_number(grown, shares[name], name)
+        left[name] = shares[name] - grown
     return masks, left
 
 
@@ -116,7 +122,8 @@ def _set_importance(view: Masking, moves: Moves) -> None:
         # A function of a layer without connections would be a mean of nothing.
         value = 0.0
         if view.name2nonzeros[name]:
-            value = moves.redistribution(view, name, weight, view.masks[name].float())
+            mask = view.masks[name].float()
+            value = _called(moves.redistribution, name, view, name, weight, mask)
         found[name] = _importance(value, name)
     total = sum(found.values())
     if math.isinf(total):
@@ -129,18 +136,27 @@ def _set_importance(view: Masking, moves: Moves) -> None:
             view.name2prune_rate[name] = min(sparsity, view.prune_rate)
 
 
-def _importance(value: Any, name: str) -> float:
+def _called(move: Callable[..., Any], layer: str, *arguments: Any) -> Any:
     try:
-        importance = float(value)
+        return move(*arguments)
+    except Exception as error:
+        error.add_note(f'while {getattr(move, "__name__", move)} was called for "{layer}"')
+        raise
+
+
+def _importance(value: Any, name: str) -> float:
+    """Return `value` as a float; what is below 0 has no importance."""
+    try:
+        importance = float("nan" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f'`redistribution` must return a number; got {value!r:.60} for "{name}".'
         ) from error
-    if not (math.isfinite(importance) and importance >= 0):
+    if not math.isfinite(importance):
         raise ValueError(
-            f'`redistribution` must return a finite number >= 0; got {importance} for "{name}".'
+            f'`redistribution` must return a finite number; got {value!r:.60} for "{name}".'
         )
-    return importance
+    return max(importance, 0.0)
 
 
 def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +165,9 @@ def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str,
         new = view.masks
     else:
         new = {
-            name: moves.prune(view, mask.float(), view.weights[name], name) if mask.any() else mask
+            name: _called(moves.prune, name, view, mask.float(), view.weights[name], name)
+            if mask.any()
+            else mask
             for name, mask in before.items()
         }
     masks = {name: _mask(new[name], mask, "prune", name) for name, mask in before.items()}
@@ -183,7 +201,7 @@ def _shares(
 def _grown(view: Masking, moves: Moves, name: str, mask: Tensor, share: int) -> Tensor:
     if not share:
         return mask
-    new = moves.growth(view, name, mask.clone(), share, view.weights[name])
+    new = _called(moves.growth, name, view, name, mask.clone(), share, view.weights[name])
     return _checked(new, mask, "growth", name)
 
 
@@ -230,7 +248,16 @@ def _named(argument: str, move: Any, known: dict[str, Callable[..., Any]]) -> Ca
     return move  # type: ignore[no-any-return]
 
 
-def _arity(move: Callable[..., Any]) -> int | None:
-    """Return how many arguments `move` takes, None if that is any number."""
-    parameters = inspect.signature(move).parameters.values()
-    return None if any(p.kind == p.VAR_POSITIONAL for p in parameters) else len(parameters)
+def _check_arguments(argument: str, move: Callable[..., Any], *signatures: str) -> None:
+    if not any(_takes(move, signature.count(",") + 1) for signature in signatures):
+        forms = " or ".join(f"({signature})" for signature in signatures)
+        raise TypeError(f"`{argument}` must take {forms}; got {inspect.signature(move)}.")
+
+
+def _takes(move: Callable[..., Any], number: int) -> bool:
+    """Whether `move` can be called with that many arguments."""
+    try:
+        inspect.signature(move).bind(*[None] * number)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""The examples run as programs, on a few images made here."""
+
+import gzip
+import re
+import statistics
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """Some images in MNIST's own format, one file of them gzipped."""
+    generator = torch.Generator().manual_seed(0)
+    for part, number in (("train", 400), ("t10k", 200)):
+        labels = torch.randint(10, (number,), generator=generator)
+        images = torch.randint(60, (number, 28, 28), generator=generator)
+        images[torch.arange(number), labels * 2 + 4] = 255  # a line whose height is the digit
+        arrays = {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": labels}
+        for name, array in arrays.items():
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            data = header + array.to(torch.uint8).numpy().tobytes()
+            if part == "train":
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+            else:
+                (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def run(name, *arguments, check=True):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
+        check=check,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_sparse_momentum_on_mnist_trains_logs_draws_and_summarizes(mnist):
+    out = mnist / "out"
+    common = ["--data", mnist, "--out", out, "--model", "lenet300-100", "--batch-size", 20]
+    shown = run("mnist_sparse_momentum.py", *common, "--epochs", 6, "--iters", 2, "--dense").stdout
+    logs = sorted(out.glob("lenet300-100-sparse-seed*.log"))
+    assert [log.name[-6:-4] for log in logs] == ["17", "18"]
+    assert "final density 0.0500" in logs[0].read_text()
+    assert len(re.findall(r"^epoch \d/6: ", logs[0].read_text(), re.MULTILINE)) == 6
+    assert (out / "lenet300-100-seed18.png").stat().st_size > 10_000
+    reached = [float(re.search(r"test: accuracy (\S+),", log.read_text())[1]) for log in logs]
+    assert statistics.mean(reached) > 0.5  # a tenth by chance
+    summary = run("mnist_sparse_momentum.py", "--summarize", *logs).stdout
+    mean, error = statistics.mean(reached), statistics.stdev(reached) / 2**0.5
+    assert f"Accuracy. Median: {mean:.5f}, Mean: {mean:.5f}" in summary
+    assert f"Standard Error: {error:.5f}, Sample size: 2, 95% CI: (" in summary
+    assert f"({mean - 1.96 * error:.5f},{mean + 1.96 * error:.5f})" in summary
+    assert "dense, lenet300-100, 6 epochs" in shown
+
+
+def test_the_tutorials_functions_and_functions_by_module_have_their_names(mnist):
+    arguments = [
+        *("--data", mnist, "--out", mnist / "out", "--model", "lenet5", "--epochs", 2),
+        *("--optimizer", "adam", "--lr", 0.001, "--prune", "magnitude_variance", "--verbose"),
+        *("--redistribution", "extensions:variance_redistribution", "--growth", "gradient"),
+        *("--every", 7),
+    ]
+    shown = run("mnist_sparse_momentum.py", *arguments).stdout
+    assert "Update(step=" in shown
+    assert "final density 0.0500" in shown
+
+
+def test_what_is_missing_is_said(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\1\0")
+    failed = run("mnist_sparse_momentum.py", "--data", tmp_path, "--out", tmp_path, check=False)
+    assert failed.returncode == 1
+    assert "must hold train-labels-idx1-ubyte or train-labels-idx1-ubyte.gz" in failed.stderr
+    unfinished = tmp_path / "some.log"
+    unfinished.write_text("epoch 1/2: ...\n")
+    failed = run("mnist_sparse_momentum.py", "--summarize", unfinished, check=False)
+    assert failed.returncode == 1
+    assert "must be the log of a run that ended" in failed.stderr
