@@ -1,9 +1,18 @@
-"""Gates: the functions of learned soft masks. They know tensors and numbers only."""
+"""Gates: the functions of learned soft masks, and their penalties. They know tensors and numbers.
+
+Those that draw noise take it as an argument, so that what they do is a function of what they get;
+without noise they are what the trained network uses.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from parasparse._checks import check_sparsity
 
 
 def sigmoid(
@@ -30,3 +39,197 @@ def sigmoid(
         # Written so that the scale is rounded once, in the dtype of the logits, as when soft.
         return (logits > 0).to(logits.dtype) / torch.sigmoid(logits.new_tensor(init))
     return torch.sigmoid(temperature * logits) / torch.sigmoid(logits.new_tensor(init))
+
+
+def hard_concrete(
+    logits: Tensor,
+    noise: Tensor | None = None,
+    *,
+    temperature: float = 2 / 3,
+    low: float = -0.1,
+    high: float = 1.1,
+) -> Tensor:
+    """Return the gate of L0 regularisation: a stretched sigmoid, cut off at 0 and 1.
+
+    z = clamp(sigmoid((log u - log(1 - u) + s) / beta) (high - low) + low, 0, 1); without noise
+    clamp(sigmoid(s) (high - low) + low, 0, 1).
+
+    Args:
+        logits: s, the paper's log alpha; real, any shape.
+        noise: u, uniform in (0, 1), of the shape of the logits.
+        temperature: beta > 0.
+        low: gamma < 0.
+        high: zeta > 1.
+
+    Returns:
+        Values in [0, 1], a part of which are exactly 0 or 1.
+
+    Examples:
+        >>> hard_concrete(torch.tensor([-5.0, 0.0, 5.0])).tolist()
+        [0.0, 0.5, 1.0]
+
+    Reference: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0
+        Regularization", 2018, arXiv:1712.01312, equations 10, 11 and 13.
+    """
+    if noise is not None:
+        logits = (noise.log() - (-noise).log1p() + logits) / temperature
+    return (torch.sigmoid(logits) * (high - low) + low).clamp(0.0, 1.0)
+
+
+def hard_concrete_penalty(
+    logits: Tensor, *, temperature: float = 2 / 3, low: float = -0.1, high: float = 1.1
+) -> Tensor:
+    """Return the probability that each gate is not 0: sigmoid(s - beta log(-low / high)).
+
+    Args: as `hard_concrete`.
+
+    Examples:
+        >>> [round(p, 2) for p in hard_concrete_penalty(torch.tensor([-5.0, 5.0])).tolist()]
+        [0.03, 1.0]
+
+    Reference: Louizos, Welling, Kingma, 2018, arXiv:1712.01312, equation 12.
+    """
+    return torch.sigmoid(logits - temperature * math.log(-low / high))
+
+
+def straight_through(scores: Tensor, sparsity: Tensor | float) -> Tensor:
+    """Return the mask of the highest scores, whose gradient is that of the scores themselves.
+
+    m = 1 for the n - round(n * sparsity) highest, of equal ones those of lower index, else 0;
+    dm/ds = 1.
+
+    Args:
+        scores: real, any shape.
+        sparsity: share of zeros, in [0, 1]; as a tensor it can change without a new graph.
+
+    Examples:
+        >>> scores = torch.tensor([0.3, -1.0, 2.0], requires_grad=True)
+        >>> mask = straight_through(scores, 1 / 3)
+        >>> mask.sum().backward()
+        >>> mask.tolist(), scores.grad.tolist()
+        ([1.0, 0.0, 1.0], [1.0, 1.0, 1.0])
+
+    Reference: Sanh, Wolf, Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020,
+        arXiv:2005.07683, section 4. Bengio, Leonard, Courville, 2013, arXiv:1308.3432.
+    """
+    if not isinstance(sparsity, Tensor):
+        sparsity = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
+    flat = scores.detach().flatten()
+    kept = flat.numel() - (flat.numel() * sparsity.double()).round()  # num_kept, half to even
+    places = flat.argsort(descending=True, stable=True).argsort()
+    mask = (places < kept.to(places.device)).to(scores.dtype).view(scores.shape)
+    return mask + (scores - scores.detach())
+
+
+def soft_threshold(weight: Tensor, logits: Tensor) -> Tensor:
+    """Return sign(w) relu(|w| - sigmoid(s)): what is below a learned threshold becomes 0.
+
+    Args:
+        weight: real, or complex, where sign(w) is w / |w|.
+        logits: s, real; broadcasts to the shape of the weight: one for a tensor, or by row.
+
+    Examples:
+        >>> soft_threshold(torch.tensor([-0.75, 0.25]), torch.tensor(0.0)).tolist()
+        [-0.25, 0.0]
+
+    Reference: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
+        2020, arXiv:2002.03231, equation 4.
+    """
+    return weight.sgn() * (weight.abs() - torch.sigmoid(logits)).relu()
+
+
+def variational_dropout(
+    weight: Tensor, log_variance: Tensor, noise: Tensor | None = None
+) -> Tensor:
+    """Return w + sigma e: a weight with noise that is learned; without noise, w.
+
+    Args:
+        weight: w, the mean; real or complex.
+        log_variance: log sigma^2, real, of the shape of the weight; of a complex one |e|^2 has mean
+            1.
+        noise: e, standard normal, of the dtype of the weight (`torch.randn_like(weight)`).
+
+    Examples:
+        >>> w = torch.tensor([1.0, 2.0])
+        >>> variational_dropout(w, torch.zeros(2), noise=torch.tensor([0.5, -1.0])).tolist()
+        [1.5, 1.0]
+
+    Reference: Molchanov, Ashukha, Vetrov, "Variational Dropout Sparsifies Deep Neural Networks",
+        2017, arXiv:1701.05369, section 4.2. Nazarov, Burnaev, "Bayesian Sparsification of Deep
+        C-valued Networks", 2020, arXiv:2003.11413. Differs: weights are drawn, not the outputs of
+        layers, so that any layer will do.
+    """
+    return weight if noise is None else weight + (log_variance / 2).exp() * noise
+
+
+def log_alpha(weight: Tensor, log_variance: Tensor) -> Tensor:
+    """Return log(sigma^2 / |w|^2), the relevance: high where noise drowns the weight.
+
+    Args: as `variational_dropout`.
+
+    Examples:
+        >>> log_alpha(torch.tensor([1.0, 0.5]), torch.zeros(2)).tolist()
+        [0.0, 1.3862943649291992]
+
+    Reference: Molchanov, Ashukha, Vetrov, 2017, arXiv:1701.05369, section 4.1.
+    """
+    return log_variance - 2 * (weight.abs() + 1e-12).log()
+
+
+def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) -> Tensor:
+    """Return KL(q || log-uniform prior) for each weight, but for a constant: 0 for alpha -> inf.
+
+    Real: k1 (1 - sigmoid(k2 + k3 log alpha)) + log(1 + 1/alpha) / 2, within 0.01 of the exact one;
+    complex: gamma + log(1/alpha) - Ei(-1/alpha), exact.
+
+    Args:
+        relevance: log alpha.
+        is_complex: the weights are.
+
+    Examples:
+        >>> x = torch.tensor([-8.0, 8.0])
+        >>> [round(k, 3) for k in variational_dropout_penalty(x).tolist()]
+        [4.636, 0.0]
+
+    Reference: Molchanov, Ashukha, Vetrov, 2017, arXiv:1701.05369, equation 14. Nazarov, Burnaev,
+        2020, arXiv:2003.11413, section 3.
+    """
+    if is_complex:
+        return _Ein.apply(relevance.neg().exp())  # type: ignore[no-any-return]
+    k1, k2, k3 = 0.63576, 1.87320, 1.48695
+    near = k1 * torch.sigmoid(-(k2 + k3 * relevance))
+    return near + torch.nn.functional.softplus(-relevance) / 2
+
+
+class _Ein(torch.autograd.Function):
+    """The entire exponential integral: of (1 - exp(-t)) / t over t from 0 to x; for x >= 0.
+
+    It is gamma + log x - Ei(-x); torch has no exponential integral.
+
+    Reference: Abramowitz, Stegun, "Handbook of Mathematical Functions", 1964, 5.1.11 and 5.1.22.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.double()
+        small, large = wide.clamp(max=4.0), wide.clamp(min=4.0)
+        series, term = torch.zeros_like(wide), torch.ones_like(wide)
+        for k in range(1, 40):
+            term = -term * small / k
+            series = series - term / k
+        # exp(x) E1(x) as a continued fraction, from its end on.
+        fraction = large.clone()
+        for k in range(60, 0, -1):
+            fraction = large + k / (1 + k / fraction)
+        integral = _EULER + large.log() + (-large).exp() / fraction
+        return torch.where(wide < 4, series, integral).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope = torch.where(x < 1e-6, 1 - x / 2, -(-x).expm1() / x.clamp(min=1e-6))
+        return grad * slope
+
+
+_EULER = 0.57721566490153286061
