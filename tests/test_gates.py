@@ -127,7 +127,7 @@ def test_the_real_penalty_is_the_integral_but_for_a_constant():
 
     far = exact(9.0)
     for value in (-4.0, -2.0, -1.0, 0.0, 1.0, 3.0):
-        got = gates.variational_dropout_penalty(torch.tensor(value).double()).item()
+        got = gates.variational_dropout_penalty(torch.tensor(value, dtype=torch.double)).item()
         assert got == pytest.approx(exact(value) - far, abs=0.02)
 
 
@@ -135,7 +135,9 @@ def test_the_real_penalty_is_the_integral_but_for_a_constant():
 def test_the_complex_penalty_is_its_integral(value):
     x = math.exp(-value)
     want = integral(lambda t: -torch.expm1(-t) / t, 0, x)
-    got = gates.variational_dropout_penalty(torch.tensor(value).double(), is_complex=True)
+    got = gates.variational_dropout_penalty(
+        torch.tensor(value, dtype=torch.double), is_complex=True
+    )
     assert got.item() == pytest.approx(want, rel=1e-9)
 
 
@@ -148,7 +150,9 @@ def test_the_complex_penalty_is_the_divergence_by_sampling():
         return -log_alpha + (1 + math.exp(log_alpha / 2) * e).abs().log().mean().item() * 2
 
     for value in (-2.0, 0.0, 2.0):
-        got = gates.variational_dropout_penalty(torch.tensor(value).double(), is_complex=True)
+        got = gates.variational_dropout_penalty(
+            torch.tensor(value, dtype=torch.double), is_complex=True
+        )
         far = sampled(12.0)
         assert got.item() == pytest.approx(sampled(value) - far, abs=5e-3)
 
