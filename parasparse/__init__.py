@@ -10,19 +10,23 @@ from parasparse.sparse.files import load_packed, save
 from parasparse.sparse.packing import Packed, pack, unpack
 from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
 from parasparse.training import moves
+from parasparse.training.continuous import ContinuousSparsification
 from parasparse.training.dynamic import DynamicSparsity
 from parasparse.training.gradual import GradualPruning
 from parasparse.training.methods import rigl, sparse_evolutionary_training, sparse_momentum
+from parasparse.training.tickets import LotteryTicket
 from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
 from parasparse.treatments import Fixed, Gate, Prune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContinuousSparsification",
     "DynamicSparsity",
     "Fixed",
     "Gate",
     "GradualPruning",
+    "LotteryTicket",
     "Mask",
     "Packed",
     "Prune",

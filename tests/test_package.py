@@ -77,6 +77,15 @@ ALLOWED = {
         "training.masking", "training.start", "training.update", "transforms",
     },
     "training.methods": {"schedules", "training.dynamic", "training.start"},
+    "training.rewinding": {"_attach"},
+    "training.continuous": {
+        "_checks", "_resolve", "parametrizations", "targets", "training.history",
+        "training.rewinding", "transforms",
+    },
+    "training.tickets": {
+        "_resolve", "scores.entries", "targets", "training.gradual", "training.history",
+        "training.rewinding", "transforms", "treatments",
+    },
     "training.gradual": {
         "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules", "targets",
         "training.history", "transforms", "treatments",

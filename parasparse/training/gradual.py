@@ -71,7 +71,7 @@ class GradualPruning:
         self.steps = 0
         self.history: list[Update] = []
         self._is_over = False
-        self._rules = [(spec, _with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
+        self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         rules = self._rules_at(0)
         steps = resolve(model, rules, pairs=True)
         if optimizer is not None:
@@ -143,7 +143,12 @@ def _scaled(prune: Prune | None, share: float) -> Prune | None:
     return replace(prune, sparsity=share * prune.sparsity)
 
 
-def _with_sparsity(treatment: Any) -> Prune | None:
+def with_sparsity(treatment: Any) -> Prune | None:
+    """Return the `Prune` that a treatment is, None for None.
+
+    Raises:
+        ValueError: it has no sparsity that could be scaled.
+    """
     found = as_treatment(treatment)
     if found is None or (isinstance(found, Prune) and found.sparsity is not None):
         return found

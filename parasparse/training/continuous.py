@@ -1,0 +1,216 @@
+"""Continuous Sparsification: soft masks that harden while the network trains."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse._checks import listed
+from parasparse._resolve import resolve
+from parasparse.parametrizations import SoftMask
+from parasparse.targets import masked
+from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.rewinding import rewind, snapshot
+from parasparse.transforms import attach
+
+
+class ContinuousSparsification:
+    """Trains a soft mask beside each weight, w sigmoid(T s) / sigmoid(s0), and raises T.
+
+    Minimise the task's loss + lambda * `penalty()`, with weight decay for `weight_parameters()`.
+    After k calls of `step()`, T = final_temperature ** (k / (steps - 1)), and stays there.
+
+    A round ends with `prune()`: s <- min(T s, s0), and T starts from 1 again. With `ticket` on,
+    masks are hard, (s > 0) / sigmoid(s0), and no longer train: `rewind()` the weights and train the
+    ticket. `binarize` makes the masks plain ones and folds their scale into the weights.
+
+    Args:
+        model: changed in place; make optimizers after this.
+        rules: as for `sparsify`, each treatment a `Gate`, or None.
+        final_temperature: T at the end of a round, >= 1.
+        steps: calls of `step()` to a round, at least 2: those of `optimizer.step()`, or epochs for
+            the staircase of the original.
+
+    Attributes:
+        steps: as given.
+        step_in_round: k, how many times `step()` has been called in this round.
+        rounds: how many rounds have ended.
+        history: an `Update` for each `prune()`, of the hard masks that the round came to.
+
+    Raises:
+        TypeError, ValueError: as `sparsify`; a treatment makes no soft mask; a temperature under 1.
+            The model is as it was.
+
+    Examples:
+        >>> from parasparse import Gate
+        >>> model = nn.Linear(4, 4)
+        >>> cs = ContinuousSparsification(model, Gate(init=0.1), final_temperature=100.0, steps=3)
+        >>> for _ in range(2): cs.step(); print(cs.temperature)
+        10.0
+        100.0
+
+    Reference: Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification", 2019,
+        arXiv:1912.04427, sections 3 and 4, algorithm 2. Differs: `prune` takes the T that the round
+        came to, as the paper writes; the authors' program has set it to 1 by then.
+    """
+
+    def __init__(
+        self, model: nn.Module, rules: Any, *, final_temperature: float = 200.0, steps: int
+    ) -> None:
+        if not (math.isfinite(final_temperature) and final_temperature >= 1):
+            raise ValueError(
+                f"`final_temperature` must be finite and at least 1; got {final_temperature!r}."
+            )
+        if steps < 2:
+            raise ValueError(f"`steps` must be at least 2, from T = 1 to the end; got {steps!r}.")
+        made = resolve(model, rules, pairs=True)
+        others = [step.target.name for step in made if not isinstance(step.result, SoftMask)]
+        if others or not made:
+            raise ValueError(
+                "`rules` must give each tensor a `Gate`, or None, and one tensor or more a `Gate`; "
+                f"others have {listed(others) or 'none'}."
+            )
+        self.model, self.final_temperature, self.steps = model, final_temperature, steps
+        self.step_in_round, self.rounds = 0, 0
+        self.history: list[Update] = []
+        self._names = [step.target.name for step in made]
+        attach(made)
+        self._start = self._last = self._hard()
+        self._checkpoint: dict[str, Any] | None = None
+
+    @property
+    def temperature(self) -> float:
+        """T, the same for all masks; set it to any number over 0."""
+        return float(self._gates()[0].temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"`temperature` must be a finite number over 0; got {value!r}.")
+        with torch.no_grad():
+            for gate in self._gates():
+                gate.temperature.fill_(value)  # in place: nothing is compiled anew
+
+    @property
+    def ticket(self) -> bool:
+        """Whether masks are hard."""
+        return all(gate.hard for gate in self._gates())
+
+    @ticket.setter
+    def ticket(self, value: bool) -> None:
+        gates = self._gates()
+        if value and not any(bool((gate.logits > 0).any()) for gate in gates):
+            warnings.warn(
+                "no logit is above 0, so that the ticket keeps nothing. After `prune` with an "
+                "`init` of 0 or less this is always so: ask for the ticket before it.",
+                stacklevel=2,
+            )
+        for gate in gates:
+            gate.hard = bool(value)
+
+    def penalty(self) -> Tensor:
+        """Return the sum of all masks, a scalar with its graph."""
+        return torch.stack([gate.mask.sum() for gate in self._gates()]).sum()
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """Return the logits, which want no weight decay."""
+        return [gate.logits for gate in self._gates()]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return all other parameters of the model."""
+        logits = {id(parameter) for parameter in self.mask_parameters()}
+        return [p for p in self.model.parameters() if id(p) not in logits]
+
+    def checkpoint(self) -> None:
+        """Remember the weights, and the state of other layers, to rewind to."""
+        self._checkpoint = snapshot(self.model)
+
+    def rewind(self) -> None:
+        """Give the model back what `checkpoint` remembered; masks stay.
+
+        Raises:
+            RuntimeError: there is no checkpoint.
+        """
+        if self._checkpoint is None:
+            raise RuntimeError(
+                "`checkpoint()` must be called before `rewind()`: nothing is kept yet."
+            )
+        rewind(self.model, self._checkpoint)
+
+    @torch.no_grad()
+    def prune(self, temperature: float | None = None) -> None:
+        """End a round: s <- min(T s, s0), then T = 1.
+
+        Args:
+            temperature: T of this formula; None: the temperature that the round came to. 1 is what
+                the authors' program does.
+        """
+        hard = self._hard()
+        self.history.append(update_of(self.step_in_round, self._last, hard, self._start))
+        self._last = hard
+        by = self.temperature if temperature is None else temperature
+        for gate in self._gates():
+            gate.logits.copy_((by * gate.logits).clamp(max=gate.init))
+        self.rounds, self.step_in_round = self.rounds + 1, 0
+        self.temperature = 1.0
+
+    def remaining(self) -> float:
+        """Return the share of mask entries that are not 0 now."""
+        masks = [gate.mask for gate in self._gates()]
+        kept = sum(int(mask.count_nonzero()) for mask in masks)
+        return kept / max(1, sum(mask.numel() for mask in masks))
+
+    def step(self) -> None:
+        """Count a step of this round and raise the temperature; call it after the optimizers'."""
+        self.step_in_round += 1
+        share = min(1.0, self.step_in_round / (self.steps - 1))
+        self.temperature = self.final_temperature**share
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs; logits and temperature are in the model's own."""
+        return {
+            "step_in_round": self.step_in_round,
+            "rounds": self.rounds,
+            "ticket": self.ticket,
+            "history": [asdict(update) for update in self.history],
+            "start": copied(self._start),
+            "last": copied(self._last),
+            "checkpoint": self._checkpoint,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another stood; load the model's and the optimizers' state as well.
+
+        Raises:
+            ValueError: it had other tensors.
+        """
+        start = first_masks_of(state_dict, self._start)
+        self.step_in_round, self.rounds = state_dict["step_in_round"], state_dict["rounds"]
+        self.history = [Update(**update) for update in state_dict["history"]]
+        self._start, self._last = start, first_masks_of({"start": state_dict["last"]}, start)
+        self._checkpoint = state_dict["checkpoint"]
+        for gate in self._gates():
+            gate.hard = state_dict["ticket"]
+
+    def _gates(self) -> list[SoftMask]:
+        return list(self._by_name().values())
+
+    def _by_name(self) -> dict[str, SoftMask]:
+        names = set(self._names)
+        found = {t.name: t.masks()[0] for t in masked(self.model) if t.name in names}
+        gates = {name: mask for name, mask in found.items() if isinstance(mask, SoftMask)}
+        if gates.keys() != names:
+            raise RuntimeError(
+                "the gates of `model` must stay where they are; those of "
+                f"{listed(sorted(names - gates.keys()))} were taken off or made hard."
+            )
+        return gates
+
+    def _hard(self) -> dict[str, Tensor]:
+        return {name: gate.logits > 0 for name, gate in self._by_name().items()}

@@ -1,0 +1,37 @@
+"""Snapshots of a model without its masks, to rewind to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse import _attach
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return a copy of the state of `model`, BatchNorm's included, without masks and gates."""
+    own = _mask_keys(model)
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in model.state_dict().items()
+        if key not in own
+    }
+
+
+def rewind(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give `model` back the state of a `snapshot`; masks and gates stay as they are."""
+    model.load_state_dict({**model.state_dict(), **saved})
+
+
+def _mask_keys(model: nn.Module) -> set[str]:
+    """Return the keys of all that masks and gates hold."""
+    masks = {
+        id(stack.mask) for module in model.modules() for _, stack in _attach.masked_stacks(module)
+    }
+    names = [
+        name for name, module in model.named_modules(remove_duplicate=False) if id(module) in masks
+    ]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in names)}
