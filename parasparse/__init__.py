@@ -2,9 +2,10 @@
 
 from parasparse import distributions, gates, optim, patterns, schedules, scores
 from parasparse.contexts import dense_gradients, frozen
-from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, stored
-from parasparse.parametrizations import Mask, SoftMask
+from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
+from parasparse.parametrizations import Mask
 from parasparse.report import summary
+from parasparse.soft_mask import SoftMask
 from parasparse.sparse.accelerate import accelerate, accelerated, restore
 from parasparse.sparse.files import load_packed, save
 from parasparse.sparse.packing import Packed, pack, unpack
@@ -50,6 +51,7 @@ __all__ = [
     "optim",
     "pack",
     "patterns",
+    "penalty",
     "plan",
     "restore",
     "rigl",

@@ -16,6 +16,7 @@ from parasparse._foreign import legacy_hook, pruned_names
 from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
+from parasparse.soft_mask import SoftMask
 from parasparse.targets import Spec, group_by_rule
 from parasparse.treatments import Treatment, as_treatment, is_array, keep_nonzero
 
@@ -189,6 +190,11 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
 
 
 def _check_module(target: Target, module: nn.Module) -> None:
+    if len(target.parts) > 1 and isinstance(module, SoftMask) and not module.is_product:
+        raise ValueError(
+            f"{module.gate.__name__} must see both parts of a complex weight, which it does not "
+            f'for the pair "{target.name}". Use a complex Parameter, or `pairs=False`.'
+        )
     tensor = target.stored() if len(target.parts) == 1 else target.stored().real
     with torch.no_grad():
         out = module(tensor)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
+from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
+from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
 
 
@@ -43,6 +46,36 @@ def is_sparse(model: nn.Module) -> bool:
         False
     """
     return any(any(True for _ in _attach.masked_stacks(module)) for module in model.modules())
+
+
+def penalty(model: nn.Module, targets: Any = None) -> Tensor:
+    """Return the sum of the penalties of the gates of `model`, a scalar with its graph.
+
+    Add it to the loss, times a lambda: each gate's `SoftMask.penalty` of the weight that it gets.
+
+    Args:
+        model: with masks of `Gate`.
+        targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
+
+    Raises:
+        ValueError: there is no gate among them.
+
+    Examples:
+        >>> from parasparse import Gate, sparsify
+        >>> penalty(sparsify(nn.Linear(3, 2), Gate())).item()
+        6.0
+    """
+    found = [target for target in masked(model, targets) if isinstance(target.masks()[0], SoftMask)]
+    if not found:
+        raise ValueError("`model` must have gates; none of its masked tensors has one.")
+    sums = []
+    for target in found:
+        site, gate = target.sites[0], target.masks()[0]
+        stack = stack_of(site.module, site.attr)
+        assert isinstance(stack, MaskedParametrizationList)
+        assert isinstance(gate, SoftMask)
+        sums.append(gate.penalty(stack.stored()))
+    return torch.stack(sums).sum()
 
 
 def mask_of(model: nn.Module, name: str) -> Tensor | None:

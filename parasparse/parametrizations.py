@@ -1,4 +1,4 @@
-"""The modules that stand between a stored tensor and the tensor that a module sees."""
+"""The module that stands between a stored tensor and the masked tensor that a module sees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from parasparse import gates
 from parasparse._apply_mask import apply_mask, apply_mask_straight_through
 from parasparse._hooks import is_hooked
 
@@ -153,63 +152,6 @@ class Mask(nn.Module):
                 error_msgs.append(f"While loading the mask {key}: {error}")
         if strict:
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k != key]
-
-
-class SoftMask(nn.Module):
-    """Multiplies a tensor by a gate of learned logits: m = sigmoid(T s) / sigmoid(s0).
-
-    Attributes:
-        logits: s, a Parameter of the tensor's shape, all `init` at first.
-        temperature: T, a scalar tensor buffer, so that changing it (`temperature.fill_`) recompiles
-            nothing.
-        hard: use the limit for T -> inf, (s > 0) / sigmoid(s0), which trains no logits.
-
-    Args:
-        like: the tensor to be masked; gives shape, dtype, device and memory format.
-        init: s0.
-
-    Examples:
-        >>> SoftMask(torch.ones(2))(torch.tensor([1.0, 2.0])).tolist()
-        [1.0, 2.0]
-
-    Reference: Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification", 2019,
-        arXiv:1912.04427, section 3.
-    """
-
-    temperature: Tensor
-
-    def __init__(self, like: Tensor, *, init: float = 0.0) -> None:
-        super().__init__()
-        self.init = init
-        self.hard = False
-        self.logits = nn.Parameter(torch.full_like(like, init, dtype=_real(like.dtype)))
-        self.register_buffer("temperature", self.logits.new_ones(()))
-
-    @property
-    def mask(self) -> Tensor:
-        """What multiplies the tensor now."""
-        return gates.sigmoid(self.logits, self.temperature, init=self.init, hard=self.hard)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return `weight` times the gate; +0.0 where a hard gate is closed."""
-        mask = self.mask
-        return apply_mask(weight, mask) if self.hard else weight * mask
-
-    def merged(self, value: Tensor, stored: Tensor) -> Tensor:
-        """Return what to store so that open entries read as `value`, and closed ones stay."""
-        return torch.where(self.mask != 0, value.to(stored) / self.mask, stored)
-
-    def hardened(self, threshold: float | None = None) -> Tensor:
-        """Return the hard gate's multiplier, 0 where logits are not above `threshold` (None: 0)."""
-        return gates.sigmoid(self.logits - (threshold or 0.0), init=self.init, hard=True)
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """Return `value`: what a stock `register_parametrization` stores."""
-        return value
-
-    def extra_repr(self) -> str:
-        """Return the shape, s0 and whether the gate is hard."""
-        return f"{tuple(self.logits.shape)}, init={self.init}" + (", hard" if self.hard else "")
 
 
 def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:

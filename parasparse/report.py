@@ -13,7 +13,8 @@ from parasparse import _attach
 from parasparse._held import held
 from parasparse._tables import as_html, as_text
 from parasparse._tensors import Site, Target, collect_as_masked
-from parasparse.parametrizations import Mask, SoftMask
+from parasparse.parametrizations import Mask
+from parasparse.soft_mask import SoftMask
 from parasparse.sparse.payoff import Payoff, payoffs
 from parasparse.targets import masked
 

@@ -15,7 +15,8 @@ from parasparse._snapshot import restored_on_error
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tables import Plan, PlanRow, described
 from parasparse._tensors import Site, Target, collect_as_masked
-from parasparse.parametrizations import Mask, SoftMask
+from parasparse.parametrizations import Mask
+from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
 
 
@@ -265,7 +266,10 @@ def _harden(target: Target, threshold: float | None) -> None:
     mask = target.masks()[0]
     site = target.parts[0][0]
     like = _attach.stored(site.module, site.attr)
-    scale = mask.hardened(threshold) if isinstance(mask, SoftMask) else getattr(mask, "mask", None)
+    if isinstance(mask, SoftMask):
+        scale = mask.hardened(like, threshold)
+    else:
+        scale = getattr(mask, "mask", None)
     if isinstance(scale, Tensor):
         keep = scale != 0
     else:  # a module of the user's own: what it gives now is all that is known of it

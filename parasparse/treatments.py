@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from parasparse import patterns
+from parasparse import gates, patterns
 from parasparse._checks import check_sparsity, listed
 from parasparse._tables import described
-from parasparse.parametrizations import SoftMask
 from parasparse.patterns import Pattern, jointly, takes_sparsity
 from parasparse.scores.entries import Score, magnitude
+from parasparse.soft_mask import SoftMask
 
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -194,30 +194,56 @@ class Fixed:
         return dict.fromkeys(tensors, mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gate:
-    """Attach learned soft masks: w * sigmoid(T s) / sigmoid(s0), with logits s trained beside w.
+    """Attach learned soft masks: a `SoftMask` with parameters that train beside the weights.
 
     Args:
-        init: s0, the value of all logits at first.
+        function: one of `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
+            `gates.straight_through` (movement pruning), `gates.soft_threshold` (STR),
+            `gates.variational_dropout`.
+        init: what all its parameters are at first; None: see `SoftMask`.
+        pattern: of units (channels, blocks, heads), each of which has one logit.
+        sparsity: share of zeros, for `straight_through`.
+
+    Raises:
+        ValueError: `init` is not finite; arguments that do not go together.
 
     Examples:
         >>> Gate(init=0.5)({"w": torch.ones(2, 2)})["w"]
         SoftMask((2, 2), init=0.5)
+        >>> Gate(gates.hard_concrete, pattern=patterns.channel(0))
+        Gate(hard_concrete, pattern=channel(dim=0, norm=None))
 
-    Reference: Savarese, Silva, Maire, "Winning the Lottery with Continuous Sparsification", 2019,
-        arXiv:1912.04427, section 3.
+    Reference: see each of the functions.
     """
 
-    init: float = field(default=0.0, kw_only=True)
+    function: Callable[..., Tensor] = gates.sigmoid
+    init: float | None = field(default=None, kw_only=True)
+    pattern: Any = field(default=None, kw_only=True)
+    sparsity: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.init):
+        if self.init is not None and not math.isfinite(self.init):
             raise ValueError(f"`init` must be finite; got {self.init}.")
+        if self.pattern is None:
+            self._made(torch.empty(1))  # refuses what does not go together
+
+    def __repr__(self) -> str:
+        name = [] if self.function is gates.sigmoid else [self.function.__name__]
+        given = {"init": self.init, "pattern": self.pattern, "sparsity": self.sparsity}
+        rest = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+        return f"Gate({', '.join(name + rest)})"
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
         """Return a `SoftMask` for each of `tensors`."""
-        return {name: SoftMask(tensor, init=self.init) for name, tensor in tensors.items()}
+        return {name: self._made(tensor) for name, tensor in tensors.items()}
+
+    def _made(self, tensor: Tensor) -> SoftMask:
+        return SoftMask(
+            tensor, gate=self.function, init=self.init, pattern=self.pattern,
+            sparsity=self.sparsity,
+        )  # fmt: skip
 
 
 def keep_nonzero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

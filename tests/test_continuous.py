@@ -253,9 +253,9 @@ def test_rewinding_without_a_checkpoint_is_refused():
 @pytest.mark.parametrize(
     ("rules", "keywords", "text"),
     [
-        (0.5, {}, "must give each tensor a `Gate`"),
-        ({"*": None}, {}, "must give each tensor a `Gate`"),
-        ({"0.weight": ps.Gate(), "*": 0.5}, {}, 'others have "4.weight"'),
+        (0.5, {}, "must give each tensor a `Gate` of"),
+        ({"*": None}, {}, "must give each tensor a `Gate` of"),
+        ({"0.weight": ps.Gate(), "*": 0.5}, {}, '"4.weight" get something else'),
         (ps.Gate(), {"final_temperature": 0.5}, "`final_temperature` must be finite and at least"),
         (ps.Gate(), {"final_temperature": math.inf}, "`final_temperature` must be finite"),
         (ps.Gate(), {"steps": 1}, "`steps` must be at least 2"),

@@ -33,26 +33,30 @@ ALLOWED = {
     "distributions": {"_checks"},
     "schedules": set(),
     "gates": {"_checks"},
-    "parametrizations": {"gates", "_apply_mask", "_hooks"},
+    "parametrizations": {"_apply_mask", "_hooks"},
+    "soft_mask": {"_apply_mask", "_checks", "_units", "gates"},
     "_stack": {"_apply_mask"},
     "_masked_class": {"_hooks", "_stack"},
     "_dense_keys": {"_stack"},
     "_attach": {"_stack", "_masked_class", "_dense_keys", "_foreign", "sparse.weight"},
     "_tensors": {"_attach"},
     "targets": {"_checks", "_tables", "_tensors"},
-    "treatments": {"_checks", "_tables", "scores.entries", "patterns", "parametrizations"},
+    "treatments": {"_checks", "_tables", "gates", "patterns", "scores.entries", "soft_mask"},
     "_resolve": {
-        "_attach", "_checks", "_foreign", "_tables", "_tensors", "parametrizations", "targets",
-        "treatments",
+        "_attach", "_checks", "_foreign", "_tables", "_tensors", "parametrizations", "soft_mask",
+        "targets", "treatments",
     },
     "transforms": {
         "_attach", "_checks", "_resolve", "_snapshot", "_stack", "_tables", "_tensors",
-        "parametrizations", "targets",
+        "parametrizations", "soft_mask", "targets",
     },
-    "masks": {"_attach", "_checks", "_tensors", "parametrizations", "targets"},
+    "masks": {
+        "_attach", "_checks", "_stack", "_tensors", "parametrizations", "soft_mask", "targets",
+    },
     "contexts": {"_attach", "_stack", "_tensors", "targets"},
     "report": {
-        "_attach", "_held", "_tables", "_tensors", "parametrizations", "sparse.payoff", "targets",
+        "_attach", "_held", "_tables", "_tensors", "parametrizations", "soft_mask", "sparse.payoff",
+        "targets",
     },
     "state": {
         "_apply_mask", "_attach", "_checks", "_stack", "_tensors", "parametrizations", "transforms",
@@ -79,7 +83,7 @@ ALLOWED = {
     "training.methods": {"schedules", "training.dynamic", "training.start"},
     "training.rewinding": {"_attach"},
     "training.continuous": {
-        "_checks", "_resolve", "parametrizations", "targets", "training.history",
+        "_checks", "_resolve", "gates", "soft_mask", "targets", "training.history",
         "training.rewinding", "transforms",
     },
     "training.tickets": {

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse import gates
 from parasparse._checks import listed
 from parasparse._resolve import resolve
-from parasparse.parametrizations import SoftMask
+from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
 from parasparse.training.history import Update, copied, first_masks_of, update_of
 from parasparse.training.rewinding import rewind, snapshot
@@ -70,11 +71,11 @@ class ContinuousSparsification:
         if steps < 2:
             raise ValueError(f"`steps` must be at least 2, from T = 1 to the end; got {steps!r}.")
         made = resolve(model, rules, pairs=True)
-        others = [step.target.name for step in made if not isinstance(step.result, SoftMask)]
+        others = [step.target.name for step in made if not _is_sigmoid(step.result)]
         if others or not made:
             raise ValueError(
-                "`rules` must give each tensor a `Gate`, or None, and one tensor or more a `Gate`; "
-                f"others have {listed(others) or 'none'}."
+                "`rules` must give each tensor a `Gate` of `gates.sigmoid`, or None, and one or "
+                f"more a `Gate`; {listed(others) or 'none'} get something else."
             )
         self.model, self.final_temperature, self.steps = model, final_temperature, steps
         self.step_in_round, self.rounds = 0, 0
@@ -214,3 +215,7 @@ class ContinuousSparsification:
 
     def _hard(self) -> dict[str, Tensor]:
         return {name: gate.logits > 0 for name, gate in self._by_name().items()}
+
+
+def _is_sigmoid(module: Any) -> bool:
+    return isinstance(module, SoftMask) and module.gate is gates.sigmoid

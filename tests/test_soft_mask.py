@@ -1,0 +1,266 @@
+"""Laws of all gates: what a soft mask does, learns, and is pruned to."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import parasparse as ps
+from parasparse import gates
+from parasparse.soft_mask import INIT
+from tests.cases import PairLinear, Tied
+
+GATES = {
+    "sigmoid": ps.Gate(init=0.2),
+    "hard_concrete": ps.Gate(gates.hard_concrete, init=0.5),
+    "straight_through": ps.Gate(gates.straight_through, sparsity=0.5),
+    "soft_threshold": ps.Gate(gates.soft_threshold, init=-2.0),
+    "variational_dropout": ps.Gate(gates.variational_dropout, init=-3.0),
+    "channels": ps.Gate(init=0.2, pattern=ps.patterns.channel(0)),
+    "blocks": ps.Gate(gates.hard_concrete, pattern=ps.patterns.block((2, 2))),
+    "rows": ps.Gate(gates.soft_threshold, init=-1.0, pattern=ps.patterns.channel(0)),
+    "units": ps.Gate(gates.straight_through, sparsity=0.5, pattern=ps.patterns.channel(1)),
+}
+DRAWS = {"hard_concrete", "variational_dropout", "blocks"}
+all_gates = pytest.mark.parametrize("name", GATES)
+
+
+def gated(name, dtype=torch.double):
+    """A trained-looking layer: its logits differ."""
+    torch.manual_seed(0)
+    model = ps.sparsify(nn.Linear(6, 4, dtype=dtype), GATES[name])
+    with torch.no_grad():
+        logits = mask_of(model).logits
+        logits.add_(torch.randn_like(logits))
+    return model
+
+
+def mask_of(model):
+    return model.parametrizations.weight[-1]
+
+
+@all_gates
+@pytest.mark.parametrize("dtype", [torch.float, torch.double, torch.cdouble])
+def test_parameters_train_beside_the_weight(name, dtype):
+    model = gated(name, dtype)
+    mask = mask_of(model)
+    assert mask.logits.requires_grad
+    assert mask.logits.dtype == (torch.double if dtype != torch.float else torch.float)
+    assert [n for n, _ in model.named_parameters()] == [
+        "bias", "parametrizations.weight.original", "parametrizations.weight.0.logits",
+    ]  # fmt: skip
+    (model(torch.randn(3, 6, dtype=dtype)).abs().square().sum() + ps.penalty(model)).backward()
+    assert mask.logits.grad.any()
+    assert ps.stored(model, "weight").grad.any()
+    assert model.weight.dtype == dtype
+
+
+@all_gates
+def test_evaluation_is_a_function_and_training_draws_where_it_should(name):
+    model = gated(name)
+    x = torch.randn(3, 6).double()
+    assert torch.equal(model(x), model(x)) == (name not in DRAWS)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@all_gates
+def test_gradients_are_right(name):
+    model = gated(name).eval()
+    mask, weight = mask_of(model), ps.stored(model, "weight")
+    if "straight_through" in name or name == "units":
+        pytest.skip("a straight-through gradient is none of the function; see test_gates")
+
+    def run(stored, logits):
+        new = {
+            "parametrizations.weight.original": stored,
+            "parametrizations.weight.0.logits": logits,
+        }
+        return torch.func.functional_call(model, new, (torch.eye(6).double(),))
+
+    assert torch.autograd.gradcheck(run, (weight, mask.logits))
+
+    def penalty(stored, logits):
+        mask_logits = {"logits": logits}
+        return torch.func.functional_call(
+            Penalty(mask), {"mask." + k: v for k, v in mask_logits.items()}, (stored,)
+        )
+
+    if name not in ("soft_threshold", "rows"):
+        assert torch.autograd.gradcheck(penalty, (weight, mask.logits))
+
+
+class Penalty(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight):
+        return self.mask.penalty(weight)
+
+
+@all_gates
+def test_binarize_and_squash_give_what_evaluation_gives(name):
+    model = gated(name)
+    if name in ("sigmoid", "channels", "variational_dropout"):
+        mask_of(model).hard = True  # soft, these are not what they are pruned to
+    x = torch.randn(3, 6).double()
+    squashed = ps.squash(copy.deepcopy(model))  # in training mode: without noise
+    binarized = ps.binarize(copy.deepcopy(model))
+    want = model.eval()(x)
+    assert type(squashed) is nn.Linear
+    torch.testing.assert_close(squashed.eval()(x), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(binarized.eval()(x), want, rtol=0, atol=1e-12)
+    mask = ps.mask_of(binarized, "weight")
+    assert mask.dtype == torch.bool
+    assert not binarized.weight[~mask].any()
+    assert [n for n, _ in binarized.named_parameters()] == [
+        "bias", "parametrizations.weight.original",
+    ]  # fmt: skip
+    program = torch.export.export(ps.squash(binarized).eval(), (x,))
+    torch.testing.assert_close(program.module()(x), want, rtol=0, atol=1e-12)
+
+
+@all_gates
+def test_copies_pickles_and_states_agree(name):
+    model = gated(name).eval()
+    x = torch.randn(3, 6).double()
+    want = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), want)
+    other = ps.sparsify(nn.Linear(6, 4).double(), GATES[name]).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), want)
+    optimizer = torch.optim.Adam(model.parameters())
+    ps.optim.load_named_state(model, optimizer, ps.optim.named_state(model, optimizer))
+    assert repr(mask_of(model)) in repr(model)
+
+
+@all_gates
+def test_it_compiles_into_one_graph_and_trains_there(name):
+    model = gated(name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 6).double()
+    compiled(x).square().sum().backward()
+    assert mask_of(model).logits.grad is not None
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["channels", "blocks", "rows", "units"])
+def test_a_unit_has_one_logit(name):
+    model = gated(name).eval()
+    mask, pattern = mask_of(model), GATES[name].pattern
+    assert mask.logits.shape == pattern.pool(torch.zeros(4, 6)).shape
+    plain = copy.deepcopy(mask)
+    plain.pattern = None
+    plain.logits = nn.Parameter(pattern.spread(mask.logits.detach(), torch.Size((4, 6))))
+    if name != "units":  # there a share of the units is kept, here of the entries
+        weight = ps.stored(model, "weight")
+        torch.testing.assert_close(plain.eval()(weight), mask(weight))
+        torch.testing.assert_close(plain.penalty(weight), mask.penalty(weight))
+    else:
+        assert int((model.weight != 0).any(0).sum()) == 3
+
+
+def test_penalties_are_their_sums():
+    model = gated("hard_concrete")
+    logits = mask_of(model).logits
+    assert torch.equal(ps.penalty(model), gates.hard_concrete_penalty(logits).sum())
+    model = gated("variational_dropout")
+    weight, logits = ps.stored(model, "weight"), mask_of(model).logits
+    relevance = logits - 2 * (weight.abs() + 1e-12).log()
+    torch.testing.assert_close(
+        ps.penalty(model), gates.variational_dropout_penalty(relevance).sum()
+    )
+    two = nn.Sequential(gated("sigmoid"), gated("hard_concrete"))
+    total = ps.penalty(two, "0.weight") + ps.penalty(two, "1.weight")
+    torch.testing.assert_close(ps.penalty(two), total)
+    with pytest.raises(ValueError, match="`model` must have gates"):
+        ps.penalty(ps.sparsify(nn.Linear(3, 3), 0.5))
+
+
+@pytest.mark.parametrize(("threshold", "limit"), [(None, 3.0), (0.0, 0.0), (-2.0, -2.0)])
+@pytest.mark.parametrize("dtype", [torch.double, torch.cdouble])
+def test_relevance_is_thresholded(threshold, limit, dtype):
+    model = gated("variational_dropout", dtype)
+    with torch.no_grad():
+        mask_of(model).logits.normal_(0, 3)
+    weight = ps.stored(model, "weight").detach().clone()
+    relevance = mask_of(model).logits.detach() - 2 * weight.abs().log()
+    ps.binarize(model, threshold=threshold)
+    assert ps.mask_of(model, "weight").equal(relevance <= limit)
+    assert torch.equal(ps.stored(model, "weight"), weight)
+
+
+def test_thresholds_of_the_others():
+    model = gated("straight_through")
+    scores = mask_of(model).logits.detach().clone()
+    ps.binarize(model, threshold=0.3)
+    assert ps.mask_of(model, "weight").equal(scores > 0.3)
+    model = gated("hard_concrete")
+    open_ = mask_of(model).mask.detach() > 0.6
+    ps.binarize(model, threshold=0.6)
+    assert ps.mask_of(model, "weight").equal(open_)
+
+
+def test_ties_and_pairs_share_a_gate():
+    tied = ps.sparsify(Tied(), {"head.weight": ps.Gate(gates.hard_concrete)})
+    assert tied.head.parametrizations.weight[-1] is tied.embedding.parametrizations.weight[-1]
+    pair = ps.sparsify(PairLinear(), ps.Gate(gates.hard_concrete))
+    assert pair.parametrizations.weight_re[-1] is pair.parametrizations.weight_im[-1]
+    for function in (gates.soft_threshold, gates.variational_dropout):
+        model = PairLinear()
+        with pytest.raises(ValueError, match="must see both parts of a complex weight"):
+            ps.sparsify(model, ps.Gate(function))
+        assert not ps.is_sparse(model)
+        ps.sparsify(model, ps.Gate(function), pairs=False)
+
+
+def test_assigning_reads_back_in_evaluation():
+    for name in GATES:
+        model = gated(name).eval()
+        value = torch.where(model.weight != 0, torch.randn(4, 6).double(), 0.0).detach()
+        model.weight = value
+        torch.testing.assert_close(model.weight.detach(), value)
+
+
+def test_a_share_is_not_rounded_with_the_weights():
+    model = ps.sparsify(nn.Linear(64, 64), ps.Gate(gates.straight_through, sparsity=0.9)).half()
+    assert mask_of(model).sparsity.dtype == torch.double
+    assert int((model.weight != 0).sum()) == 64 * 64 - round(64 * 64 * 0.9)
+
+
+def test_its_text_says_how_it_was_made():
+    assert repr(GATES["units"]) == (
+        "Gate(straight_through, pattern=channel(dim=1, norm=None), sparsity=0.5)"
+    )
+    text = repr(mask_of(gated("units")))
+    assert text == (
+        "SoftMask((4, 6), straight_through, init=0.0, channel(dim=1, norm=None), sparsity=0.5)"
+    )
+    assert all(function.__name__ in ps.Gate.__doc__ for function in INIT)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "text"),
+    [
+        ({"function": torch.sigmoid}, "`gate` must be one of gates.sigmoid"),
+        ({"sparsity": 0.5}, "`sparsity` must be given with `straight_through`"),
+        ({"function": gates.straight_through}, "`sparsity` must be given with"),
+        ({"function": gates.straight_through, "sparsity": 1.5}, r"must be in \[0, 1\]"),
+        ({"init": float("inf")}, "`init` must be finite"),
+        ({"pattern": ps.patterns.n_of_m(2, 4)}, "`pattern` must be one of units"),
+        (
+            {"function": gates.variational_dropout, "pattern": ps.patterns.channel(0)},
+            "`pattern` must be one of units",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(keywords, text):
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=text):
+        ps.sparsify(model, ps.Gate(**keywords))
+    assert not ps.is_sparse(model)
