@@ -71,16 +71,8 @@ def show(question: str, timings: dict[str, Timing]) -> None:
 
 def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> Path:
     """Write the results with the machine and the versions they were had on."""
-    machine = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
     content = {
-        "machine": machine,
+        "machine": machine(),
         "unit": "milliseconds; ratio to the first of each question",
         "results": {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()},
         **more,
@@ -89,6 +81,18 @@ def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> P
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def machine() -> dict[str, object]:
+    """Return what the results were had on."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _processor() -> str:

@@ -10,12 +10,10 @@ seconds on two cores.
 
 import argparse
 import copy
-import gzip
 import importlib
 import json
 import re
 import statistics
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +21,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from torch import Tensor, nn
+from data import mnist
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import parasparse as ps
@@ -56,35 +55,6 @@ def lenet5() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"lenet300-100": lenet300, "lenet5": lenet5}
-
-
-def read_idx(folder: Path, name: str) -> Tensor:
-    """Return what an idx file holds: bytes in the shape that its header gives."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-            shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-            values = torch.frombuffer(bytearray(data[4 + 4 * data[3] :]), dtype=torch.uint8)
-            return values.reshape(shape)
-    raise SystemExit(f"{folder} must hold {name} or {name}.gz; give the folder with --data")
-
-
-def mnist(folder: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Return the training and the test images, normalised, with their labels."""
-    places = [folder, folder / "raw", folder / "MNIST" / "raw"]
-    found = [place for place in places if list(place.glob("train-images-idx3-ubyte*"))]
-    if not found:
-        from torchvision.datasets import MNIST
-
-        print(f"no MNIST in {folder}: torchvision fetches it", flush=True)
-        MNIST(folder, download=True)
-        found = places[-1:]
-    sets = []
-    for part in ("train", "t10k"):
-        images = read_idx(found[0], f"{part}-images-idx3-ubyte").float().unsqueeze(1) / 255
-        labels = read_idx(found[0], f"{part}-labels-idx1-ubyte").long()
-        sets.append(TensorDataset((images - 0.1307) / 0.3081, labels))
-    return sets[0], sets[1]
 
 
 @torch.no_grad()

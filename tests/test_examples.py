@@ -73,6 +73,23 @@ def test_the_tutorials_functions_and_functions_by_module_have_their_names(mnist)
     assert "final density 0.0500" in shown
 
 
+def test_continuous_sparsification_finds_a_ticket_and_squashes_it(mnist):
+    out = mnist / "out"
+    arguments = ["--epochs", 2, "--train-size", 256, "--val-set-size", 100, "--lmbda", 1e-4]
+    shown = run("continuous_sparsification.py", "--data", mnist, "--out", out, *arguments).stdout
+    assert "round 2: epoch 2/2" in shown
+    assert "ticket: epoch 2/2" in shown
+    assert float(re.search(r"changes outputs by (\S+) at most", shown)[1]) < 1e-4
+    assert 0 <= float(re.search(r"with (\S+) of the weights", shown)[1]) < 1
+    assert (out / "continuous_sparsification.png").stat().st_size > 10_000
+
+
+def test_relevance_masks_real_and_complex_networks(mnist):
+    shown = run("relevance.py", "--data", mnist, "--train-size", 300, "--epochs", 2).stdout
+    found = re.findall(r"^(real|complex) +(.*?) +sparsity (0\.\d+), test", shown, re.MULTILINE)
+    assert [kind for kind, *_ in found] == ["real", "real", "complex", "complex"]
+
+
 def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\1\0")
     failed = run("mnist_sparse_momentum.py", "--data", tmp_path, "--out", tmp_path, check=False)
