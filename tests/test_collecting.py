@@ -2,12 +2,14 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import parasparse as ps
 from tests.cases import PairLinear, Tied
@@ -285,11 +287,11 @@ def test_movement_is_of_the_weights_as_they_were():
 
 
 def test_scores_drive_controllers():
-    model = build()
+    model = ps.sparsify(build(), 0.0)  # masks that are there at once, for dropped entries to score
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with ps.scores.collect(model) as statistics:
-        loss_of(model(torch.randn(4, 6))).backward()
-        pruner = ps.GradualPruning(
+        pruner = ps.GradualPruning(  # before the first backward: nothing is ranked at 0
+
             model, ps.Prune(0.8, score=ps.scores.movement(statistics)), optimizer,
             schedule=ps.schedules.Linear(0.0, 1.0, stop=6), every=2,
         )  # fmt: skip
@@ -415,3 +417,155 @@ def test_lamp_is_its_formula():
     torch.testing.assert_close(ps.scores.lamp(weight), torch.tensor(want, dtype=torch_double))
     assert not ps.scores.lamp(torch.zeros(3)).any()
     assert math.isfinite(float(ps.scores.lamp(torch.full((4,), 1e-30)).sum()))
+
+
+def test_inputs_are_counted_once_under_checkpointing():
+    model, (x,) = build(), batches(1, torch.float)
+    with ps.scores.collect(model) as statistics:
+        out = checkpoint(model, x, use_reentrant=False)
+        loss_of(out).backward()
+    torch.testing.assert_close(statistics.input_norm("0.weight"), x.norm(dim=0)[None])
+    assert statistics.sums["0.weight"].passes == 1
+
+
+def test_copies_of_the_model_are_not_watched():
+    model, (x,) = build(), batches(1, torch.float)
+    with torch.no_grad(), ps.scores.collect(model) as statistics:
+        model(x)
+        twin = copy.deepcopy(model)
+        twin(100 * x)
+    twin(100 * x)
+    torch.testing.assert_close(statistics.input_norm("0.weight"), x.norm(dim=0)[None])
+
+
+def test_statistics_and_scores_pickle_after_the_block(seen):
+    model, _, statistics = seen
+    again = pickle.loads(pickle.dumps(ps.scores.taylor(statistics)))
+    weight = model[0].weight.detach()
+    assert torch.equal(again(weight, "0.weight"), ps.scores.taylor(statistics)(weight, "0.weight"))
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    model = build()
+    with ps.scores.collect(model) as statistics:
+        (loss_of(model(torch.randn(4, 6))) * math.inf).backward()
+    for score in (ps.scores.snip, ps.scores.taylor, ps.scores.fisher, ps.scores.movement):
+        with pytest.raises(RuntimeError, match='"0.weight" must be finite; a loss was not'):
+            prune(model, score(statistics))
+
+
+def test_small_gradients_still_rank():
+    model = build()
+    with ps.scores.collect(model) as statistics:
+        (loss_of(model(torch.randn(4, 6))) * 1e-24).backward()
+    scores = ps.scores.taylor(statistics)(model[0].weight.detach(), "0.weight")
+    assert (scores > 0).all()
+
+
+def test_synaptic_flow_that_cannot_be_is_refused():
+    class Cast(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    normalised = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
+    gated = ps.sparsify(build(), ps.Gate())
+    wrapped = build()
+    weight_norm(wrapped[0])
+    cases = [
+        (normalised, "must not be 0 everywhere"),
+        (gated, "through weights that are plain, or under a mask; .0.weight., .2.weight. are"),
+        (wrapped, "plain, or under a mask; .0.weight. are"),
+        (nn.Sequential(Cast(6, 5)), "dtype"),
+    ]
+    for model, text in cases:
+        with (
+            ps.scores.collect(model) as statistics,
+            pytest.raises(RuntimeError, match=text) as error,
+        ):
+            statistics.add_synaptic_flow(torch.ones(1, 6))
+        assert model.training
+    assert "while the model ran in float64" in error.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="inside the `with` block; it has ended"):
+        statistics.add_synaptic_flow(torch.ones(1, 6))
+    with pytest.raises(RuntimeError, match="inside the `with` block; it has ended"):
+        statistics.add_curvature(torch.ones(()))
+
+
+def test_inference_mode_and_keywords_will_do():
+    model = nn.Conv2d(2, 3, 3)
+    x = torch.randn(1, 2, 5, 5)
+    with torch.no_grad(), ps.scores.collect(model) as statistics:
+        model(x)
+    with torch.inference_mode(), ps.scores.collect(model) as other:
+        model(x)
+        other.add_synaptic_flow(input=torch.ones(1, 2, 5, 5))
+    assert torch.equal(statistics.input_norm("weight"), other.input_norm("weight"))
+    assert other.synaptic_flow("weight").all()
+
+
+def test_a_hessian_of_zero_scores_zero():
+    model = nn.Linear(6, 1)
+    with ps.scores.collect(model) as statistics:
+        statistics.add_curvature(model(torch.randn(4, 6)).sum())
+    assert not ps.scores.grasp(statistics)(model.weight.detach(), "weight").any()
+
+
+@pytest.mark.parametrize("ending", [("_re", "_im"), ("_real", "_imag")])
+def test_pairs_are_reached_as_rules_reach_them(ending):
+    model = PairLinear(*(f"in_weight{part}" for part in ending))
+    for targets in (None, "in_weight", "*weight"):
+        with ps.scores.collect(model, targets) as statistics:
+            loss_of(model(torch.randn(3, 6))).backward()
+        ps.plan(model, {"*weight": ps.Prune(0.5, score=ps.scores.snip(statistics))})
+    holder = nn.Module()
+    holder.weight = nn.ParameterDict({"real": torch.randn(4, 6), "imag": torch.randn(4, 6)})
+    with ps.scores.collect(holder) as statistics:
+        (holder.weight["real"] ** 2 + holder.weight["imag"] ** 2).sum().backward()
+    ps.sparsify(holder, ps.Prune(0.5, score=ps.scores.snip(statistics)))
+
+
+def test_what_is_ranked_by_output_depends_on_what_the_outputs_are():
+    table = nn.Embedding(5, 4)
+    with torch.no_grad(), ps.scores.collect(table, "weight") as statistics:
+        table(torch.tensor([1, 1, 1, 1, 2]))
+    ps.sparsify(table, {"weight": ps.Prune(0.8, score=ps.scores.wanda(statistics))})
+    kept = ps.mask_of(table, "weight")
+    assert kept.sum(0).tolist() == [1, 1, 1, 1]  # by column, and only what was looked up
+    assert not kept[[0, 3, 4]].any()
+    depthwise = nn.Conv2d(4, 4, 1, groups=4)
+    with torch.no_grad(), ps.scores.collect(depthwise) as statistics:
+        depthwise(torch.randn(2, 4, 3, 3))
+    raw = depthwise.weight.detach().abs() * statistics.input_norm("weight")
+    assert torch.equal(ps.scores.wanda(statistics)(depthwise.weight.detach(), "weight"), raw)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_inputs_are_seen():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), ps.scores.collect(encoder, "*linear1.weight") as statistics:
+        encoder(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+    assert statistics.sums
+
+
+def test_blocks_do_not_nest_and_ties_must_be_whole():
+    model = build()
+    with (
+        ps.scores.collect(model),
+        pytest.raises(RuntimeError, match="must not be entered twice"),
+        ps.scores.collect(model),
+    ):
+        pass
+    two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    two[1].weight = two[0].weight
+    ps.sparsify(two[0], 0.5)
+    with (
+        pytest.raises(RuntimeError, match="must be masked at all its places, or at none"),
+        ps.scores.collect(two),
+    ):
+        pass
+    with ps.scores.collect(nn.Linear(6, 1)) as statistics:
+        loss_of(statistics.model(torch.randn(4, 6))).backward()
+    with pytest.raises(ValueError, match=r"must be of the same tensor; theirs has shape \(1, 6\)"):
+        ps.sparsify(nn.Linear(6, 5), ps.Prune(0.5, score=ps.scores.taylor(statistics)))

@@ -25,7 +25,8 @@ ALLOWED = {
     "scores.statistics": {"_checks"},
     "scores.saliency": {"scores.statistics"},
     "scores.collecting": {
-        "_attach", "_checks", "_stack", "_tensors", "contexts", "scores.statistics", "targets",
+        "_attach", "_checks", "_stack", "_tensors", "contexts", "parametrizations",
+        "scores.statistics", "targets",
     },
     "_select": set(),
     "_units": {"_checks", "_select"},
@@ -87,12 +88,12 @@ ALLOWED = {
         "training.rewinding", "transforms",
     },
     "training.tickets": {
-        "_resolve", "scores.entries", "targets", "training.gradual", "training.history",
+        "_checks", "_resolve", "scores.entries", "targets", "training.gradual", "training.history",
         "training.rewinding", "transforms", "treatments",
     },
     "training.gradual": {
-        "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules", "targets",
-        "training.history", "transforms", "treatments",
+        "_attach", "_checks", "_resolve", "_tables", "_tensors", "optim", "schedules",
+        "scores.entries", "targets", "training.history", "transforms", "treatments",
     },
     "sparse.compressed": set(),
     "sparse.regular": set(),

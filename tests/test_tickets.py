@@ -157,3 +157,48 @@ def test_a_failed_round_changes_nothing_and_one_too_early_is_refused():
         lottery.prune()
     assert lottery.round == 0
     assert all(mask.all() for _, mask in ps.named_masks(model))
+
+
+@pytest.mark.parametrize(
+    "pattern", [ps.patterns.channel(0, norm=2), ps.patterns.block((2, 3), norm=math.inf)], ids=str
+)
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_patterns_with_a_norm_go_on_too(pattern, scope):
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12))
+    rules = {"*": ps.Prune(0.75, pattern=pattern, scope=scope)}
+    lottery = ps.LotteryTicket(model, rules, rounds=3)
+    before = {name: mask.clone() for name, mask in ps.named_masks(model)}
+    for _ in range(3):
+        lottery.prune()
+        masks = {name: mask.clone() for name, mask in ps.named_masks(model)}
+        assert not any((mask & ~before[name]).any() for name, mask in masks.items())
+        before = masks
+
+
+def test_masks_that_were_taken_off_are_missed():
+    model = build()
+    lottery = ps.LotteryTicket(model, 0.5, rounds=2)
+    lottery.prune()
+    ps.squash(model, "4.weight")
+    with pytest.raises(RuntimeError, match='must stay where they are; those of "4.weight"'):
+        lottery.prune()
+    assert (lottery.round, len(lottery.history)) == (1, 1)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    one, two = build(), build()
+    optimizer = torch.optim.SGD(one.parameters(), 0.1)
+    lottery = ps.LotteryTicket(one, 0.5, optimizer, rounds=3)
+    for _ in range(3):
+        lottery.prune()
+    without = ps.LotteryTicket(two, 0.5, rounds=3)
+    with pytest.raises(ValueError, match="of an optimizer where there is one"):
+        without.load_state_dict(lottery.state_dict())
+    with pytest.raises(ValueError, match="of an optimizer where there is one"):
+        lottery.load_state_dict(without.state_dict())
+    model = build()
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    shorter = ps.LotteryTicket(model, 0.5, other, rounds=2)
+    with pytest.raises(ValueError, match="it is in round 3 of 2"):
+        shorter.load_state_dict(lottery.state_dict())
+    assert without.round == shorter.round == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from parasparse._stack import stack_of
 from parasparse._tensors import Target
 from parasparse._tensors import collect as tensors_of
 from parasparse.contexts import part_stacks, probed
+from parasparse.parametrizations import Mask
 from parasparse.scores.statistics import Statistics, Sums, wide
 from parasparse.targets import is_weight, reaches
 
@@ -24,9 +27,10 @@ from parasparse.targets import is_weight, reaches
 def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
     """Watch the forward and backward passes in the block; yield what scores need of them.
 
-    Gradients are those of the weights as the modules see them, masked entries included, summed over
-    the backward passes; under a GradScaler times its scale. `.grad` is as ever. Where nothing runs
-    backward, no memory is taken for gradients: about three times the weights otherwise.
+    Gradients are those of the weights as the modules see them, masked entries included as long as
+    the masks are there when the block begins, summed over the backward passes; under a GradScaler
+    times its scale. `.grad` is as ever. Sums of gradients take three times the memory of the
+    weights, once a backward pass has come by. Of several processes each sees its own batches.
 
     Args:
         model: dense or masked; run it as it is, not compiled.
@@ -35,7 +39,8 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
 
     Raises:
         ValueError: a target reaches no tensor.
-        RuntimeError: `dense_gradients`, or another block like this, is open for the model.
+        RuntimeError: `dense_gradients`, or another block like this, is open for the model; a tie
+            is masked at some of its places only.
 
     Examples:
         >>> from parasparse import Prune, scores, sparsify
@@ -45,29 +50,39 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
         >>> sparsify(model, Prune(0.5, score=scores.taylor(statistics))).weight.count_nonzero()
         tensor(4)
     """
+    if model in _watched:
+        raise RuntimeError("`collect` must not be entered twice at a time for one model.")
     chosen = _chosen(model, targets)
     statistics = Statistics(model, {}, _parts(model))
-    with ExitStack() as stack:
-        for target in chosen:
-            _watch(target, statistics, stack)
-        yield statistics
+    _watched.add(model)
+    try:
+        with ExitStack() as stack:
+            for target in chosen:
+                _watch(target, statistics, stack)
+            yield statistics
+    finally:
+        _watched.discard(model)
+        statistics.close()
+
+
+_watched: WeakSet[nn.Module] = WeakSet()
 
 
 def _chosen(model: nn.Module, targets: Any) -> list[Target]:
-    found = tensors_of(model, pairs=False)
-    if targets is None:
-        return [target for target in found if is_weight(target)]
-    several = isinstance(targets, (list, set))
-    chosen = []
-    for spec in targets if several else [targets]:
-        reached = [target for target in found if reaches(spec, target)]
+    """Return the tensors that `targets` reach, the parts of pairs each by itself."""
+    found = tensors_of(model)
+    chosen: list[Target] = []
+    for spec in targets if isinstance(targets, (list, set)) else [targets]:
+        reached = [t for t in found if (is_weight(t) if spec is None else reaches(spec, t))]
         if not reached:
+            what = "a sparsity alone" if spec is None else repr(spec)
             raise ValueError(
-                f"`targets` must each reach a tensor; {spec!r} reaches none of "
+                f"`targets` must each reach a tensor; {what} reaches none of "
                 f"{listed(target.name for target in found)}."
             )
         chosen += [target for target in reached if target not in chosen]
-    return chosen
+    sites = {site for target in chosen for site in target.sites}
+    return [t for t in tensors_of(model, pairs=False) if t.sites[0] in sites]
 
 
 def _parts(model: nn.Module) -> dict[str, list[str]]:
@@ -77,16 +92,25 @@ def _parts(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
-    site, is_masked = target.sites[0], bool(target.masks())
+    site, masks = target.sites[0], target.masks()
+    if masks and any(_attach.mask_module(s.module, s.attr) is None for s in target.sites):
+        raise RuntimeError(
+            f'a tied tensor must be masked at all its places, or at none; "{target.name}" is not. '
+            "Call `sparsify` on the whole model."
+        )
     parametrizations = stack_of(site.module, site.attr)
-    is_plain = parametrizations is None or len(parametrizations) == int(is_masked)
+    is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
     first = _attach.originals(site.module, site.attr)[0]
     leaf: Tensor | None = None
-    if is_masked:
+    if masks:
         leaf = stack.enter_context(probed(part_stacks(target)[0]))
+        # Summed here: nobody reads it there.
+        stack.callback(leaf.register_post_accumulate_grad_hook(_forget).remove)
     elif is_plain and first.requires_grad:
         leaf = first
-    sums = Sums(lambda: _attach.stored(site.module, site.attr), leaf, first if is_plain else None)
+    is_known = is_plain and all(isinstance(mask, Mask) for mask in masks)
+    read = partial(_attach.stored, site.module, site.attr)
+    sums = Sums(read, leaf, first if is_known else None)
     statistics.sums[target.name] = sums
     if leaf is not None:
 
@@ -98,18 +122,31 @@ def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
     for place in target.sites:
         squares = _squares_of(place.module) if place.attr == "weight" else None
         if squares is not None:
-            hook = _hook(target.name, squares, statistics)
+            hook = _hook(target.name, place.module, squares, statistics)
             handle = place.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
 
 
+def _forget(probe: Tensor) -> None:
+    probe.grad = None
+
+
 def _hook(
-    name: str, squares: Callable[[Any, Tensor], Tensor], statistics: Statistics
+    name: str,
+    owner: nn.Module,
+    squares: Callable[[Any, Tensor], Tensor],
+    statistics: Statistics,
 ) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if statistics.is_paused:
-            return
         value = (args[0] if args else kwargs["input"]).detach()
+        # Copies of the model have its hooks; checkpointing runs forward again within backward
+        # (test_inputs_are_counted_once_under_checkpointing).
+        again = torch._C._current_graph_task_id() != -1
+        transformed = torch._C._are_functorch_transforms_active()
+        if module is not owner or statistics.is_paused or again or transformed or value.is_meta:
+            return
+        if value.is_nested:
+            value = torch.cat(value.unbind())
         with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
             found = squares(module, value)
         known = statistics.squared_inputs.get(name)
@@ -130,20 +167,20 @@ def _squares_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
 
 
 def _of_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return wide(x).abs().square().reshape(-1, module.in_features).sum(0, keepdim=True)
+    squares = wide(x).abs().square()
+    return squares.flatten(0, -2).sum(0, keepdim=True) if x.ndim > 1 else squares[None]
 
 
 def _of_convolution(module: _ConvNd, x: Tensor) -> Tensor:
-    # The derivative of the sum of outputs by a weight is the sum of what it multiplies.
-    squares = wide(x).abs().square()
-    weight = torch.zeros(_shape(module), dtype=squares.dtype, device=x.device, requires_grad=True)
-    with torch.enable_grad():
+    # The derivative of the sum of outputs by a weight is the sum of what it multiplies; that is the
+    # same for all outputs of a group, so that one stands for all.
+    with torch.inference_mode(False), torch.enable_grad():
+        squares = wide(x.clone()).abs().square()
+        inputs = module.in_channels // module.groups
+        weight = squares.new_zeros((module.groups, inputs, *module.kernel_size)).requires_grad_()
         total = module._conv_forward(squares, weight, None).sum()
-    return torch.autograd.grad(total, weight)[0]
-
-
-def _shape(module: _ConvNd) -> tuple[int, ...]:
-    return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        (found,) = torch.autograd.grad(total, weight)
+    return found.repeat_interleave(module.out_channels // module.groups, 0)
 
 
 def _of_embedding(module: nn.Embedding, index: Tensor) -> Tensor:

@@ -24,14 +24,16 @@ class taylor:  # noqa: N801 - a score reads as a function
         RuntimeError: on call: no gradient of the tensor was collected.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
-        arXiv:1906.10771, equation 8.
+        arXiv:1906.10771, equation 8. Differs: of the mean gradient; the paper's program takes the
+        mean of what batches give, which is twice `fisher`.
     """
 
     statistics: Statistics
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Return the scores of `tensor`."""
-        return product(wide(tensor), self.statistics.gradient(name)).square()
+        # In 64 bits: squares of small gradients would all be 0.
+        return product(wide(tensor), self.statistics.gradient(name)).double().square()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,8 @@ class fisher:  # noqa: N801
         RuntimeError: on call: no gradient of the tensor was collected.
 
     Reference: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018,
-        arXiv:1801.05787, section 2.
+        arXiv:1801.05787, section 2. Differs: of a complex weight, the real and the imaginary part
+        each by itself.
     """
 
     statistics: Statistics
@@ -151,12 +154,13 @@ class movement:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class wanda:  # noqa: N801
-    """Score |w| times the norm of its input, each output row ranked by itself.
+    """Score |w| times the norm of its input, the weights of each output ranked by themselves.
 
     Args:
         statistics: of forward passes.
-        per_output: return the rank within the row, in (0, 1], so that each row keeps as many
-            entries as the others; False: the product itself.
+        per_output: return the rank among the weights of the same output, in (0, 1], so that each
+            output keeps as many as the others. False: the product itself, which patterns that join
+            outputs (`channel(0)`, blocks) need.
 
     Raises:
         RuntimeError: on call: no input of the tensor was collected.
@@ -170,14 +174,14 @@ class wanda:  # noqa: N801
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Return the scores of `tensor`."""
-        scores = wide(tensor).abs() * self.statistics.input_norm(name).to(tensor.device)
-        if not self.per_output or tensor.ndim < 2 or not tensor.numel():
+        norm = self.statistics.input_norm(name).to(tensor.device)
+        scores = wide(tensor).abs() * norm
+        # Of an embedding each row is an input, and each column an output.
+        by_column = norm.shape != scores.shape and norm.shape[0] > 1
+        rows = scores.T if by_column else scores.flatten(1)
+        if not self.per_output or rows.shape[1] < 2:
             return scores
-        rows = scores.flatten(1)
         order = rows.argsort(dim=1, descending=True, stable=True)
         ranks = torch.arange(rows.shape[1], 0, -1, device=rows.device) / rows.shape[1]
-        return (
-            torch.empty_like(rows)
-            .scatter_(1, order, ranks.to(rows).expand_as(rows))
-            .view_as(scores)
-        )
+        ranked = torch.empty_like(rows).scatter_(1, order, ranks.to(rows).expand_as(rows))
+        return ranked.T if by_column else ranked.view_as(scores)

@@ -49,7 +49,8 @@ class Sums:
 class Statistics:
     """What `collect` saw, for scores that need more than the weight.
 
-    Each method takes the plain name of a tensor, and raises RuntimeError if nothing was seen of it.
+    Methods that read take the plain name of a tensor, and raise RuntimeError if nothing was seen of
+    it, or what is not finite; those that add work inside the block only.
     """
 
     model: Any
@@ -65,16 +66,16 @@ class Statistics:
 
     def gradient(self, name: str) -> Tensor:
         """Return the mean of the gradients of the backward passes."""
-        return self._joined(name, lambda part: _mean(self._sums(part), "gradient"))
+        return _finite(self._joined(name, lambda part: _mean(self._sums(part), "gradient")), name)
 
     def squared_gradient(self, name: str) -> Tensor:
         """Return the mean of their squares; complex: of the real and of the imaginary part."""
-        return self._joined(name, lambda part: _mean(self._sums(part), "squares"))
+        return _finite(self._joined(name, lambda part: _mean(self._sums(part), "squares")), name)
 
     def movement(self, name: str) -> Tensor:
         """Return the sum of -w g, w as it was at each backward pass."""
         found = [self._sums(part).movement for part in self._parts(name)]
-        return torch.stack([part for part in found if part is not None]).sum(0)
+        return _finite(torch.stack([part for part in found if part is not None]).sum(0), name)
 
     def hessian_gradient(self, name: str) -> Tensor:
         """Return the sum of H g over the losses that `add_curvature` got."""
@@ -95,8 +96,8 @@ class Statistics:
         """
         (part, *more) = self._parts(name)
         remedy = (
-            "Run the model in the block. Known are inputs of Linear, convolutions and embeddings "
-            "that are called as modules; for other tensors take another score."
+            "Run the model in the block, not compiled. Known are inputs of Linear, convolutions "
+            "and embeddings that are called as modules; for other tensors take another score."
         )
         squares = _seen(self.squared_inputs, part, "input", remedy)
         for other in more:
@@ -110,6 +111,7 @@ class Statistics:
             loss: a scalar with its graph, which stays. Not one of attention kernels that know no
                 second derivative (`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` does).
         """
+        self._open()
         tensors = {n: sums.leaf for n, sums in self.sums.items() if sums.leaf is not None}
         leaves = list(tensors.values())
         with self._paused():
@@ -118,43 +120,76 @@ class Statistics:
             total = sum(product(g, g.detach()).sum() for g in grads if g is not None)
             if not isinstance(total, Tensor):
                 raise RuntimeError("`loss` must depend on the tensors that are collected.")
-            found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            found: Any = [None] * len(leaves)
+            if total.requires_grad:  # else H is 0
+                found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         for (name, leaf), value in zip(tensors.items(), found, strict=True):
             value = torch.zeros_like(leaf) if value is None else value
             self.curvatures[name] = _plus(self.curvatures.get(name), wide(value.detach()))
 
-    def add_synaptic_flow(self, *inputs: Any) -> None:
+    def add_synaptic_flow(self, *inputs: Any, **keywords: Any) -> None:
         """Add |w| dR/d|w|, where R sums the outputs of the model with |w| for all its w.
 
         In float64 and evaluation mode; the model stays as it is.
 
         Args:
             inputs: of the model; all ones in the paper, so that no data are needed.
+            keywords: the same.
+
+        Raises:
+            RuntimeError: there is no flow, since a layer normalises it away; or a weight is masked
+                or parametrized by other than a bool or real mask.
         """
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        linear = {name: _magnitude(buffer) for name, buffer in self.model.named_buffers()}
-        for name, parameter in self.model.named_parameters():
-            linear[name] = _magnitude(parameter).requires_grad_()
+        names = {id(parameter): name for name, parameter in self._open().named_parameters()}
+        others = [name for name, sums in self.sums.items() if id(sums.parameter) not in names]
+        if others:
+            raise RuntimeError(
+                "synaptic flow must go through weights that are plain, or under a mask; "
+                f"{listed(others)} are computed otherwise. Leave them out of `targets`."
+            )
         training = [module for module in self.model.modules() if module.training]
         try:
             for module in training:
                 module.training = False
-            with self._paused(), torch.enable_grad():
-                ones = tree_map(_in_float64, inputs)
-                out = torch.func.functional_call(self.model, linear, ones)
-                leaves = {
-                    name: linear[names[id(sums.parameter)]]
-                    for name, sums in self.sums.items()
-                    if id(sums.parameter) in names
-                }
-                flow = sum(_magnitude_sum(value) for value in tree_leaves(out))
-                grads = torch.autograd.grad(flow, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
+            with self._paused(), torch.inference_mode(False), torch.enable_grad():
+                linear = {name: _magnitude(buffer) for name, buffer in self.model.named_buffers()}
+                for name, parameter in self.model.named_parameters():
+                    linear[name] = _magnitude(parameter).requires_grad_()
+                leaves = {n: linear[names[id(sums.parameter)]] for n, sums in self.sums.items()}
+                ones = tree_map(_in_float64, (inputs, keywords))
+                out = torch.func.functional_call(self.model, linear, *ones)
+                flow = [_magnitude_sum(value) for value in tree_leaves(out)]
+                grads = torch.autograd.grad(sum(flow), list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            error.add_note("while the model ran in float64, with |w| for w, for the synaptic flow")
+            raise
         finally:
             for module in training:
                 module.training = True
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-            value = torch.zeros_like(leaf) if grad is None else grad
-            self.flows[name] = _plus(self.flows.get(name), product(leaf.detach(), value))
+        flows = {
+            name: product(leaf.detach(), torch.zeros_like(leaf) if grad is None else grad)
+            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
+        # Of a network without shifts, what flows through each layer is what comes out.
+        out_of_all = sum(float(_magnitude_sum(_size(value))) for value in tree_leaves(out))
+        if all(float(values.sum().abs()) <= 1e-9 * out_of_all for values in flows.values()):
+            raise RuntimeError(
+                "the synaptic flow must not be 0 everywhere; it is. A LayerNorm at the end, whose "
+                "outputs always have the same sum, does this: take another score."
+            )
+        for name, values in flows.items():
+            self.flows[name] = _plus(self.flows.get(name), values)
+
+    def close(self) -> None:
+        """Let go of the model: the block ends."""
+        self.is_paused, self.model = True, None
+        for sums in self.sums.values():
+            sums.leaf = None
+
+    def _open(self) -> Any:
+        if self.model is None:
+            raise RuntimeError("statistics must be added inside the `with` block; it has ended.")
+        return self.model
 
     def _paused(self) -> Any:
         return _Paused(self)
@@ -198,6 +233,11 @@ class _Paused:
 
 def product(weight: Tensor, grad: Tensor) -> Tensor:
     """Return w g, or Re(conj(g) w) where they are complex: how the loss changes along w."""
+    if weight.shape != grad.shape:
+        raise ValueError(
+            f"statistics must be of the same tensor; theirs has shape {tuple(grad.shape)}, this "
+            f"one {tuple(weight.shape)}."
+        )
     return (grad.conj() * weight).real if weight.is_complex() else weight * grad
 
 
@@ -211,6 +251,15 @@ def each_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return `tensor` in 32 bits at least, so that sums do not lose small terms."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise RuntimeError(
+            f'what was collected of "{name}" must be finite; a loss was not. Collect anew, without '
+            "the steps that a GradScaler skips."
+        )
+    return values
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:
@@ -245,3 +294,7 @@ def _magnitude_sum(value: Any) -> Tensor | float:
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return 0.0
     return (value.abs() if value.is_complex() else value).sum()
+
+
+def _size(value: Any) -> Any:
+    return value.detach().abs() if isinstance(value, Tensor) else value

@@ -16,6 +16,7 @@ from parasparse._tables import described
 from parasparse._tensors import Target
 from parasparse.optim import zero_entries
 from parasparse.schedules import as_every
+from parasparse.scores.entries import magnitude
 from parasparse.targets import masked
 from parasparse.training.history import Update, copied, first_masks_of, update_of
 from parasparse.transforms import attach, sparsify
@@ -125,7 +126,7 @@ class GradualPruning:
 
     def _rules_at(self, step: int) -> Any:
         share = check_sparsity(self.schedule(step), f"schedule({step})")
-        rules = [(spec, _scaled(prune, share)) for spec, prune in self._rules]
+        rules = [(spec, scaled(prune, share)) for spec, prune in self._rules]
         return rules[0][1] if rules[0][0] is None else rules  # a treatment alone
 
     def _targets(self) -> list[Target]:
@@ -137,9 +138,12 @@ class GradualPruning:
         return {name: mask for name, mask in masks.items() if mask is not None}
 
 
-def _scaled(prune: Prune | None, share: float) -> Prune | None:
+def scaled(prune: Prune | None, share: float) -> Prune | None:
+    """Return `prune` at `share` times its sparsity."""
     if prune is None or prune.sparsity is None:
         return prune
+    if share == 0:  # nothing is ranked: a score may have nothing to go by yet
+        return replace(prune, sparsity=0.0, score=magnitude)
     return replace(prune, sparsity=share * prune.sparsity)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse._checks import listed
 from parasparse._resolve import as_pairs, resolve
 from parasparse.scores.entries import Score
 from parasparse.targets import masked
-from parasparse.training.gradual import check_held, with_sparsity
+from parasparse.training.gradual import check_held, scaled, with_sparsity
 from parasparse.training.history import Update, copied, first_masks_of, update_of
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.transforms import attach
@@ -22,6 +24,8 @@ from parasparse.treatments import Prune
 
 class LotteryTicket:
     """Iterative pruning with rewinding: round after round, sparser masks on the first weights.
+
+    Make learning rate schedulers anew in each round: the optimizer's rates are rewound, too.
 
     A round is a training of yours that `prune()` ends: the masks become sparser, ranked by the
     trained weights among those that are left, and everything else goes back to where it was at step
@@ -113,6 +117,11 @@ class LotteryTicket:
                 f"has been called {self.steps} times."
             )
         before = copied(self._masks())
+        if before.keys() != self._names:
+            raise RuntimeError(
+                "the masks of `model` must stay where they are; those of "
+                f"{listed(sorted(self._names - before.keys()))} were taken off."
+            )
         attach(resolve(self.model, self._rules_at(self.round + 1, before), pairs=True))
         self.round += 1
         self.history.append(update_of(self.steps, before, self._masks(), self._start))
@@ -135,12 +144,19 @@ class LotteryTicket:
         """Go on where another stood; load the model's and the optimizer's state as well.
 
         Raises:
-            ValueError: it had other tensors.
+            ValueError: it had other tensors, more rounds, or an optimizer where there is none.
         """
-        self._start = first_masks_of(state_dict, self._start)
+        start, checkpoint = first_masks_of(state_dict, self._start), state_dict["checkpoint"]
+        rewinds = None if checkpoint is None else checkpoint["optimizer"] is not None
+        if state_dict["round"] > self.rounds or rewinds == (self.optimizer is None):
+            raise ValueError(
+                "`state_dict` must be of as many rounds as here, and of an optimizer where there "
+                f"is one; it is in round {state_dict['round']} of {self.rounds}, with an "
+                f"optimizer: {rewinds}."
+            )
+        history = [Update(**update) for update in state_dict["history"]]
         self.steps, self.round = state_dict["steps"], state_dict["round"]
-        self.history = [Update(**update) for update in state_dict["history"]]
-        self._checkpoint = state_dict["checkpoint"]
+        self.history, self._start, self._checkpoint = history, start, checkpoint
 
     def _remember(self) -> None:
         if self._checkpoint is None and self.steps == self.rewind_step:
@@ -154,17 +170,19 @@ class LotteryTicket:
         return rules[0][1] if rules[0][0] is None else rules  # a treatment alone
 
     def _at(self, prune: Prune | None, number: int, masks: Mapping[str, Tensor]) -> Prune | None:
-        if prune is None or prune.sparsity is None:
-            return prune
-        kept = (1 - prune.sparsity) ** (number / self.rounds) if number else 1.0
-        return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks))
+        if prune is None or prune.sparsity is None or number == 0:
+            return scaled(prune, 0.0)
+        kept = (1 - prune.sparsity) ** (number / self.rounds)
+        # A norm takes no negative scores.
+        lowest = -math.inf if getattr(prune.pattern, "norm", None) is None else 0.0
+        return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks, lowest))
 
     def _masks(self) -> dict[str, Tensor]:
         found = {t.name: t.mask() for t in masked(self.model) if t.name in self._names}
         return {name: mask for name, mask in found.items() if mask is not None}
 
 
-def _among(score: Score, masks: Mapping[str, Tensor]) -> Score:
+def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:
     """Return `score`, but lowest of all for what `masks` drop: once dropped is dropped."""
 
     def scored(tensor: Tensor, name: str) -> Tensor:
@@ -172,6 +190,6 @@ def _among(score: Score, masks: Mapping[str, Tensor]) -> Score:
         if name not in masks or scores.shape != tensor.shape:  # for `Prune` to refuse
             return scores
         values = scores if scores.is_floating_point() else scores.double()
-        return torch.where(masks[name], values, -torch.inf)
+        return torch.where(masks[name], values, lowest)
 
     return scored
