@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 # The oldest torch that the suite passes on, with the torchvision of its time.
 FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 
-.PHONY: demo test test-long test-floor test-models lint types docs bench clean
+.PHONY: demo test test-long test-floor test-models lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py
@@ -30,11 +30,16 @@ types: .venv/ready
 docs: .venv/docs
 	$(RUN)/mkdocs build --strict
 
-bench: .venv/ready  ## about 25 minutes; leave the machine alone meanwhile
+bench: .venv/ready  ## about 30 minutes; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks.overhead
 	$(RUN)/python -m benchmarks.selection
 	$(RUN)/python -m benchmarks.payoff
 	$(RUN)/python -m benchmarks.packing
+	$(RUN)/python -m benchmarks.dynamics
+
+bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes
+	$(RUN)/python -m benchmarks.mnist $(DATA)
+	$(RUN)/python -m benchmarks.tickets $(DATA)
 
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
 	$(RUN)/python -m tests.models.zoo
