@@ -9,8 +9,9 @@ from torch import nn
 
 import parasparse as ps
 from parasparse import gates
+from parasparse._tensors import collect
 from parasparse.soft_mask import INIT
-from tests.cases import PairLinear, Tied
+from tests.cases import CASES, PairLinear, Tied
 
 GATES = {
     "sigmoid": ps.Gate(init=0.2),
@@ -24,6 +25,8 @@ GATES = {
     "units": ps.Gate(gates.straight_through, sparsity=0.5, pattern=ps.patterns.channel(1)),
 }
 DRAWS = {"hard_concrete", "variational_dropout", "blocks"}
+KINDS = {name: GATES[name] for name in list(GATES)[:5]}  # by entry
+all_kinds = pytest.mark.parametrize("kind", KINDS)
 all_gates = pytest.mark.parametrize("name", GATES)
 
 
@@ -261,3 +264,43 @@ def test_arguments_that_do_not_go_together_are_refused(keywords, text):
     with pytest.raises(ValueError, match=text):
         ps.sparsify(model, ps.Gate(**keywords))
     assert not ps.is_sparse(model)
+
+
+def gates_for(rules, gate):
+    """The rules of a case with `gate` where it has a sparsity."""
+    if not isinstance(rules, dict):
+        return gate
+    return {spec: gate for spec, rule in rules.items() if rule is not None}
+
+
+def is_pair(model):
+    return any(len(target.parts) > 1 for target in collect(model))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@all_kinds
+def test_gates_go_with_every_module(case, kind):
+    torch.manual_seed(0)
+    model, inputs, gate = case.build(), case.inputs(), KINDS[kind]
+    if is_pair(model) and kind in ("soft_threshold", "variational_dropout"):
+        pytest.skip("a pair is refused: see test_ties_and_pairs_share_a_gate")
+    classes = [type(module) for module in model.modules()]
+    keys, order = list(model.state_dict()), [n for n, _ in model.named_parameters()]
+    ps.sparsify(model, gates_for(case.rules, gate))
+    logits = [p for n, p in model.named_parameters() if n.endswith(".logits")]
+    assert logits
+    out = model(*inputs)
+    while isinstance(out, tuple):
+        out = out[0]
+    loss = out.abs().float().square().sum() + ps.penalty(model).float()
+    if loss.requires_grad:
+        loss.backward()
+        assert any(parameter.grad is not None for parameter in logits)
+    copied = dict(ps.named_masks(copy.deepcopy(model)))
+    for name, mask in ps.named_masks(model):
+        assert torch.equal(copied[name], mask)
+    ps.squash(model)
+    if not case.underneath:
+        assert [type(module) for module in model.modules()] == classes
+        assert list(model.state_dict()) == keys
+        assert [name for name, _ in model.named_parameters()] == order

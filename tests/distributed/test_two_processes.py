@@ -68,6 +68,38 @@ def dense_gradients_are_averaged(rank):
     assert not torch.allclose(own, grads["0.weight"])
 
 
+def gates_train_alike(rank):
+    model = ps.sparsify(net(), ps.Gate(init=0.1))
+    alone = ps.sparsify(net(), ps.Gate(init=0.1))
+    ddp = DistributedDataParallel(model)
+    (loss(ddp, data(rank)) + 1e-2 * ps.penalty(ddp)).backward()
+    both = (loss(alone, data(0)) + loss(alone, data(1))) / 2
+    (both + 1e-2 * ps.penalty(alone)).backward()
+    for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    ps.squash(ddp)
+    loss(ddp, data(rank)).backward()
+
+
+def controllers_move_alike(rank):
+    for make in (ps.sparse_momentum, ps.rigl):
+        torch.manual_seed(0)
+        model = net()
+        ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), 0.1, momentum=0.9)
+        dst = make(ddp, 0.5, optimizer, stop=100, every=2)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss(ddp, data(rank)).backward()
+            optimizer.step()
+            dst.step()
+        assert len(dst.history) == 2
+        for _, mask in ps.named_masks(model):
+            other = mask.int()
+            dist.all_reduce(other)
+            assert torch.equal(other, 2 * mask.int())
+
+
 def fsdp2_matches_one_process(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -121,6 +153,8 @@ JOBS = [
     ddp_wrapped_before_sparsify,
     ddp_forward_after_squash,
     dense_gradients_are_averaged,
+    gates_train_alike,
+    controllers_move_alike,
     fsdp2_matches_one_process,
     fsdp2_ranks_as_one_process_does,
 ]
