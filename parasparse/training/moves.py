@@ -35,7 +35,7 @@ def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -
         arXiv:1907.04840, section 3.
     """
     kept = mask != 0
-    return _best(weight.detach().abs(), kept, int(kept.sum()) - _removed(masking, name))
+    return _best(weight.detach().abs(), kept, int(kept.count_nonzero()) - _removed(masking, name))
 
 
 @needs("weights")
@@ -52,11 +52,11 @@ def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tens
     below = torch.zeros_like(kept) if weight.is_complex() else weight < 0
     positive, negative = kept & ~below, kept & below
     number = _removed(masking, name)
-    of_negative = min(number // 2, int(negative.sum()))
-    of_positive = min(number - of_negative, int(positive.sum()))
+    of_negative = min(number // 2, int(negative.count_nonzero()))
+    of_positive = min(number - of_negative, int(positive.count_nonzero()))
     of_negative = number - of_positive
-    return _best(size, positive, int(positive.sum()) - of_positive) | _best(
-        size, negative, int(negative.sum()) - of_negative
+    return _best(size, positive, int(positive.count_nonzero()) - of_positive) | _best(
+        size, negative, int(negative.count_nonzero()) - of_negative
     )
 
 
@@ -130,7 +130,7 @@ def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: 
 @needs("weights")
 def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the number of connections."""
-    return float((mask != 0).sum())
+    return float(mask.count_nonzero())
 
 
 @needs("weights")
@@ -162,7 +162,7 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
     ]
     for name, grown in zip(masking.weights, highest(scores, total_regrowth), strict=True):
         masking.masks[name] = masking.masks[name] | grown
-    return sum(int(mask.sum()) for mask in masking.masks.values())
+    return sum(int(mask.count_nonzero()) for mask in masking.masks.values())
 
 
 def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
@@ -218,7 +218,7 @@ def _best(scores: Tensor, among: Tensor, number: int) -> Tensor:
     """Return the `number` entries of `among` with the highest scores, which are >= 0."""
     if number <= 0:
         return torch.zeros_like(among)
-    (best,) = highest([torch.where(among, scores, -1.0)], min(number, int(among.sum())))
+    (best,) = highest([torch.where(among, scores, -1.0)], min(number, int(among.count_nonzero())))
     return best
 
 
