@@ -190,7 +190,7 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
 
 
 def _check_module(target: Target, module: nn.Module) -> None:
-    if len(target.parts) > 1 and isinstance(module, SoftMask) and not module.is_product:
+    if len(target.parts) > 1 and isinstance(module, SoftMask) and not module.sees_parts_apart:
         raise ValueError(
             f"{module.gate.__name__} must see both parts of a complex weight, which it does not "
             f'for the pair "{target.name}". Use a complex Parameter, or `pairs=False`.'

@@ -38,7 +38,10 @@ def sigmoid(
     if hard:
         # Written so that the scale is rounded once, in the dtype of the logits, as when soft.
         return (logits > 0).to(logits.dtype) / torch.sigmoid(logits.new_tensor(init))
-    return torch.sigmoid(temperature * logits) / torch.sigmoid(logits.new_tensor(init))
+    # In 32 bits at least: a temperature may be more than half precision holds.
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    soft = torch.sigmoid(temperature * wide).to(logits.dtype)
+    return soft / torch.sigmoid(logits.new_tensor(init))
 
 
 def hard_concrete(
@@ -173,7 +176,8 @@ def log_alpha(weight: Tensor, log_variance: Tensor) -> Tensor:
 
     Reference: Molchanov, Ashukha, Vetrov, 2017, arXiv:1701.05369, section 4.1.
     """
-    return log_variance - 2 * (weight.abs() + 1e-12).log()
+    tiny = max(1e-12, torch.finfo(log_variance.dtype).tiny)
+    return log_variance - 2 * (weight.abs() + tiny).log()
 
 
 def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) -> Tensor:
@@ -195,7 +199,10 @@ def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) 
         2020, arXiv:2003.11413, section 3.
     """
     if is_complex:
-        return _Ein.apply(relevance.neg().exp())  # type: ignore[no-any-return]
+        # From 700 on exp is inf in 64 bits; there the penalty is linear.
+        x = relevance.double().neg().clamp(max=700.0).exp()
+        beyond = (-relevance.double() - 700.0).relu()
+        return (_Ein.apply(x) + beyond).to(relevance.dtype)  # type: ignore[no-any-return]
     k1, k2, k3 = 0.63576, 1.87320, 1.48695
     near = k1 * torch.sigmoid(-(k2 + k3 * relevance))
     return near + torch.nn.functional.softplus(-relevance) / 2

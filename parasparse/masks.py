@@ -74,7 +74,8 @@ def penalty(model: nn.Module, targets: Any = None) -> Tensor:
         stack = stack_of(site.module, site.attr)
         assert isinstance(stack, MaskedParametrizationList)
         assert isinstance(gate, SoftMask)
-        sums.append(gate.penalty(stack.stored()))
+        # Reading what lies under a mask may change it: spectral_norm iterates.
+        sums.append(gate.penalty(gate.logits if gate.is_product else stack.stored()))
     return torch.stack(sums).sum()
 
 

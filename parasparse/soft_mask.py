@@ -16,7 +16,7 @@ from parasparse._units import Units, has_units
 # What all parameters of a gate are at first.
 INIT: dict[Callable[..., Tensor], float] = {
     gates.sigmoid: 0.0,  # w
-    gates.hard_concrete: 2.0,  # open with probability 0.98
+    gates.hard_concrete: 2.0,  # open with probability 0.97
     gates.straight_through: 0.0,
     gates.soft_threshold: -10.0,  # |w| - 4.5e-5
     gates.variational_dropout: -10.0,  # variance 4.5e-5
@@ -86,7 +86,8 @@ class SoftMask(nn.Module):
             whole = torch.full(units, self.init, dtype=dtype, device=like.device)
         self.logits = nn.Parameter(whole)
         if gate is gates.sigmoid:
-            self.register_buffer("temperature", self.logits.new_ones(()))
+            wide = torch.promote_types(dtype, torch.float32)
+            self.register_buffer("temperature", torch.ones((), dtype=wide, device=like.device))
         if sparsity is not None:
             share = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
             self.register_buffer("sparsity", share.to(like.device))
@@ -97,6 +98,11 @@ class SoftMask(nn.Module):
         if not self.is_product:
             raise AttributeError(f"{self.gate.__name__} is no product with a mask")
         return self._multiplier(None)
+
+    @property
+    def sees_parts_apart(self) -> bool:
+        """Whether the real and the imaginary tensor of a pair can each go through it alone."""
+        return self.gate in (gates.sigmoid, gates.straight_through)
 
     @property
     def is_product(self) -> bool:
@@ -115,8 +121,9 @@ class SoftMask(nn.Module):
         if self.hard and self.gate is gates.sigmoid:
             return apply_mask(weight, self.mask)
         draws = self.training and self.gate is gates.hard_concrete and not self.hard
-        mask = self._multiplier(torch.rand_like(self.logits) if draws else None)
-        return weight * mask
+        wide = torch.promote_types(self.logits.dtype, torch.float32)  # half draws 0 too often
+        noise = torch.rand_like(self.logits, dtype=wide) if draws else None
+        return weight * self._multiplier(noise).to(self.logits.dtype)
 
     def penalty(self, weight: Tensor) -> Tensor:
         """Return the penalty of the gate, a scalar with its graph.
@@ -148,10 +155,13 @@ class SoftMask(nn.Module):
     def merged(self, value: Tensor, stored: Tensor) -> Tensor:
         """Return what to store so that open entries read as `value`, and closed ones stay."""
         if self.gate is gates.soft_threshold:
-            more = value + value.sgn() * torch.sigmoid(self._spread(self.logits))
-            return torch.where(value != 0, more.to(stored), stored)
+            threshold = torch.sigmoid(self._spread(self.logits))
+            more = value + value.sgn() * threshold
+            stays = (value == 0) & (stored.abs() <= threshold)
+            return torch.where(stays, stored, more.to(stored))
         if self.gate is gates.variational_dropout:
-            return torch.where(self.relevant(value), value, stored) if self.hard else value
+            # What is irrelevant reads as 0 whatever its value.
+            return torch.where(self.relevant(stored), value, stored) if self.hard else value
         return torch.where(self.mask != 0, value.to(stored) / self.mask, stored)
 
     def hardened(self, weight: Tensor, threshold: float | None = None) -> Tensor | None:
@@ -200,7 +210,10 @@ class SoftMask(nn.Module):
         return values if self.pattern is None else self.pattern.spread(values, self._shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Numbers, not weights: they move with these, but are not rounded with them.
+        held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if "sparsity" in self._buffers:  # a share, which must not be rounded with the weights
-            self.sparsity = self.sparsity.double()
+        for name, buffer in held.items():
+            wide = torch.promote_types(buffer.dtype, self.logits.dtype)
+            self._buffers[name] = buffer.to(self.logits.device, wide)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
-from parasparse._checks import listed
+from parasparse._foldable import check_foldable, check_writable
 from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tables import Plan, PlanRow, described
-from parasparse._tensors import Site, Target, collect_as_masked
+from parasparse._tensors import Site, Target
 from parasparse.parametrizations import Mask
 from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
@@ -106,7 +107,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     chosen = _to_take_off(model, targets)
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
-    _check_foldable(model, chosen)
+    check_foldable(model, chosen)
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
@@ -140,18 +141,21 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
 def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None = None) -> nn.Module:
     """Make soft and real-valued masks bool, fold their scale into the weights; return the model.
 
-    An entry is kept where its mask is not 0; under a `Gate`, where its logit is above `threshold`.
-    Dropped entries keep what they store.
+    An entry is kept where its mask is not 0. Under a `Gate` it is kept where its logit (`sigmoid`),
+    its mask (`hard_concrete`) or its score (`straight_through`) is above `threshold`, or its log
+    alpha is at most that (`variational_dropout`). Dropped entries keep what they store.
 
     Args:
         model: any module; changed in place. Bool masks stay as they are.
         targets: which masked tensors, as in `squash`.
-        threshold: of the logits of a `Gate`; None: 0, where the hard gate has it.
+        threshold: of a `Gate`, finite; None: what the hard gate has: 0, for `straight_through` its
+            sparsity, for `variational_dropout` 3.
 
     Raises:
         ValueError: a target reaches no masked tensor; or another parametrization, such as
-            weight_norm, lies under a mask that is not bool, so that its scale cannot be folded.
-        RuntimeError: a mask is not set.
+            weight_norm, lies under a mask that is not bool, so that its scale cannot be folded; the
+            threshold is not finite.
+        RuntimeError: a mask is not set; a weight cannot be written to.
 
     Examples:
         >>> model = sparsify(nn.Linear(2, 1), {"weight": [[0.5, 0.0]]})
@@ -159,6 +163,8 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
         [[True, False]]
     """
     _attach.check_not_accelerated(model)
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"`threshold` must be a finite number; got {threshold!r}.")
     work = [target for target in masked(model, targets) if not _is_bool(target)]
     for target in work:
         target.effective()  # an unset mask raises here
@@ -167,6 +173,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
                 f"a mask that `binarize` makes bool must be the only parametrization; "
                 f'"{target.name}" has others underneath. `squash` it instead.'
             )
+        check_writable(target, "binarize")
     with torch.no_grad():
         for target in work:
             _harden(target, threshold)
@@ -205,35 +212,6 @@ def _stack(site: Site) -> MaskedParametrizationList:
     stack = stack_of(site.module, site.attr)
     assert isinstance(stack, MaskedParametrizationList)
     return stack
-
-
-def _check_foldable(model: nn.Module, chosen: list[Target]) -> None:
-    """Raise RuntimeError if the values of a target cannot be written back to where they are."""
-    holders: dict[int, list[Target]] = {}  # of each stored tensor
-    for target in collect_as_masked(model):
-        for original in _originals(target):
-            holders.setdefault(id(original), []).append(target)
-    for target in chosen:
-        for original in _originals(target):
-            names = {holder.name for holder in holders[id(original)]}
-            if len(names) > 1:
-                raise RuntimeError(
-                    "a tied tensor must have one mask at all its places to be squashed; "
-                    f"{listed(sorted(names))} are one Parameter and read differently. Call "
-                    "`sparsify` on the whole model to give them one mask, or `unsparsify`."
-                )
-            strides = zip(original.stride(), original.shape, strict=True)
-            if original.is_inference() or any(s == 0 and n > 1 for s, n in strides):
-                raise RuntimeError(
-                    f'`squash` must be able to write to "{target.name}", which was made in '
-                    "inference mode or by `expand`. Give its module a Parameter of its own first."
-                )
-
-
-def _originals(target: Target) -> list[Tensor]:
-    """Return the tensors that hold the values of `target`, each once."""
-    found = [t for site in target.sites for t in _attach.originals(site.module, site.attr)]
-    return list({id(t): t for t in found}.values())
 
 
 def _fold(part: tuple[Site, ...]) -> None:

@@ -152,6 +152,14 @@ def test_parameters_are_shared_out():
     assert {id(p) for p in model.parameters()} == everything | {id(p) for p in masks}
 
 
+def test_logits_of_other_gates_are_no_weights():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    one = ps.ContinuousSparsification(model, {"0.weight": ps.Gate()}, steps=3)
+    ps.sparsify(model, {"1.weight": ps.Gate(ps.gates.hard_concrete)})
+    assert len(one.weight_parameters()) == 4
+    assert len(one.mask_parameters()) == 1
+
+
 def test_remaining_counts_what_is_not_zero():
     model = nn.Linear(10, 10)
     cs = soft(model, 0.0)
@@ -222,6 +230,13 @@ def test_it_goes_on_where_it_was_left():
     rest = run(range(2, 4), copy.deepcopy(run(range(2))))
     for one, two in zip(*map(torch.utils._pytree.tree_leaves, (whole, rest)), strict=True):
         assert torch.equal(one, two) if torch.is_tensor(one) else one == two
+    elsewhere = soft(build(), 0.7)
+    with pytest.raises(ValueError, match="must be of the same settings"):
+        elsewhere.load_state_dict(whole["cs"])
+    elsewhere = soft(build(), 0.05)
+    with pytest.raises(KeyError):
+        elsewhere.load_state_dict({k: v for k, v in whole["cs"].items() if k != "checkpoint"})
+    assert elsewhere.rounds == 0
     other = soft(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="must be of the same rules"):
         other.load_state_dict(whole["cs"])
@@ -275,8 +290,14 @@ def test_temperatures_must_be_over_zero_and_gates_stay():
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="`temperature` must be a finite number over 0"):
             cs.temperature = value
+        with pytest.raises(ValueError, match="`temperature` must be a finite number over 0"):
+            cs.prune(value)
     assert cs.temperature == 1.0
+    assert not cs.history
+    cs.checkpoint()
     ps.binarize(model)
+    with pytest.raises(RuntimeError, match="must stay where they are"):
+        cs.rewind()
     with pytest.raises(RuntimeError, match='must stay where they are; those of "0.weight"'):
         cs.step()
     with pytest.raises(ValueError, match="soft or other mask"):

@@ -41,6 +41,7 @@ ALLOWED = {
     "_dense_keys": {"_stack"},
     "_attach": {"_stack", "_masked_class", "_dense_keys", "_foreign", "sparse.weight"},
     "_tensors": {"_attach"},
+    "_foldable": {"_attach", "_checks", "_tensors"},
     "targets": {"_checks", "_tables", "_tensors"},
     "treatments": {"_checks", "_tables", "gates", "patterns", "scores.entries", "soft_mask"},
     "_resolve": {
@@ -48,7 +49,7 @@ ALLOWED = {
         "targets", "treatments",
     },
     "transforms": {
-        "_attach", "_checks", "_resolve", "_snapshot", "_stack", "_tables", "_tensors",
+        "_attach", "_foldable", "_resolve", "_snapshot", "_stack", "_tables", "_tensors",
         "parametrizations", "soft_mask", "targets",
     },
     "masks": {

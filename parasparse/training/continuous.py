@@ -92,8 +92,7 @@ class ContinuousSparsification:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"`temperature` must be a finite number over 0; got {value!r}.")
+        _check_temperature(value)
         with torch.no_grad():
             for gate in self._gates():
                 gate.temperature.fill_(value)  # in place: nothing is compiled anew
@@ -124,8 +123,9 @@ class ContinuousSparsification:
         return [gate.logits for gate in self._gates()]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """Return all other parameters of the model."""
-        logits = {id(parameter) for parameter in self.mask_parameters()}
+        """Return all parameters of the model that are no logits of a gate."""
+        gates = [module for module in self.model.modules() if isinstance(module, SoftMask)]
+        logits = {id(gate.logits) for gate in gates}
         return [p for p in self.model.parameters() if id(p) not in logits]
 
     def checkpoint(self) -> None:
@@ -138,6 +138,7 @@ class ContinuousSparsification:
         Raises:
             RuntimeError: there is no checkpoint.
         """
+        self._by_name()  # after `binarize` the scale of the masks is in the weights
         if self._checkpoint is None:
             raise RuntimeError(
                 "`checkpoint()` must be called before `rewind()`: nothing is kept yet."
@@ -152,10 +153,10 @@ class ContinuousSparsification:
             temperature: T of this formula; None: the temperature that the round came to. 1 is what
                 the authors' program does.
         """
+        by = _check_temperature(self.temperature if temperature is None else temperature)
         hard = self._hard()
         self.history.append(update_of(self.step_in_round, self._last, hard, self._start))
         self._last = hard
-        by = self.temperature if temperature is None else temperature
         for gate in self._gates():
             gate.logits.copy_((by * gate.logits).clamp(max=gate.init))
         self.rounds, self.step_in_round = self.rounds + 1, 0
@@ -176,6 +177,7 @@ class ContinuousSparsification:
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs; logits and temperature are in the model's own."""
         return {
+            "settings": self._settings(),
             "step_in_round": self.step_in_round,
             "rounds": self.rounds,
             "ticket": self.ticket,
@@ -189,15 +191,26 @@ class ContinuousSparsification:
         """Go on where another stood; load the model's and the optimizers' state as well.
 
         Raises:
-            ValueError: it had other tensors.
+            ValueError: it had other tensors or settings.
         """
         start = first_masks_of(state_dict, self._start)
+        last = first_masks_of({"start": state_dict["last"]}, start)
+        ours = self._settings()
+        if state_dict["settings"] != ours:
+            raise ValueError(
+                f"`state_dict` must be of the same settings, {ours}; it has "
+                f"{state_dict['settings']}."
+            )
+        checkpoint, ticket = state_dict["checkpoint"], state_dict["ticket"]
         self.step_in_round, self.rounds = state_dict["step_in_round"], state_dict["rounds"]
         self.history = [Update(**update) for update in state_dict["history"]]
-        self._start, self._last = start, first_masks_of({"start": state_dict["last"]}, start)
-        self._checkpoint = state_dict["checkpoint"]
+        self._start, self._last, self._checkpoint = start, last, checkpoint
         for gate in self._gates():
-            gate.hard = state_dict["ticket"]
+            gate.hard = ticket
+
+    def _settings(self) -> list[float]:
+        """Return the final temperature, the steps of a round, and s0 of each mask."""
+        return [self.final_temperature, self.steps, *(gate.init for gate in self._gates())]
 
     def _gates(self) -> list[SoftMask]:
         return list(self._by_name().values())
@@ -219,3 +232,9 @@ class ContinuousSparsification:
 
 def _is_sigmoid(module: Any) -> bool:
     return isinstance(module, SoftMask) and module.gate is gates.sigmoid
+
+
+def _check_temperature(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`temperature` must be a finite number over 0; got {value!r}.")
+    return value
