@@ -2,8 +2,8 @@
 
     python -m benchmarks.tickets FOLDER
 
-FOLDER holds MNIST. A small convolutional network, 10,000 of its images, some 15 minutes on two
-cores. First what sparsity Continuous Sparsification comes to with which lambda and first logit,
+FOLDER holds MNIST. A small convolutional network, 10,000 of its images, some minutes on two cores.
+First what sparsity Continuous Sparsification comes to with which lambda and first logit,
 then, over three seeds, test accuracy of: the dense network; the ticket; a random ticket with as
 many weights in each layer, from the same rewound weights; a ticket of iterative magnitude pruning
 of the same sparsity.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
-from parasparse._tensors import collect
+from parasparse._tensors import Target, collect
 
 State = dict[str, dict[str, Any]]
 
@@ -65,6 +65,39 @@ def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     """Whether `optimizer` is set to keep a momentum for `parameter`, which it holds."""
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     return "betas" in group or bool(group.get("momentum"))
+
+
+def check_held(
+    optimizer: torch.optim.Optimizer, targets: list[Target], *, even_frozen: bool = False
+) -> None:
+    """Raise ValueError if `optimizer` does not hold what `targets` store, as far as it is trained.
+
+    A fresh optimizer over another copy of the model is what this is about.
+
+    Args:
+        optimizer: any.
+        targets: tensors of a model.
+        even_frozen: it must hold what is not trained as well.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        target.name
+        for target in targets
+        if any(
+            (even_frozen or p.requires_grad) and id(p) not in held for p in parameters_of(target)
+        )
+    ]
+    if missing:
+        raise ValueError(
+            f"`optimizer` must hold the parameters that are masked; {listed(missing)} are not "
+            f"among its {len(held)}. Build it with `model.parameters()` of this very model."
+        )
+
+
+def parameters_of(target: Target) -> list[Tensor]:
+    """Return the tensors that an optimizer holds for `target`."""
+    sites = [part[0] for part in target.parts]
+    return [tensor for site in sites for tensor in _attach.originals(site.module, site.attr)]
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

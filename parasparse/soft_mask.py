@@ -82,7 +82,7 @@ class SoftMask(nn.Module):
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         whole = torch.full_like(like, self.init, dtype=dtype, requires_grad=False)
         if pattern is not None:
-            units = pattern.pool(whole.detach()).shape
+            units = pattern.pool(torch.zeros(like.shape)).shape  # not on meta, where `like` may be
             whole = torch.full(units, self.init, dtype=dtype, device=like.device)
         self.logits = nn.Parameter(whole)
         if gate is gates.sigmoid:
@@ -215,5 +215,8 @@ class SoftMask(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in held.items():
             wide = torch.promote_types(buffer.dtype, self.logits.dtype)
-            self._buffers[name] = buffer.to(self.logits.device, wide)
+            # From meta on there is no number: what `fn` made waits to be loaded.
+            now = self._buffers[name] if buffer.is_meta else buffer
+            assert now is not None
+            self._buffers[name] = now.to(self.logits.device, wide)
         return self

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,3 +35,18 @@ def test_random_is_reproducible_from_its_generator(seed, shape):
     assert torch.equal(draw(), draw())
     assert draw().shape == torch.Size(shape)
     assert not draw().is_complex()
+
+
+def test_lamp_is_its_formula():
+    weight = torch.tensor([3.0, -1.0, 0.0, 2.0, 1.0])
+    want = []
+    for i, w in enumerate(weight.tolist()):
+        at_least = [
+            v * v
+            for j, v in enumerate(weight.tolist())
+            if abs(v) > abs(w) or (abs(v) == abs(w) and j <= i)
+        ]
+        want.append(w * w / sum(at_least))
+    torch.testing.assert_close(scores.lamp(weight), torch.tensor(want, dtype=torch.double))
+    assert not scores.lamp(torch.zeros(3)).any()
+    assert math.isfinite(float(scores.lamp(torch.full((4,), 1e-30)).sum()))

@@ -239,6 +239,15 @@ def test_a_share_is_not_rounded_with_the_weights():
     assert torch.equal(model.weight, ps.stored(model, "weight"))  # sigmoid(0) / sigmoid(0)
 
 
+@all_gates
+def test_it_can_be_made_without_memory_and_loaded(name):
+    source = gated(name)
+    with torch.device("meta"):
+        model = ps.sparsify(nn.Linear(6, 4).double(), GATES[name])
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(model.eval().weight, source.eval().weight)
+
+
 def test_zero_can_be_assigned_to_an_open_entry():
     model = ps.sparsify(nn.Linear(30, 20), ps.Gate(gates.soft_threshold, init=-3.0)).eval()
     value = model.weight.detach() * (torch.rand(20, 30) < 0.5)

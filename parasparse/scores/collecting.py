@@ -19,7 +19,8 @@ from parasparse._tensors import Target
 from parasparse._tensors import collect as tensors_of
 from parasparse.contexts import part_stacks, probed
 from parasparse.parametrizations import Mask
-from parasparse.scores.statistics import Statistics, Sums, wide
+from parasparse.scores.products import wide
+from parasparse.scores.statistics import Statistics, Sums
 from parasparse.targets import is_weight, reaches
 
 

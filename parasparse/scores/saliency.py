@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parasparse.scores.statistics import Statistics, each_part, product, wide
+from parasparse.scores.products import each_part, product, wide
+from parasparse.scores.statistics import Statistics
 
 
 @dataclass(frozen=True, eq=False)

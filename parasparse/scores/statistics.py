@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse._checks import listed
+from parasparse.scores.products import each_part, product, wide
+from parasparse.scores.synaptic_flow import flows_of
 
 
 @dataclass(eq=False)
@@ -147,36 +148,9 @@ class Statistics:
                 "synaptic flow must go through weights that are plain, or under a mask; "
                 f"{listed(others)} are computed otherwise. Leave them out of `targets`."
             )
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            with self._paused(), torch.inference_mode(False), torch.enable_grad():
-                linear = {name: _magnitude(buffer) for name, buffer in self.model.named_buffers()}
-                for name, parameter in self.model.named_parameters():
-                    linear[name] = _magnitude(parameter).requires_grad_()
-                leaves = {n: linear[names[id(sums.parameter)]] for n, sums in self.sums.items()}
-                ones = tree_map(_in_float64, (inputs, keywords))
-                out = torch.func.functional_call(self.model, linear, *ones)
-                flow = [_magnitude_sum(value) for value in tree_leaves(out)]
-                grads = torch.autograd.grad(sum(flow), list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            error.add_note("while the model ran in float64, with |w| for w, for the synaptic flow")
-            raise
-        finally:
-            for module in training:
-                module.training = True
-        flows = {
-            name: product(leaf.detach(), torch.zeros_like(leaf) if grad is None else grad)
-            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-        }
-        # Of a network without shifts, what flows through each layer is what comes out.
-        out_of_all = sum(float(_magnitude_sum(_size(value))) for value in tree_leaves(out))
-        if all(float(values.sum().abs()) <= 1e-9 * out_of_all for values in flows.values()):
-            raise RuntimeError(
-                "the synaptic flow must not be 0 everywhere; it is. A LayerNorm at the end, whose "
-                "outputs always have the same sum, does this: take another score."
-            )
+        leaves = {name: names[id(sums.parameter)] for name, sums in self.sums.items()}
+        with self._paused():
+            flows = flows_of(self.model, leaves, inputs, keywords)
         for name, values in flows.items():
             self.flows[name] = _plus(self.flows.get(name), values)
 
@@ -231,28 +205,6 @@ class _Paused:
         self.statistics.is_paused = False
 
 
-def product(weight: Tensor, grad: Tensor) -> Tensor:
-    """Return w g, or Re(conj(g) w) where they are complex: how the loss changes along w."""
-    if weight.shape != grad.shape:
-        raise ValueError(
-            f"statistics must be of the same tensor; theirs has shape {tuple(grad.shape)}, this "
-            f"one {tuple(weight.shape)}."
-        )
-    return (grad.conj() * weight).real if weight.is_complex() else weight * grad
-
-
-def each_part(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return `function` of a real tensor, or of the real and of the imaginary part."""
-    if tensor.is_complex():
-        return torch.complex(function(tensor.real), function(tensor.imag))
-    return function(tensor)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return `tensor` in 32 bits at least, so that sums do not lose small terms."""
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
-
-
 def _finite(values: Tensor, name: str) -> Tensor:
     if not bool(values.isfinite().all()):
         raise RuntimeError(
@@ -275,26 +227,3 @@ def _seen(found: Mapping[str, Tensor], name: str, what: str, remedy: str) -> Ten
     if name not in found:
         raise RuntimeError(f'the {what} of "{name}" must have been collected; it was not. {remedy}')
     return found[name]
-
-
-def _in_float64(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-        return value
-    return value.to(torch.complex128 if value.is_complex() else torch.float64)
-
-
-def _magnitude(tensor: Tensor) -> Tensor:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    size = tensor.detach().abs().double()
-    return size + 0j if tensor.is_complex() else size
-
-
-def _magnitude_sum(value: Any) -> Tensor | float:
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-        return 0.0
-    return (value.abs() if value.is_complex() else value).sum()
-
-
-def _size(value: Any) -> Any:
-    return value.detach().abs() if isinstance(value, Tensor) else value

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.contexts import DenseGradients, collecting
-from parasparse.optim import momentum_of
+from parasparse.optim import check_held, momentum_of
 from parasparse.schedules import Constant, as_every
-from parasparse.training.gradual import check_held
 from parasparse.training.history import Update, copied, first_masks_of, update_of
 from parasparse.training.layer import view_of
 from parasparse.training.masking import needs_of
@@ -103,7 +102,7 @@ class DynamicSparsity:
             )
         steps, layers = first_masks(model, rules, init)
         self._layers = {layer.target.name: layer for layer in layers}
-        check_held(optimizer, [step.target for step in steps], frozen=True)
+        check_held(optimizer, [step.target for step in steps], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
         self._is_next()  # a function that fails does so before anything has changed
         attach(steps)

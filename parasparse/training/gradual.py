@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parasparse import _attach
-from parasparse._checks import check_sparsity, listed
+from parasparse._checks import check_sparsity
 from parasparse._resolve import as_pairs, resolve
-from parasparse._tables import described
 from parasparse._tensors import Target
-from parasparse.optim import zero_entries
+from parasparse.optim import check_held, parameters_of, zero_entries
 from parasparse.schedules import as_every
-from parasparse.scores.entries import magnitude
 from parasparse.targets import masked
-from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, masks_of, update_of
+from parasparse.training.rules import scaled, with_sparsity, written
 from parasparse.transforms import attach, sparsify
-from parasparse.treatments import Prune, as_treatment
 
 
 class GradualPruning:
@@ -126,64 +123,11 @@ class GradualPruning:
 
     def _rules_at(self, step: int) -> Any:
         share = check_sparsity(self.schedule(step), f"schedule({step})")
-        rules = [(spec, scaled(prune, share)) for spec, prune in self._rules]
-        return rules[0][1] if rules[0][0] is None else rules  # a treatment alone
+        return written([(spec, scaled(prune, share)) for spec, prune in self._rules])
 
     def _targets(self) -> list[Target]:
         names = set(self._names)
         return [target for target in masked(self.model) if target.name in names]
 
     def _masks(self) -> dict[str, Tensor]:
-        masks = {target.name: target.mask() for target in self._targets()}
-        return {name: mask for name, mask in masks.items() if mask is not None}
-
-
-def scaled(prune: Prune | None, share: float) -> Prune | None:
-    """Return `prune` at `share` times its sparsity."""
-    if prune is None or prune.sparsity is None:
-        return prune
-    if share == 0:  # nothing is ranked: a score may have nothing to go by yet
-        return replace(prune, sparsity=0.0, score=magnitude)
-    return replace(prune, sparsity=share * prune.sparsity)
-
-
-def with_sparsity(treatment: Any) -> Prune | None:
-    """Return the `Prune` that a treatment is, None for None.
-
-    Raises:
-        ValueError: it has no sparsity that could be scaled.
-    """
-    found = as_treatment(treatment)
-    if found is None or (isinstance(found, Prune) and found.sparsity is not None):
-        return found
-    raise ValueError(
-        "`rules` must give each tensor a sparsity that the schedule can scale, a number or "
-        f"`Prune(number, ...)`, or None; got {described(treatment)}."
-    )
-
-
-def check_held(
-    optimizer: torch.optim.Optimizer, targets: list[Target], *, frozen: bool = False
-) -> None:
-    """Raise ValueError if `optimizer` does not hold what `targets` store, as far as it is trained.
-
-    A fresh optimizer over another copy of the model is what this is about. With `frozen` it must
-    hold what is not trained as well.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [
-        target.name
-        for target in targets
-        if any((frozen or p.requires_grad) and id(p) not in held for p in parameters_of(target))
-    ]
-    if missing:
-        raise ValueError(
-            f"`optimizer` must hold the parameters that are masked; {listed(missing)} are not "
-            f"among its {len(held)}. Build it with `model.parameters()` of this very model."
-        )
-
-
-def parameters_of(target: Target) -> list[Tensor]:
-    """Return the tensors that an optimizer holds for `target`."""
-    sites = [part[0] for part in target.parts]
-    return [tensor for site in sites for tensor in _attach.originals(site.module, site.attr)]
+        return masks_of(self._targets())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import listed
+from parasparse._tensors import Target
 
 Masks = Mapping[str, Tensor]
 
@@ -53,6 +54,12 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
         overlap=stayed / every if every else 1.0,
         missing=missing,
     )
+
+
+def masks_of(targets: Iterable[Target]) -> dict[str, Tensor]:
+    """Return the masks of `targets` that are set, the live ones, by name."""
+    masks = {target.name: target.mask() for target in targets}
+    return {name: mask for name, mask in masks.items() if mask is not None}
 
 
 def copied(masks: Masks) -> dict[str, Tensor]:

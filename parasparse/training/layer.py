@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from parasparse._tensors import Target
 from parasparse._units import has_units
-from parasparse.optim import momentum_of, zero_entries
+from parasparse.optim import momentum_of, parameters_of, zero_entries
 from parasparse.parametrizations import Mask
 from parasparse.patterns import Pattern, n_of_m, unstructured
-from parasparse.training.gradual import parameters_of
 from parasparse.training.masking import Masking
 
 

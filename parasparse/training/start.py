@@ -23,6 +23,7 @@ from parasparse.scores.entries import random
 from parasparse.targets import group_by_rule
 from parasparse.training.layer import Layer
 from parasparse.training.moves import GROWTH_SCORES, no_redistribution
+from parasparse.training.rules import written
 from parasparse.training.update import Moves
 from parasparse.treatments import Prune, as_treatment, is_array, keep_nonzero
 
@@ -51,7 +52,7 @@ def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], l
     pairs = as_pairs(rules)
     start = _start(init)
     wanted = [(spec, None if rule is None else start(rule)) for spec, rule in pairs]
-    steps = resolve(model, wanted[0][1] if wanted[0][0] is None else wanted, pairs=True)
+    steps = resolve(model, written(wanted), pairs=True)
     groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, collect(model))
     patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
     layers = [Layer(step.target, patterns[step.target.name]) for step in steps]

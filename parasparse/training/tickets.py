@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from parasparse._checks import listed
 from parasparse._resolve import as_pairs, resolve
+from parasparse.optim import check_held
 from parasparse.scores.entries import Score
 from parasparse.targets import masked
-from parasparse.training.gradual import check_held, scaled, with_sparsity
-from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, masks_of, update_of
 from parasparse.training.rewinding import rewind, snapshot
+from parasparse.training.rules import scaled, with_sparsity, written
 from parasparse.transforms import attach
 from parasparse.treatments import Prune
 
@@ -166,8 +167,7 @@ class LotteryTicket:
             }  # fmt: skip
 
     def _rules_at(self, number: int, masks: Mapping[str, Tensor]) -> Any:
-        rules = [(spec, self._at(prune, number, masks)) for spec, prune in self._rules]
-        return rules[0][1] if rules[0][0] is None else rules  # a treatment alone
+        return written([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])
 
     def _at(self, prune: Prune | None, number: int, masks: Mapping[str, Tensor]) -> Prune | None:
         if prune is None or prune.sparsity is None or number == 0:
@@ -178,8 +178,7 @@ class LotteryTicket:
         return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks, lowest))
 
     def _masks(self) -> dict[str, Tensor]:
-        found = {t.name: t.mask() for t in masked(self.model) if t.name in self._names}
-        return {name: mask for name, mask in found.items() if mask is not None}
+        return masks_of(target for target in masked(self.model) if target.name in self._names)
 
 
 def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:
