@@ -82,7 +82,7 @@ class SoftMask(nn.Module):
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
         whole = torch.full_like(like, self.init, dtype=dtype, requires_grad=False)
         if pattern is not None:
-            units = pattern.pool(torch.zeros(like.shape)).shape  # not on meta, where `like` may be
+            units = pattern.pool(torch.zeros(like.shape, device="cpu")).shape  # meta has no values
             whole = torch.full(units, self.init, dtype=dtype, device=like.device)
         self.logits = nn.Parameter(whole)
         if gate is gates.sigmoid:
