@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from parasparse._dense_keys import accept_dense_keys
 from parasparse._foreign import prune_mask, pruned_names, undo_prune
 from parasparse._masked_class import base_class, is_masked_class, is_stock_class, masked_class
+from parasparse._pair_stack import PairParametrizationList
 from parasparse._stack import MaskedParametrizationList, original_names, put_stack, stack_of
 from parasparse.sparse.weight import SparseWeight
 
@@ -128,6 +129,8 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
     """
     stack = stack_of(module, name)
     assert isinstance(stack, MaskedParametrizationList)
+    if isinstance(stack, PairParametrizationList):
+        stack.part()
     if baked is None and len(stack) > 1:
         del stack._modules[str(len(stack) - 1)]
         stack.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]

@@ -178,6 +178,10 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
     if result is None:
         return None
     if isinstance(result, nn.Module):
+        if len(target.parts) > 1 and isinstance(result, SoftMask):
+            # It was made like the complex tensor, which is wider than parts of half precision.
+            site = target.parts[0][0]
+            result.to(_attach.stored(site.module, site.attr).dtype)
         _check_module(target, result)
         return result
     try:
@@ -190,12 +194,9 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
 
 
 def _check_module(target: Target, module: nn.Module) -> None:
-    if len(target.parts) > 1 and isinstance(module, SoftMask) and not module.sees_parts_apart:
-        raise ValueError(
-            f"{module.gate.__name__} must see both parts of a complex weight, which it does not "
-            f'for the pair "{target.name}". Use a complex Parameter, or `pairs=False`.'
-        )
-    tensor = target.stored() if len(target.parts) == 1 else target.stored().real
+    tensor = target.stored()
+    if len(target.parts) > 1 and not isinstance(module, SoftMask):  # it sees each part alone
+        tensor = tensor.real
     with torch.no_grad():
         out = module(tensor)
     if not isinstance(out, Tensor) or (out.shape, out.dtype) != (tensor.shape, tensor.dtype):

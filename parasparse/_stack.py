@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from parasparse._any_names import AnyNames
 from parasparse._apply_mask import is_tracing
 
 
@@ -32,29 +33,8 @@ def put_stack(module: nn.Module, name: str, stack: parametrize.ParametrizationLi
     stacks = module._modules["parametrizations"]
     assert stacks is not None
     if hasattr(nn.ModuleDict, name):
-        stacks.__class__ = _AnyNames  # ModuleDict itself refuses such a name
+        stacks.__class__ = AnyNames  # ModuleDict itself refuses such a name
     stacks._modules[name] = stack
-
-
-class _AnyNames(nn.ModuleDict):
-    """Holds tensors that are called as a method of ModuleDict is, such as `keys` and `values`.
-
-    `functional_call` and exporters find them as attributes (test_laws.py, odd_names).
-    """
-
-
-def _held_first(name: str) -> property:
-    def read(self: nn.ModuleDict) -> Any:
-        return (
-            self._modules[name] if name in self._modules else getattr(super(_AnyNames, self), name)
-        )
-
-    return property(read)
-
-
-# No parameter is called as a method of every module is; these are ModuleDict's own.
-for _name in [name for name in vars(nn.ModuleDict) if not name.startswith("_")]:
-    setattr(_AnyNames, _name, _held_first(_name))
 
 
 class MaskedParametrizationList(parametrize.ParametrizationList):
@@ -93,12 +73,16 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         """Put `module` in the place of the module that masks."""
         self._modules[str(len(self) - 1)] = module
 
+    def read_with(self) -> tuple[nn.Module, ...]:
+        """Return the stacks that are computed when this one is read."""
+        return (self,)
+
     def below(self) -> list[nn.Module]:
         """Return the parametrizations under the mask, the first one first."""
         return list(self)[:-1]
 
     def stored(self) -> Tensor:
-        """Return what the mask receives."""
+        """Return the tensor without its mask."""
         if self.is_tensor:
             value = self.original
         for index, module in enumerate(self.below()):
@@ -107,6 +91,10 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             else:
                 value = module(value)
         return value
+
+    def received(self) -> Tensor:
+        """Return what the mask receives: `stored()`, unless it sees other stacks as well."""
+        return self.stored()
 
     def forward(self) -> Tensor:
         """Return the masked tensor."""
@@ -138,17 +126,10 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             ValueError: `value` has another shape.
             RuntimeError: `value` carries a gradient, which the copy would lose.
         """
-        if not isinstance(value, Tensor):
-            raise TypeError(f"a masked tensor must be assigned a tensor; got {value!r:.60}.")
-        if torch.is_grad_enabled() and value.requires_grad and not self._feeds_alone(value):
-            raise RuntimeError(_NOT_DIFFERENTIABLE)
         with torch.no_grad():
             stored = self.stored()
-            if value.shape != stored.shape:
-                raise ValueError(
-                    f"a masked tensor must keep its shape {tuple(stored.shape)}; got "
-                    f"{tuple(value.shape)}. `squash` the model before changing shapes."
-                )
+        self.check_assigned(value, stored.shape)
+        with torch.no_grad():
             mask = self.mask
             merged = getattr(mask, "merged", None)
             if merged is None and not hasattr(mask, "right_inverse"):
@@ -158,6 +139,18 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
                 )
             inverse: Any = mask.right_inverse(value) if merged is None else merged(value, stored)  # type: ignore[operator]
             self.store(inverse)
+
+    def check_assigned(self, value: Any, shape: torch.Size) -> None:
+        """Raise if `value` cannot be what the tensor, of this shape, reads as."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a masked tensor must be assigned a tensor; got {value!r:.60}.")
+        if torch.is_grad_enabled() and value.requires_grad and not self._feeds_alone(value):
+            raise RuntimeError(_NOT_DIFFERENTIABLE)
+        if value.shape != shape:
+            raise ValueError(
+                f"a masked tensor must keep its shape {tuple(shape)}; got {tuple(value.shape)}. "
+                "`squash` the model before changing shapes."
+            )
 
     def store(self, value: Tensor) -> None:
         """Make `stored()` return `value`: copy it back through what lies under the mask."""
@@ -209,7 +202,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
         So it is when `functional_call` puts back what it had read.
         """
-        own = {id(parameter) for parameter in self.parameters()}
+        own = {id(parameter) for stack in self.read_with() for parameter in stack.parameters()}
         todo, seen = [value.grad_fn], set()
         while todo:
             node = todo.pop()

@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from parasparse import _attach
+from parasparse._pair_stack import joined
+from parasparse._stack import MaskedParametrizationList, stack_of
 
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 _WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -25,6 +27,12 @@ class Site:
 
     module: nn.Module
     attr: str
+
+    def stack(self) -> MaskedParametrizationList:
+        """Return what masks it, where it is masked."""
+        stack = stack_of(self.module, self.attr)
+        assert isinstance(stack, MaskedParametrizationList)
+        return stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +76,7 @@ class Target:
             parts = [read(part[0].module, part[0].attr).detach() for part in self.parts]
             if len(parts) == 1:
                 return parts[0]
-            wide = parts[0].dtype if parts[0].dtype == torch.float64 else torch.float32
-            return torch.complex(parts[0].to(wide), parts[1].to(wide))
+            return joined(*parts)
 
     def masks(self) -> list[nn.Module]:
         """Return what masks it: nothing, one module, or several where its places differ."""

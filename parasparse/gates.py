@@ -216,9 +216,10 @@ class _Ein(torch.autograd.Function):
     Reference: Abramowitz, Stegun, "Handbook of Mathematical Functions", 1964, 5.1.11 and 5.1.22.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         wide = x.double()
         small, large = wide.clamp(max=4.0), wide.clamp(min=4.0)
         series, term = torch.zeros_like(wide), torch.ones_like(wide)
@@ -233,10 +234,17 @@ class _Ein(torch.autograd.Function):
         return torch.where(wide < 4, series, integral).to(x.dtype)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         slope = torch.where(x < 1e-6, 1 - x / 2, -(-x).expm1() / x.clamp(min=1e-6))
         return grad * slope
+
+    jvp = backward  # linear in what it is given
 
 
 _EULER = 0.57721566490153286061

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
-from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
 from parasparse.soft_mask import SoftMask
@@ -65,17 +64,19 @@ def penalty(model: nn.Module, targets: Any = None) -> Tensor:
         >>> penalty(sparsify(nn.Linear(3, 2), Gate())).item()
         6.0
     """
-    found = [target for target in masked(model, targets) if isinstance(target.masks()[0], SoftMask)]
-    if not found:
+    if targets is None:  # torch.compile can follow this one
+        stacks = [s for module in model.modules() for _, s in _attach.masked_stacks(module)]
+    else:
+        stacks = [site.stack() for target in masked(model, targets) for site in target.sites]
+    sums, seen = [], set()
+    for stack in stacks:
+        gate = stack.mask
+        if isinstance(gate, SoftMask) and gate not in seen:  # ties and pairs share one
+            seen.add(gate)
+            # Reading what lies under a mask may change it: spectral_norm iterates.
+            sums.append(gate.penalty(gate.logits if gate.is_product else stack.received()))
+    if not sums:
         raise ValueError("`model` must have gates; none of its masked tensors has one.")
-    sums = []
-    for target in found:
-        site, gate = target.sites[0], target.masks()[0]
-        stack = stack_of(site.module, site.attr)
-        assert isinstance(stack, MaskedParametrizationList)
-        assert isinstance(gate, SoftMask)
-        # Reading what lies under a mask may change it: spectral_norm iterates.
-        sums.append(gate.penalty(gate.logits if gate.is_product else stack.stored()))
     return torch.stack(sums).sum()
 
 

@@ -80,6 +80,14 @@ class SoftMask(nn.Module):
         self.init = INIT[gate] if init is None else init
         self._shape = like.shape
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
+        if (
+            gate is gates.sigmoid
+            and not torch.tensor(self.init, dtype=dtype, device="cpu").sigmoid()
+        ):
+            raise ValueError(
+                f"`init` must have a sigmoid over 0 in {dtype}, by which masks are divided; got "
+                f"{self.init}."
+            )
         whole = torch.full_like(like, self.init, dtype=dtype, requires_grad=False)
         if pattern is not None:
             units = pattern.pool(torch.zeros(like.shape, device="cpu")).shape  # meta has no values
@@ -100,29 +108,35 @@ class SoftMask(nn.Module):
         return self._multiplier(None)
 
     @property
-    def sees_parts_apart(self) -> bool:
-        """Whether the real and the imaginary tensor of a pair can each go through it alone."""
-        return self.gate in (gates.sigmoid, gates.straight_through)
-
-    @property
     def is_product(self) -> bool:
         """Whether the gate multiplies by something that does not depend on the tensor."""
         return self.gate not in (gates.soft_threshold, gates.variational_dropout)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` through the gate; +0.0 where a hard gate is closed."""
+        return self.through(weight, self.draw(weight))
+
+    def draw(self, weight: Tensor) -> Tensor | None:
+        """Return the noise that one reading of `weight` takes now; None without."""
+        if not self.training or self.hard:
+            return None
+        if self.gate is gates.variational_dropout:
+            return torch.randn_like(weight)
+        if self.gate is gates.hard_concrete:
+            wide = torch.promote_types(self.logits.dtype, torch.float32)  # half draws 0 too often
+            return torch.rand_like(self.logits, dtype=wide)
+        return None
+
+    def through(self, weight: Tensor, noise: Tensor | None) -> Tensor:
+        """Return `weight` through the gate with the noise of `draw`, or without."""
         if self.gate is gates.soft_threshold:
             return gates.soft_threshold(weight, self._spread(self.logits))
         if self.gate is gates.variational_dropout:
             if self.hard:
                 return apply_mask(weight, self.relevant(weight))
-            noise = torch.randn_like(weight) if self.training else None
             return gates.variational_dropout(weight, self.logits, noise)
         if self.hard and self.gate is gates.sigmoid:
             return apply_mask(weight, self.mask)
-        draws = self.training and self.gate is gates.hard_concrete and not self.hard
-        wide = torch.promote_types(self.logits.dtype, torch.float32)  # half draws 0 too often
-        noise = torch.rand_like(self.logits, dtype=wide) if draws else None
         return weight * self._multiplier(noise).to(self.logits.dtype)
 
     def penalty(self, weight: Tensor) -> Tensor:
@@ -162,7 +176,12 @@ class SoftMask(nn.Module):
         if self.gate is gates.variational_dropout:
             # What is irrelevant reads as 0 whatever its value.
             return torch.where(self.relevant(stored), value, stored) if self.hard else value
-        return torch.where(self.mask != 0, value.to(stored) / self.mask, stored)
+        mask = self.mask
+        more = value.to(stored) / mask
+        can = (mask != 0) & (
+            more.isfinite() | ~value.isfinite()
+        )  # of a gate all but closed it is inf
+        return torch.where(can, more, stored)
 
     def hardened(self, weight: Tensor, threshold: float | None = None) -> Tensor | None:
         """Return what multiplies `weight` once the gate is pruned; None if it only subtracts.

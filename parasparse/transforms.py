@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
 from parasparse._foldable import check_foldable, check_writable
+from parasparse._pair_stack import join
 from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
-from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tables import Plan, PlanRow, described
 from parasparse._tensors import Site, Target
 from parasparse.parametrizations import Mask
@@ -111,8 +111,9 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
-            for part in target.parts:
-                _fold(part)
+            values = [_values(part) for part in target.parts]  # both parts may go into each
+            for part, baked in zip(target.parts, values, strict=True):
+                _fold(part, baked)
             if isinstance(mask, Mask) and mask.mask is not None:
                 # A place outside the model that was given may share it: scale once only
                 # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
@@ -168,7 +169,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
     work = [target for target in masked(model, targets) if not _is_bool(target)]
     for target in work:
         target.effective()  # an unset mask raises here
-        if any(len(_stack(site)) > 1 for site in target.sites):
+        if any(len(site.stack()) > 1 for site in target.sites):
             raise ValueError(
                 f"a mask that `binarize` makes bool must be the only parametrization; "
                 f'"{target.name}" has others underneath. `squash` it instead.'
@@ -192,7 +193,10 @@ def _attached(step: Step) -> nn.Module:
         if _attach.mask_module(site.module, site.attr) is None:
             _attach.attach(site.module, site.attr, mask)
         else:
-            _stack(site).replace_mask(mask)
+            site.stack().replace_mask(mask)
+    if len(step.target.parts) > 1 and isinstance(mask, SoftMask):
+        for real, imaginary in zip(*step.target.parts, strict=False):
+            join(real.stack(), imaginary.stack())
     return mask
 
 
@@ -208,19 +212,16 @@ def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
     return chosen
 
 
-def _stack(site: Site) -> MaskedParametrizationList:
-    stack = stack_of(site.module, site.attr)
-    assert isinstance(stack, MaskedParametrizationList)
-    return stack
+@torch.no_grad()
+def _values(part: tuple[Site, ...]) -> list[Tensor]:
+    return [_attach.effective(site.module, site.attr) for site in part]
 
 
-def _fold(part: tuple[Site, ...]) -> None:
+def _fold(part: tuple[Site, ...], values: list[Tensor]) -> None:
     """Make the masked values of one tensor, tied at the sites of `part`, its plain values."""
-    with torch.no_grad():
-        values = [_attach.effective(site.module, site.attr) for site in part]
     baked: Tensor | None = None
     for site, value in zip(part, values, strict=True):
-        stack = _stack(site)
+        stack = site.stack()
         if len(stack) == 1:
             with torch.no_grad():
                 stack.original.copy_(value)
@@ -242,25 +243,19 @@ def _is_bool(target: Target) -> bool:
 def _harden(target: Target, threshold: float | None) -> None:
     """Give `target` a bool mask, with the scale of the mask it had in the stored values."""
     mask = target.masks()[0]
-    site = target.parts[0][0]
-    like = _attach.stored(site.module, site.attr)
+    scale = getattr(mask, "mask", None)
     if isinstance(mask, SoftMask):
-        scale = mask.hardened(like, threshold)
-    else:
-        scale = getattr(mask, "mask", None)
-    if isinstance(scale, Tensor):
-        keep = scale != 0
-    else:  # a module of the user's own: what it gives now is all that is known of it
-        keep = _attach.effective(site.module, site.attr) != 0
-    for part in target.parts:
-        original = _stack(part[0]).original
-        read = _attach.effective(part[0].module, part[0].attr)
-        original.copy_(
-            torch.where(keep, read if not isinstance(scale, Tensor) else original * scale, original)
-        )
-    hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(like, keep)
+        scale = mask.hardened(target.stored(), threshold)
+    # Of a module of the user's own, what it gives now is all that is known.
+    keep = scale != 0 if isinstance(scale, Tensor) else target.effective() != 0
+    values = [_values(part)[0] for part in target.parts]  # both parts may go into each
+    for part, value in zip(target.parts, values, strict=True):
+        original = part[0].stack().original
+        kept = original * scale if isinstance(scale, Tensor) else value
+        original.copy_(torch.where(keep, kept, original))
+    hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(values[0], keep)
     for site in target.sites:
-        _stack(site).replace_mask(hard)
+        site.stack().replace_mask(hard)
 
 
 def _refresh_ddp(model: nn.Module) -> None:

@@ -168,3 +168,19 @@ def test_penalties_have_gradients_fall_and_end_at_zero(is_complex):
     assert (values.diff() < 0).all()
     assert values[-1].item() == pytest.approx(0, abs=1e-5)
     assert penalty(x.detach().float()).dtype == torch.float32
+
+
+def test_the_complex_penalty_knows_torch_func_and_forward_mode():
+    relevance = torch.linspace(-8, 8, 20, dtype=torch.double)
+
+    def total(x):
+        return gates.variational_dropout_penalty(x, is_complex=True).sum()
+
+    (want,) = torch.autograd.grad(total(relevance.requires_grad_()), relevance)
+    relevance = relevance.detach()
+    torch.testing.assert_close(torch.func.grad(total)(relevance), want)
+    torch.testing.assert_close(torch.func.jacfwd(total)(relevance), want)
+    one_by_one = torch.func.vmap(torch.func.grad(total))(relevance[:, None])
+    torch.testing.assert_close(one_by_one[:, 0], want)
+    assert torch.autograd.gradcheck(total, relevance.requires_grad_(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(total, relevance)

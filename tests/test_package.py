@@ -38,11 +38,15 @@ ALLOWED = {
     "gates": {"_checks"},
     "parametrizations": {"_apply_mask", "_hooks"},
     "soft_mask": {"_apply_mask", "_checks", "_units", "gates"},
-    "_stack": {"_apply_mask"},
+    "_any_names": set(),
+    "_stack": {"_any_names", "_apply_mask"},
+    "_pair_stack": {"_stack"},
     "_masked_class": {"_hooks", "_stack"},
     "_dense_keys": {"_stack"},
-    "_attach": {"_stack", "_masked_class", "_dense_keys", "_foreign", "sparse.weight"},
-    "_tensors": {"_attach"},
+    "_attach": {
+        "_stack", "_pair_stack", "_masked_class", "_dense_keys", "_foreign", "sparse.weight",
+    },
+    "_tensors": {"_attach", "_pair_stack", "_stack"},
     "_foldable": {"_attach", "_checks", "_tensors"},
     "targets": {"_checks", "_tables", "_tensors"},
     "treatments": {"_checks", "_tables", "gates", "patterns", "scores.entries", "soft_mask"},
@@ -51,11 +55,11 @@ ALLOWED = {
         "targets", "treatments",
     },
     "transforms": {
-        "_attach", "_foldable", "_resolve", "_snapshot", "_stack", "_tables", "_tensors",
-        "parametrizations", "soft_mask", "targets",
+        "_attach", "_foldable", "_pair_stack", "_resolve", "_snapshot", "_tables",
+        "_tensors", "parametrizations", "soft_mask", "targets",
     },
     "masks": {
-        "_attach", "_checks", "_stack", "_tensors", "parametrizations", "soft_mask", "targets",
+        "_attach", "_checks", "_tensors", "parametrizations", "soft_mask", "targets",
     },
     "contexts": {"_attach", "_stack", "_tensors", "targets"},
     "report": {

@@ -9,7 +9,6 @@ from torch import nn
 
 import parasparse as ps
 from parasparse import gates
-from parasparse._tensors import collect
 from parasparse.soft_mask import INIT
 from tests.cases import CASES, PairLinear, Tied
 
@@ -212,12 +211,8 @@ def test_ties_and_pairs_share_a_gate():
     assert tied.head.parametrizations.weight[-1] is tied.embedding.parametrizations.weight[-1]
     pair = ps.sparsify(PairLinear(), ps.Gate(gates.straight_through, sparsity=0.5))
     assert pair.parametrizations.weight_re[-1] is pair.parametrizations.weight_im[-1]
-    for function in (gates.soft_threshold, gates.variational_dropout, gates.hard_concrete):
-        model = PairLinear()
-        with pytest.raises(ValueError, match="must see both parts of a complex weight"):
-            ps.sparsify(model, ps.Gate(function))
-        assert not ps.is_sparse(model)
-        ps.sparsify(model, ps.Gate(function), pairs=False)
+    apart = ps.sparsify(PairLinear(), ps.Gate(gates.soft_threshold), pairs=False)
+    assert apart.parametrizations.weight_re[-1] is not apart.parametrizations.weight_im[-1]
 
 
 def test_assigning_reads_back_in_evaluation():
@@ -331,17 +326,11 @@ def gates_for(rules, gate):
     return {spec: gate for spec, rule in rules.items() if rule is not None}
 
 
-def is_pair(model):
-    return any(len(target.parts) > 1 for target in collect(model))
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @all_kinds
 def test_gates_go_with_every_module(case, kind):
     torch.manual_seed(0)
     model, inputs, gate = case.build(), case.inputs(), KINDS[kind]
-    if is_pair(model) and kind in ("soft_threshold", "variational_dropout", "hard_concrete"):
-        pytest.skip("a pair is refused: see test_ties_and_pairs_share_a_gate")
     classes = [type(module) for module in model.modules()]
     keys, order = list(model.state_dict()), [n for n, _ in model.named_parameters()]
     ps.sparsify(model, gates_for(case.rules, gate))
@@ -362,3 +351,27 @@ def test_gates_go_with_every_module(case, kind):
         assert [type(module) for module in model.modules()] == classes
         assert list(model.state_dict()) == keys
         assert [name for name, _ in model.named_parameters()] == order
+
+
+def test_a_gate_all_but_closed_stores_no_infinity():
+    model = ps.sparsify(nn.Linear(3, 2), ps.Gate())
+    mask_of(model).logits.data.fill_(-1.0)
+    mask_of(model).temperature.fill_(88.0)  # a mask of 1e-38
+    kept = ps.stored(model, "weight").clone()
+    model.weight = torch.full((2, 3), 100.0)
+    assert torch.equal(ps.stored(model, "weight"), kept)
+
+
+def test_an_init_whose_sigmoid_is_zero_is_refused():
+    with pytest.raises(ValueError, match="`init` must have a sigmoid over 0"):
+        ps.Gate(init=-200.0)
+    with pytest.raises(ValueError, match="`init` must have a sigmoid over 0"):
+        ps.sparsify(nn.Linear(3, 2).half(), ps.Gate(init=-40.0))
+
+
+def test_the_penalty_compiles_with_the_loss():
+    model = ps.sparsify(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), ps.Gate())
+    want = ps.penalty(model)
+    compiled = torch.compile(lambda: ps.penalty(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), want)
+    assert ps.penalty(model, "1.weight").item() == 6

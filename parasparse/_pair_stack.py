@@ -1,0 +1,103 @@
+"""The stacks of a complex weight in two real tensors, under a mask that must see both at once."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from parasparse._stack import MaskedParametrizationList
+
+
+class PairParametrizationList(MaskedParametrizationList):
+    """One part of a pair: it gives the mask the complex weight, and returns its part of that.
+
+    Attributes:
+        parts: the stacks of the real and of the imaginary tensor. In a tuple they are no
+            children of each other.
+        index: 0 for the real one, 1 for the imaginary one. Exporters hand out stand-ins, so that
+            `self is parts[0]` says nothing.
+    """
+
+    parts: tuple[PairParametrizationList, PairParametrizationList]
+    index: int
+    _noise: Tensor | None = None  # from the reading of one part to that of the other
+
+    def received(self) -> Tensor:
+        """Return the complex weight that the mask receives."""
+        real, imaginary = (part.stored() for part in self.parts)
+        return joined(real, imaginary)
+
+    def forward(self) -> Tensor:
+        """Return this part of the masked weight."""
+        if self.executes is not None or self.frozen is not None:
+            return super().forward()
+        # A product knows no parts, and inductor no complex numbers.
+        alone = bool(self.mask.is_product)
+        weight, noise = self.stored() if alone else self.received(), self._noise
+        drawn = self.mask.draw(weight)  # type: ignore[operator]
+        if drawn is not None and noise is not None:
+            drawn, self._noise = noise.to(drawn), None
+        elif drawn is not None:
+            self._other()._noise = drawn  # both parts of a weight are dropped together
+        value = self.mask.through(weight, drawn)  # type: ignore[operator]
+        value = value if alone else self._own(value)
+        return value if self.probe is None else value + self.probe
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Store `value` so that this part reads as it says, and the other as before."""
+        with torch.no_grad():
+            stored = self.received()
+        self.check_assigned(value, stored.shape)
+        with torch.no_grad():
+            other = self._other()._own(self.mask.through(stored, None))  # type: ignore[operator]
+            both = (value, other) if self.index == 0 else (other, value)
+            merged = self.mask.merged(joined(*both), stored)  # type: ignore[operator]
+            for part, new in zip(self.parts, (merged.real, merged.imag), strict=True):
+                part.store(new)
+
+    def retie(self, parameter: nn.Parameter) -> NoReturn:
+        """Refuse: the gate would have to be that of both parts still."""
+        raise RuntimeError(
+            "a part of a real/imag pair under a `Gate` cannot be tied to another Parameter. "
+            "`squash` it first, or assign a plain tensor."
+        )
+
+    def read_with(self) -> tuple[nn.Module, ...]:
+        """Return the stacks of both parts."""
+        return self.parts
+
+    def replace_mask(self, module: nn.Module) -> None:
+        """Put `module` in the place of the mask; it sees this part alone."""
+        super().replace_mask(module)
+        self.part()
+
+    def part(self) -> None:
+        """Be a stack of its own."""
+        self.__class__ = MaskedParametrizationList  # type: ignore[assignment]
+        for name in ("parts", "index", "_noise"):
+            self.__dict__.pop(name, None)
+
+    def _other(self) -> PairParametrizationList:
+        return self.parts[1 - self.index]
+
+    def _own(self, weight: Tensor) -> Tensor:
+        like: Tensor = self.original if self.is_tensor else self.original0
+        return (weight.imag if self.index else weight.real).to(like.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_noise"}
+
+
+def join(real: MaskedParametrizationList, imaginary: MaskedParametrizationList) -> None:
+    """Let the mask of two stacks see both of their tensors at once."""
+    for index, stack in enumerate((real, imaginary)):
+        stack.__class__ = PairParametrizationList
+        stack.__dict__ |= {"parts": (real, imaginary), "index": index}
+
+
+def joined(real: Tensor, imaginary: Tensor) -> Tensor:
+    """Return the complex tensor of two parts; of half precision one of 32 bits a part."""
+    wide = torch.promote_types(real.dtype, torch.float32)
+    return torch.complex(real.to(wide), imaginary.to(wide))
