@@ -2,6 +2,8 @@
 
 from parasparse import distributions, gates, optim, patterns, schedules, scores
 from parasparse.contexts import dense_gradients, frozen
+from parasparse.data.base import BaseDataSparsifier
+from parasparse.data.ready import DataNormSparsifier, DataPruner
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
 from parasparse.parametrizations import Mask
 from parasparse.report import summary
@@ -22,7 +24,10 @@ from parasparse.treatments import Fixed, Gate, Prune
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseDataSparsifier",
     "ContinuousSparsification",
+    "DataNormSparsifier",
+    "DataPruner",
     "DynamicSparsity",
     "Fixed",
     "Gate",

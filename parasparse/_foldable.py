@@ -30,12 +30,17 @@ def check_foldable(model: nn.Module, chosen: list[Target]) -> None:
 def check_writable(target: Target, verb: str) -> None:
     """Raise RuntimeError if `verb` cannot write to what `target` stores."""
     for original in _originals(target):
-        strides = zip(original.stride(), original.shape, strict=True)
-        if original.is_inference() or any(s == 0 and n > 1 for s, n in strides):
+        if not is_writable(original):
             raise RuntimeError(
                 f'`{verb}` must be able to write to "{target.name}", which was made in '
                 "inference mode or by `expand`. Give its module a Parameter of its own first."
             )
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether `tensor` takes values in place."""
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    return not tensor.is_inference() and not any(s == 0 and n > 1 for s, n in strides)
 
 
 def _originals(target: Target) -> list[Tensor]:

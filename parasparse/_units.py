@@ -250,7 +250,7 @@ def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
         top = float(values.max()) if values.numel() else 0.0
         scale = top if 0 < top < math.inf else 1.0
         values = values / scale if norm == math.inf else (values / scale) ** norm
-    cells = _tiled(values, tile)
+    cells = tiled(values, tile)
     inner = list(range(1, cells.ndim, 2))
     if norm == math.inf:
         return cells.amax(inner) * scale
@@ -284,10 +284,10 @@ def _spread(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:
     return units.contiguous()
 
 
-def _tiled(values: Tensor, tile: Sequence[int]) -> Tensor:
-    """Return `values` as (tiles, entries) for each dimension in turn; zeros fill the last tiles."""
+def tiled(values: Tensor, tile: Sequence[int], *, fill: float = 0.0) -> Tensor:
+    """Return `values` as (tiles, entries) for each dimension in turn, the last ones with `fill`."""
     short = [-length % size for size, length in zip(tile, values.shape, strict=True)]
     if any(short):
-        values = F.pad(values, [n for missing in reversed(short) for n in (0, missing)])
+        values = F.pad(values, [n for missing in reversed(short) for n in (0, missing)], value=fill)
     sizes = zip(values.shape, tile, strict=True)
     return values.reshape([n for length, size in sizes for n in (length // size, size)])

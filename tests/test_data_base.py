@@ -1,0 +1,387 @@
+"""The contract of torch.ao.pruning's BaseDataSparsifier, held by ours."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+import parasparse as ps
+from parasparse import BaseDataSparsifier
+
+
+class FirstRow(BaseDataSparsifier):
+    """What torch's own tests use: drops the first row, counts its steps."""
+
+    def __init__(self, *args, **kwargs):
+        self.before = "kept"
+        super().__init__(*args, **kwargs)
+
+    def update_mask(self, name, data, **kwargs):
+        self.get_mask(name)[0] = 0
+        state = self.state[name]
+        state["step_count"] = state.get("step_count", 0) + 1
+        state["seen"] = kwargs
+
+
+class Threshold(BaseDataSparsifier):
+    def update_mask(self, name, data, threshold):
+        self.get_mask(name)[data.abs() < threshold] = 0
+
+
+class Table(nn.Embedding):
+    """A subclass."""
+
+
+KINDS = {
+    "tensor": lambda: torch.randn(3, 4),
+    "vector": lambda: torch.randn(5),
+    "five dimensions": lambda: torch.randn(3, 2, 1, 4, 2),
+    "half": lambda: torch.randn(3, 4).to(torch.bfloat16),
+    "complex": lambda: torch.randn(3, 4, dtype=torch.complex64),
+    "integers": lambda: torch.randint(1, 9, (3, 4)),
+    "parameter": lambda: nn.Parameter(torch.randn(3, 4)),
+    "embedding": lambda: nn.Embedding(5, 4),
+    "bag": lambda: nn.EmbeddingBag(5, 4),
+    "subclass": lambda: Table(5, 4),
+}
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def weight_of(data):
+    return data.weight if isinstance(data, nn.Module) else data
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@all_kinds
+def test_data_goes_in_and_its_mask_is_all_ones(kind):
+    data = KINDS[kind]()
+    sparsifier = FirstRow([("x", data)], level=0.5)
+    assert sparsifier.data_groups["x"] == {"level": 0.5}
+    assert sparsifier.get_data("x") is weight_of(data)
+    assert torch.equal(sparsifier.get_data("x", return_original=False), weight_of(data))
+    mask = sparsifier.get_mask("x")
+    assert mask.mean() == 1
+    assert mask.dtype == weight_of(data).dtype or kind in ("complex", "integers")
+    assert is_parametrized(sparsifier._container, "x")
+    assert sparsifier._container.parametrizations.x[0].mask is mask is sparsifier.state["x"]["mask"]
+    assert torch.equal(sparsifier._container.x, weight_of(data))
+    assert sparsifier.before == "kept"
+
+
+@all_kinds
+def test_steps_change_masks_and_not_data(kind):
+    data = KINDS[kind]()
+    before = weight_of(data).detach().clone()
+    sparsifier = FirstRow([("x", data)])
+    for _ in range(3):
+        sparsifier.step()
+    masked = sparsifier.get_data("x", return_original=False)
+    assert not masked[0].any()
+    assert torch.equal(masked[1:], before[1:])
+    assert torch.equal(weight_of(data), before)
+    assert sparsifier.state["x"]["step_count"] == 3
+    assert not sparsifier.state["x"]["mask"].requires_grad
+
+
+@all_kinds
+def test_squashing_writes_into_the_users_own_tensor(kind):
+    data = KINDS[kind]()
+    pointer, before = weight_of(data).data_ptr(), weight_of(data).detach().clone()
+    sparsifier = FirstRow([("x", data), ("y", torch.ones(2, 2))])
+    sparsifier.step()
+    sparsifier.squash_mask(names=["x"])
+    assert weight_of(data).data_ptr() == pointer
+    assert not weight_of(data)[0].any()
+    assert torch.equal(weight_of(data)[1:], before[1:])
+    assert not is_parametrized(sparsifier._container, "x")
+    assert is_parametrized(sparsifier._container, "y")
+    with pytest.raises(ValueError, match="was squashed"):
+        sparsifier.get_data("x")
+    assert torch.equal(sparsifier.get_data("x", return_original=False), weight_of(data))
+    assert "x" in sparsifier.data_groups
+    assert sparsifier.get_mask("x")[0].sum() == 0
+    sparsifier.step()  # of what is masked still
+    assert (sparsifier.state["x"]["step_count"], sparsifier.state["y"]["step_count"]) == (1, 2)
+    sparsifier.squash_mask()
+    assert not sparsifier.get_data("y", return_original=False)[0].any()
+    with pytest.raises(ValueError, match="was squashed"):
+        sparsifier.squash_mask(names="x")
+
+
+def test_squashing_may_leave_the_data_as_it_is():
+    data = torch.ones(2, 2)
+    sparsifier = FirstRow([("x", data)])
+    sparsifier.step()
+    sparsifier.squash_mask("ignored", leave_parametrized=False, also="ignored")
+    assert data.all()
+
+
+def test_a_failed_squash_changes_nothing():
+    good, bad = torch.ones(2, 2), torch.ones(1, 2).expand(2, 2)
+    sparsifier = FirstRow([("good", good), ("bad", bad)])
+    sparsifier.step()
+    for names, error in [(["good", "bad"], RuntimeError), (["good", "none"], ValueError)]:
+        with pytest.raises(error):
+            sparsifier.squash_mask(names=names)
+        assert good.all()
+        assert is_parametrized(sparsifier._container, "good")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "embedding", "complex"])
+def test_changes_outside_show_inside(kind):
+    data = KINDS[kind]()
+    sparsifier = FirstRow([("x", data)])
+    weight = weight_of(data)
+    weight.data = weight + 1
+    assert torch.equal(sparsifier.get_data("x"), weight)
+    assert sparsifier.get_data("x").data_ptr() == weight.data_ptr()
+    assert torch.equal(sparsifier.get_data("x", return_original=False), weight)
+
+
+def test_a_new_name_gets_the_defaults_and_what_is_given():
+    sparsifier = FirstRow(level=0.5, shape=(1, 4))
+    out = sparsifier.add_data("x", torch.ones(2), level=0.3, more="yes")
+    assert out.tolist() == [1, 1]
+    assert sparsifier.data_groups == {"x": {"level": 0.3, "shape": (1, 4), "more": "yes"}}
+    sparsifier.step()
+    assert sparsifier.state["x"]["seen"] == {"level": 0.3, "shape": (1, 4), "more": "yes"}
+
+
+def test_a_known_name_keeps_its_configuration_and_mask():
+    sparsifier = FirstRow(level=0.5)
+    first = torch.ones(3, 2)
+    sparsifier.add_data("x", first, level=0.3)
+    sparsifier.step()
+    mask = sparsifier.get_mask("x").clone()
+    with pytest.warns(UserWarning, match="Replacing existing data of the same name"):
+        out = sparsifier.add_data("x", torch.full((3, 2), 7.0))
+    assert out.tolist() == [[0, 0], [7, 7], [7, 7]]
+    assert first.all()
+    assert torch.equal(sparsifier.get_mask("x"), mask)
+    assert sparsifier.data_groups["x"] == {"level": 0.3}
+    assert sparsifier.state["x"]["step_count"] == 1
+    with pytest.warns(UserWarning, match="Replacing"):
+        sparsifier.add_data("x", torch.ones(3, 2), reuse_mask=False, level=0.1, other=1)
+    assert sparsifier.get_mask("x").all()
+    assert sparsifier.data_groups["x"] == {"level": 0.1, "other": 1}
+    assert "step_count" not in sparsifier.state["x"]
+
+
+def test_a_smaller_last_batch_is_named():
+    sparsifier = FirstRow([("batch", torch.ones(4, 2))])
+    with pytest.raises(AssertionError, match=r"reuse_mask=False.*drop_last=True"):
+        sparsifier.add_data("batch", torch.ones(3, 2))
+    assert sparsifier.get_data("batch").shape == (4, 2)
+    with pytest.warns(UserWarning, match="Replacing"):
+        sparsifier.add_data("batch", torch.ones(3, 2), reuse_mask=False)
+
+
+class Halves(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return x * self.mask / 2
+
+
+def test_mask_and_parametrization_are_special():
+    mask = torch.tensor([1.0, 0.0])
+    sparsifier = FirstRow()
+    out = sparsifier.add_data("x", torch.ones(2), mask=mask, parametrization=Halves, level=1)
+    assert out.tolist() == [0.5, 0]
+    assert sparsifier.get_mask("x") is mask
+    assert sparsifier.data_groups["x"].keys() == {"mask", "parametrization", "level"}
+    sparsifier.step()
+    assert sparsifier.state["x"]["seen"] == {"level": 1}
+    with pytest.raises(ValueError, match="`mask` must be a tensor of shape"):
+        sparsifier.add_data("y", torch.ones(2), mask=torch.ones(3))
+    assert "y" not in sparsifier.data_groups
+
+
+def test_every_way_to_change_a_mask_in_place_acts():
+    sparsifier = Threshold(threshold=0.2)
+    x = torch.ones(20, 2)
+    sparsifier.add_data("x", x)
+    mask = sparsifier.get_mask("x")
+    mask[:10] = torch.zeros(10, 2)
+    assert sparsifier.get_data("x", return_original=False).sum() == 20
+    mask *= torch.zeros(20, 2)
+    assert sparsifier.get_data("x", return_original=False).sum() == 0
+    for dtype in (torch.float, torch.int8, torch.bool, torch.double):
+        mask.data = torch.ones(20, 2, dtype=dtype)
+        out = sparsifier.get_data("x", return_original=False)
+        assert out.dtype == x.dtype
+        assert torch.equal(out, x)
+    mask.data = torch.ones(2)
+    with pytest.raises(ValueError, match="must keep the shape of its data"):
+        sparsifier.get_data("x", return_original=False)
+
+
+def test_what_is_no_data_or_no_name_is_refused():
+    sparsifier = FirstRow()
+    for data in (nn.Linear(2, 2), [1.0], 3, None):
+        with pytest.raises(TypeError, match="`data` must be"):
+            sparsifier.add_data("x", data)
+    with pytest.raises(ValueError, match="must have no dot"):
+        sparsifier.add_data("layer.weight", torch.ones(2))
+    with pytest.raises(ValueError, match="must have no dot"):
+        sparsifier.add_data("", torch.ones(2))
+    with pytest.raises(TypeError, match="must be a string"):
+        sparsifier.add_data(3, torch.ones(2))
+    masked = ps.sparsify(nn.Embedding(4, 3), {"weight": 0.5})
+    with pytest.raises(ValueError, match="must have a plain weight"):
+        sparsifier.add_data("x", masked)
+    for call in (sparsifier.get_mask, sparsifier.get_data):
+        with pytest.raises(ValueError, match="does not exist"):
+            call("nothing")
+    assert not sparsifier.data_groups
+    with pytest.raises(NotImplementedError):
+        sparsifier.prepare(nn.Linear(2, 2), None)
+    with pytest.raises(TypeError, match="abstract"):
+        BaseDataSparsifier()
+
+
+@pytest.mark.parametrize("name", ["forward", "keys", "training", "mask", "parametrizations", "_x"])
+def test_any_name_will_do(name):
+    data = torch.ones(2, 2)
+    sparsifier = FirstRow([(name, data)])
+    sparsifier.step()
+    assert sparsifier.get_data(name) is data
+    assert sparsifier.get_data(name, return_original=False).tolist() == [[0, 0], [1, 1]]
+    other = FirstRow()
+    other.load_state_dict(sparsifier.state_dict())
+    assert other.get_data(name, return_original=False).tolist() == [[0, 0], [1, 1]]
+    sparsifier.squash_mask()
+    assert data.tolist() == [[0, 0], [1, 1]]
+
+
+def test_nothing_happens_while_updates_are_off():
+    sparsifier = FirstRow([("x", torch.ones(2))])
+    sparsifier.enable_mask_update = False
+    sparsifier.step()
+    assert sparsifier.get_mask("x").all()
+
+
+def test_gradients_pass_through_what_is_kept():
+    weight = nn.Parameter(torch.ones(3))
+    sparsifier = FirstRow([("x", weight)])
+    sparsifier.step()
+    sparsifier.get_data("x", return_original=False).sum().backward()
+    assert weight.grad.tolist() == [0, 1, 1]
+
+
+def test_batches_leave_nothing_behind():
+    sparsifier = FirstRow([("batch", torch.ones(4, 2))])
+    gone = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(50):
+            batch = torch.randn(4, 2)
+            gone.append(weakref.ref(batch))
+            sparsifier.add_data("batch", batch)
+            sparsifier.step()
+    del batch
+    gc.collect()
+    assert sum(ref() is not None for ref in gone) == 1
+    assert sparsifier.state["batch"]["step_count"] == 50
+
+
+def three():
+    return FirstRow(
+        [("x", torch.randn(3, 2)), ("y", nn.Parameter(torch.randn(4))), ("z", torch.ones(2, 2))],
+        level=0.5,
+    )
+
+
+def check_equal(one, two):
+    assert one.data_groups == two.data_groups
+    assert one.state.keys() == two.state.keys()
+    for name in one.state:
+        assert torch.equal(one.get_mask(name), two.get_mask(name))
+        read = [s.get_data(name, return_original=False) for s in (one, two)]
+        assert torch.equal(*read)
+        masked = [is_parametrized(s._container, name) for s in (one, two)]
+        assert masked[0] == masked[1]
+        if masked[0]:
+            assert torch.equal(one.get_data(name), two.get_data(name))
+            assert two._container.parametrizations[name][0].mask is two.get_mask(name)
+        rest = [{k: v for k, v in s.state[name].items() if k != "mask"} for s in (one, two)]
+        assert rest[0] == rest[1]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch's own
+def test_the_state_goes_into_a_file_and_another_sparsifier(tmp_path):
+    one = three()
+    one.step()
+    one.squash_mask(names=["z"])
+    state = one.state_dict()
+    assert state.keys() == {"state", "data_groups", "_container"}
+    assert all(held["mask"].is_sparse for held in state["state"].values())
+    torch.save(state, tmp_path / "state.pt")
+    two = FirstRow([("x", torch.zeros(3, 2)), ("gone", torch.zeros(2))], other=1)
+    mine = two.get_data("x")
+    two.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    check_equal(one, two)
+    assert two.get_data("x") is mine  # still the user's own
+    two.step()
+    assert one.state["x"]["step_count"] == 1  # nothing is shared
+    assert state["state"]["x"]["step_count"] == 1
+
+
+def test_loading_without_strict_merges_and_the_loaded_wins():
+    one, two = three(), FirstRow([("x", torch.zeros(3, 2)), ("own", torch.zeros(2))])
+    one.step()
+    two.load_state_dict(one.state_dict(), strict=False)
+    assert two.data_groups.keys() == {"x", "y", "z", "own"}
+    assert torch.equal(two.get_data("x"), one.get_data("x"))
+    assert torch.equal(two.get_mask("x"), one.get_mask("x"))
+    assert two.get_mask("own").all()
+    two.load_state_dict(one.state_dict())
+    assert two.data_groups.keys() == {"x", "y", "z"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda s: s["data_groups"].pop("x"),
+        lambda s: s["_container"].pop("parametrizations.x.original"),
+        lambda s: s["state"].pop("x"),
+        lambda s: s["state"]["x"].pop("mask"),
+        lambda s: s["_container"].update(x2=torch.ones(2)),
+    ],
+)
+def test_an_inconsistent_state_is_refused_and_changes_nothing(broken):
+    one, two = three(), three()
+    one.step()
+    state = one.state_dict()
+    broken(state)
+    before = copy.deepcopy(two)
+    with pytest.raises(RuntimeError, match="Error loading x"):
+        two.load_state_dict(state)
+    check_equal(before, two)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_keep_everything(duplicate):
+    one = three()
+    one.step()
+    one.squash_mask(names=["z"])
+    one.enable_mask_update = False
+    two = duplicate(one)
+    check_equal(one, two)
+    assert (two.before, two.enable_mask_update, two.defaults) == ("kept", False, {"level": 0.5})
+    two.enable_mask_update = True
+    two.step()
+    assert one.state["x"]["step_count"] == 1
+    assert "x: level=0.5" in repr(two)
