@@ -113,14 +113,16 @@ def _tensor_property(name: str) -> property:
 
 def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
     def __setattr__(self: nn.Module, name: str, value: object) -> None:  # noqa: N807
-        stack = stack_of(self, name) if isinstance(value, nn.Parameter) else None
+        stack = stack_of(self, name) if name in masked else None
         if not isinstance(stack, MaskedParametrizationList):
             base.__setattr__(self, name, value)
         elif sys._getframe(1).f_code is swap_tensor.__code__:
             # `functional_call` swaps values for the length of a call; a tie would outlive it.
-            stack.right_inverse(value)  # type: ignore[arg-type]
+            stack.swap(value)
+        elif isinstance(value, nn.Parameter):
+            stack.retie(value)
         else:
-            stack.retie(value)  # type: ignore[arg-type]
+            base.__setattr__(self, name, value)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # The shared class cannot be imported by name: say how to make it again.

@@ -22,7 +22,6 @@ class PairParametrizationList(MaskedParametrizationList):
 
     parts: tuple[PairParametrizationList, PairParametrizationList]
     index: int
-    _noise: Tensor | None = None  # from the reading of one part to that of the other
 
     def received(self) -> Tensor:
         """Return the complex weight that the mask receives."""
@@ -34,15 +33,8 @@ class PairParametrizationList(MaskedParametrizationList):
         if self.executes is not None or self.frozen is not None:
             return super().forward()
         # A product knows no parts, and inductor no complex numbers.
-        alone = bool(self.mask.is_product)
-        weight, noise = self.stored() if alone else self.received(), self._noise
-        drawn = self.mask.draw(weight)  # type: ignore[operator]
-        if drawn is not None and noise is not None:
-            drawn, self._noise = noise.to(drawn), None
-        elif drawn is not None:
-            self._other()._noise = drawn  # both parts of a weight are dropped together
-        value = self.mask.through(weight, drawn)  # type: ignore[operator]
-        value = value if alone else self._own(value)
+        alone = self.mask.is_product
+        value = self.mask(self.stored()) if alone else self._own(self.mask(self.received()))
         return value if self.probe is None else value + self.probe
 
     def right_inverse(self, value: Tensor) -> None:
@@ -51,8 +43,8 @@ class PairParametrizationList(MaskedParametrizationList):
             stored = self.received()
         self.check_assigned(value, stored.shape)
         with torch.no_grad():
-            other = self._other()._own(self.mask.through(stored, None))  # type: ignore[operator]
-            both = (value, other) if self.index == 0 else (other, value)
+            now = self.mask.through(stored, None)  # type: ignore[operator]
+            both = (now.real, value) if self.index else (value, now.imag)
             merged = self.mask.merged(joined(*both), stored)  # type: ignore[operator]
             for part, new in zip(self.parts, (merged.real, merged.imag), strict=True):
                 part.store(new)
@@ -76,23 +68,29 @@ class PairParametrizationList(MaskedParametrizationList):
     def part(self) -> None:
         """Be a stack of its own."""
         self.__class__ = MaskedParametrizationList  # type: ignore[assignment]
-        for name in ("parts", "index", "_noise"):
+        for name in ("parts", "index"):
             self.__dict__.pop(name, None)
 
-    def _other(self) -> PairParametrizationList:
-        return self.parts[1 - self.index]
-
     def _own(self, weight: Tensor) -> Tensor:
-        like: Tensor = self.original if self.is_tensor else self.original0
+        like: Any = self.original if self.is_tensor else self.original0
         return (weight.imag if self.index else weight.real).to(like.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k != "_noise"}
 
+def join(
+    stacks: list[MaskedParametrizationList],
+    index: int,
+    real: MaskedParametrizationList,
+    imaginary: MaskedParametrizationList,
+) -> None:
+    """Let the mask of `stacks`, places of one part, see both: as `real` and `imaginary` have them.
 
-def join(real: MaskedParametrizationList, imaginary: MaskedParametrizationList) -> None:
-    """Let the mask of two stacks see both of their tensors at once."""
-    for index, stack in enumerate((real, imaginary)):
+    Args:
+        stacks: to be changed.
+        index: 0 if they hold the real part, 1 for the imaginary one.
+        real: where the real part is.
+        imaginary: where the imaginary part is.
+    """
+    for stack in stacks:
         stack.__class__ = PairParametrizationList
         stack.__dict__ |= {"parts": (real, imaginary), "index": index}
 

@@ -140,6 +140,20 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             inverse: Any = mask.right_inverse(value) if merged is None else merged(value, stored)  # type: ignore[operator]
             self.store(inverse)
 
+    def swap(self, value: Any) -> None:
+        """Store `value`, or what was read before: `functional_call` does it both ways.
+
+        Raises:
+            RuntimeError: what was read before does not tell what was stored.
+        """
+        if not getattr(self.mask, "is_told_by_its_values", True):
+            raise RuntimeError(
+                "`functional_call` must not swap a tensor under a gate that draws noise or does "
+                "not multiply, as it could not be put back. Use the key "
+                "'parametrizations.<name>.original'."
+            )
+        self.right_inverse(value)
+
     def check_assigned(self, value: Any, shape: torch.Size) -> None:
         """Raise if `value` cannot be what the tensor, of this shape, reads as."""
         if not isinstance(value, Tensor):

@@ -223,7 +223,8 @@ def _endings(site: Site) -> Iterator[tuple[str, str]]:
 
 def _joints(entry: _Entry, ending: str) -> tuple[str, ...]:
     """Return the joint names of the pair whose real part is `entry`, plain ones first."""
-    names = [n.removesuffix(ending).removesuffix(".") or n for n in (*entry.names, *entry.raw)]
+    names = [n for n in (*entry.names, *entry.raw) if n.endswith(ending)]
+    names = [n.removesuffix(ending).removesuffix(".") or n for n in names]
     return tuple(dict.fromkeys(names))
 
 

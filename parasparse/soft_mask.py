@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ INIT: dict[Callable[..., Tensor], float] = {
     gates.soft_threshold: -10.0,  # |w| - 4.5e-5
     gates.variational_dropout: -10.0,  # variance 4.5e-5
 }
+_FAR = 20.0  # a logit that is open or closed for good
 _RELEVANT = 3.0  # log alpha up to which a weight counts as more than noise: alpha = 20
 
 
@@ -33,6 +35,7 @@ class SoftMask(nn.Module):
         gate: the function of `gates`.
         hard: what the trained network is pruned to, where that differs: the limit of `sigmoid`,
             which trains no logits; weights with log alpha above 3 are 0 for `variational_dropout`.
+            Not in the state.
         temperature: T of `sigmoid`, a scalar tensor buffer, so that changing it
             (`temperature.fill_`) compiles nothing anew.
         sparsity: of `straight_through`, the same.
@@ -112,6 +115,11 @@ class SoftMask(nn.Module):
         """Whether the gate multiplies by something that does not depend on the tensor."""
         return self.gate not in (gates.soft_threshold, gates.variational_dropout)
 
+    @property
+    def is_told_by_its_values(self) -> bool:
+        """Whether what is read says what is stored, but for entries that are closed."""
+        return self.is_product and self.draw(self.logits) is None
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` through the gate; +0.0 where a hard gate is closed."""
         return self.through(weight, self.draw(weight))
@@ -129,15 +137,16 @@ class SoftMask(nn.Module):
 
     def through(self, weight: Tensor, noise: Tensor | None) -> Tensor:
         """Return `weight` through the gate with the noise of `draw`, or without."""
+        # The logits may be wider: `double()` makes them so, and leaves complex weights.
         if self.gate is gates.soft_threshold:
-            return gates.soft_threshold(weight, self._spread(self.logits))
+            return gates.soft_threshold(weight, self._spread(self.logits)).to(weight.dtype)
         if self.gate is gates.variational_dropout:
             if self.hard:
                 return apply_mask(weight, self.relevant(weight))
-            return gates.variational_dropout(weight, self.logits, noise)
+            return gates.variational_dropout(weight, self.logits, noise).to(weight.dtype)
         if self.hard and self.gate is gates.sigmoid:
-            return apply_mask(weight, self.mask)
-        return weight * self._multiplier(noise).to(self.logits.dtype)
+            return apply_mask(weight, self.mask).to(weight.dtype)
+        return (weight * self._multiplier(noise).to(self.logits.dtype)).to(weight.dtype)
 
     def penalty(self, weight: Tensor) -> Tensor:
         """Return the penalty of the gate, a scalar with its graph.
@@ -205,6 +214,26 @@ class SoftMask(nn.Module):
             return self._spread((self.logits > threshold).to(self.logits.dtype))
         return self.mask * (self.mask > threshold)
 
+    @torch.no_grad()
+    def fold_(self, keep: Tensor | None = None) -> None:
+        """Change nothing any more but close what is closed: the gate has been folded into a weight.
+
+        Places outside of what was folded may share it.
+
+        Args:
+            keep: bool, what is open from now on; None: what is.
+        """
+        if self.gate is gates.soft_threshold:
+            self.logits.fill_(-math.inf)
+        if not self.is_product:
+            return
+        keep = self.mask != 0 if keep is None else keep
+        units = keep if self.pattern is None else self.pattern.pool(keep.double()) > 0
+        if self.gate is gates.straight_through:
+            self.sparsity.fill_(1 - float(units.double().mean()))
+        self.logits.copy_(torch.where(units, _FAR, -_FAR))
+        self.hard, self.init = True, math.inf  # whose sigmoid, the divisor, is 1
+
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value`: what a stock `register_parametrization` stores."""
         return value
@@ -232,6 +261,8 @@ class SoftMask(nn.Module):
         # Numbers, not weights: they move with these, but are not rounded with them.
         held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.logits.is_complex():  # as `to(torch.complex128)` makes everything
+            self.logits.data = self.logits.data.real.contiguous()
         for name, buffer in held.items():
             wide = torch.promote_types(buffer.dtype, self.logits.dtype)
             # From meta on there is no number: what `fn` made waits to be loaded.

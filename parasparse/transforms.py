@@ -114,10 +114,12 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
             values = [_values(part) for part in target.parts]  # both parts may go into each
             for part, baked in zip(target.parts, values, strict=True):
                 _fold(part, baked)
+            # A place outside the model that was given may share it: scale once only
+            # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
             if isinstance(mask, Mask) and mask.mask is not None:
-                # A place outside the model that was given may share it: scale once only
-                # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
                 mask.mask_(mask.mask != 0)
+            elif isinstance(mask, SoftMask):
+                mask.fold_()
     _refresh_ddp(model)
     return model
 
@@ -144,7 +146,8 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
 
     An entry is kept where its mask is not 0. Under a `Gate` it is kept where its logit (`sigmoid`),
     its mask (`hard_concrete`) or its score (`straight_through`) is above `threshold`, or its log
-    alpha is at most that (`variational_dropout`). Dropped entries keep what they store.
+    alpha is at most that (`variational_dropout`). Dropped entries keep what they store, but under
+    `soft_threshold`, where it becomes 0.
 
     Args:
         model: any module; changed in place. Bool masks stay as they are.
@@ -195,8 +198,10 @@ def _attached(step: Step) -> nn.Module:
         else:
             site.stack().replace_mask(mask)
     if len(step.target.parts) > 1 and isinstance(mask, SoftMask):
-        for real, imaginary in zip(*step.target.parts, strict=False):
-            join(real.stack(), imaginary.stack())
+        # A part may be tied where the other is not: values are those of the first places.
+        real, imaginary = (part[0].stack() for part in step.target.parts)
+        for index, part in enumerate(step.target.parts):
+            join([site.stack() for site in part], index, real, imaginary)
     return mask
 
 
@@ -246,16 +251,19 @@ def _harden(target: Target, threshold: float | None) -> None:
     scale = getattr(mask, "mask", None)
     if isinstance(mask, SoftMask):
         scale = mask.hardened(target.stored(), threshold)
-    # Of a module of the user's own, what it gives now is all that is known.
+    # Of what is no product, what it gives now is all that is known.
     keep = scale != 0 if isinstance(scale, Tensor) else target.effective() != 0
     values = [_values(part)[0] for part in target.parts]  # both parts may go into each
     for part, value in zip(target.parts, values, strict=True):
         original = part[0].stack().original
         kept = original * scale if isinstance(scale, Tensor) else value
-        original.copy_(torch.where(keep, kept, original))
+        subtracts = isinstance(mask, SoftMask) and scale is None  # places elsewhere read it plainly
+        original.copy_(value if subtracts else torch.where(keep, kept, original))
     hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(values[0], keep)
     for site in target.sites:
         site.stack().replace_mask(hard)
+    if isinstance(mask, SoftMask):
+        mask.fold_(keep)  # as in `squash`
 
 
 def _refresh_ddp(model: nn.Module) -> None:

@@ -273,7 +273,7 @@ def test_rewinding_without_a_checkpoint_is_refused():
         ({"0.weight": ps.Gate(), "*": 0.5}, {}, '"4.weight" get something else'),
         (ps.Gate(), {"final_temperature": 0.5}, "`final_temperature` must be finite and at least"),
         (ps.Gate(), {"final_temperature": math.inf}, "`final_temperature` must be finite"),
-        (ps.Gate(), {"steps": 1}, "`steps` must be at least 2"),
+        (ps.Gate(), {"steps": 1}, "`steps` must be a whole number of at least 2"),
         ({"nowhere": ps.Gate()}, {}, "must each reach a tensor"),
     ],
 )

@@ -41,6 +41,10 @@ ALLOWED = {
     "_any_names": set(),
     "_stack": {"_any_names", "_apply_mask"},
     "_pair_stack": {"_stack"},
+    "data.container": {"_apply_mask", "_stack"},
+    "data.saved": set(),
+    "data.base": {"_checks", "_foldable", "data.container", "data.saved"},
+    "data.ready": {"_checks", "_units", "data.base", "patterns", "treatments"},
     "_masked_class": {"_hooks", "_stack"},
     "_dense_keys": {"_stack"},
     "_attach": {

@@ -375,3 +375,57 @@ def test_the_penalty_compiles_with_the_loss():
     compiled = torch.compile(lambda: ps.penalty(model), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(), want)
     assert ps.penalty(model, "1.weight").item() == 6
+
+
+@all_gates
+@pytest.mark.parametrize("verb", [ps.binarize, ps.squash])
+@pytest.mark.parametrize("hard", [True, False])
+def test_folding_a_part_scales_a_tie_that_lies_outside_once(name, verb, hard):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4)).double()
+    model[1].weight = model[0].weight
+    ps.sparsify(model, GATES[name]).eval()
+    gate = model[0].parametrizations.weight[-1]
+    gate.hard = hard
+    with torch.no_grad():
+        gate.logits.add_(torch.randn_like(gate.logits))
+    want = model[1].weight.detach().clone()
+    verb(model[0])
+    if hard or name not in ("sigmoid", "channels", "variational_dropout") or verb is ps.squash:
+        torch.testing.assert_close(model[1].weight.detach(), want)
+        torch.testing.assert_close(model[0].weight.detach(), want)
+    if name != "variational_dropout":
+        torch.testing.assert_close(model[1].train().weight, model[0].weight)
+
+
+@all_gates
+def test_functional_call_leaves_the_stored_weight_as_it_was(name):
+    model = gated(name)
+    before = ps.stored(model, "weight").detach().clone()
+    x, new = torch.randn(3, 6).double(), torch.randn(4, 6).double()
+    adds = name in ("soft_threshold", "variational_dropout", "rows")
+    for training in (True, False):
+        model.train(training)
+        if adds or (training and name in DRAWS):
+            with pytest.raises(RuntimeError, match="must not swap a tensor under a gate"):
+                torch.func.functional_call(model, {"weight": new}, (x,))
+            assert torch.equal(ps.stored(model, "weight"), before)
+    if adds:
+        return
+    torch.func.functional_call(model, {"weight": new}, (x,))
+    torch.testing.assert_close(ps.stored(model, "weight").detach(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@all_gates
+def test_precision_of_complex_layers_can_change(name):
+    x = torch.randn(3, 6, dtype=torch.cfloat)
+    model = gated(name, torch.cfloat)
+    model.to(torch.complex128)
+    assert not mask_of(model).logits.is_complex()
+    mask_of(model).hard = True
+    assert model(x.to(torch.cdouble)).dtype == torch.cdouble
+    model = gated(name, torch.cfloat).double()  # which leaves complex tensors as they are
+    assert model(x).dtype == torch.cfloat
+    mask_of(model).hard = True
+    assert model(x).dtype == torch.cfloat

@@ -68,8 +68,11 @@ class ContinuousSparsification:
             raise ValueError(
                 f"`final_temperature` must be finite and at least 1; got {final_temperature!r}."
             )
-        if steps < 2:
-            raise ValueError(f"`steps` must be at least 2, from T = 1 to the end; got {steps!r}.")
+        if not isinstance(steps, int) or steps < 2:
+            raise ValueError(
+                "`steps` must be a whole number of at least 2, from T = 1 to the end; got "
+                f"{steps!r}."
+            )
         made = resolve(model, rules, pairs=True)
         others = [step.target.name for step in made if not _is_sigmoid(step.result)]
         if others or not made:
@@ -202,6 +205,11 @@ class ContinuousSparsification:
                 f"{state_dict['settings']}."
             )
         checkpoint, ticket = state_dict["checkpoint"], state_dict["ticket"]
+        if checkpoint is not None and checkpoint.keys() != snapshot(self.model).keys():
+            raise ValueError(
+                "`state_dict` must have a checkpoint of this model's tensors; others are "
+                f"{listed(sorted(checkpoint.keys() ^ snapshot(self.model).keys()))}."
+            )
         self.step_in_round, self.rounds = state_dict["step_in_round"], state_dict["rounds"]
         self.history = [Update(**update) for update in state_dict["history"]]
         self._start, self._last, self._checkpoint = start, last, checkpoint
