@@ -21,6 +21,21 @@ _SAMPLE = 1 << 15
 _NOT_COMPARED = (torch.uint16, torch.uint32, torch.uint64)
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Scores of one tensor, which may be computed each time they are wanted.
+
+    Attributes:
+        numel: how many there are.
+        dtype: theirs.
+        chunks: yields them flat and in order, in pieces of any size, the same each time. No NaN.
+    """
+
+    numel: int
+    dtype: torch.dtype
+    chunks: Callable[[], Iterator[Tensor]]
+
+
 @dataclass(frozen=True)
 class Cut:
     """Where the kept scores begin.
@@ -55,31 +70,51 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
         [tensor([False,  True]), tensor([ True, False])]
     """
     check_ranked(*scores)
-    if kept in (0, sum(score.numel() for score in scores)):
-        return [torch.full_like(s, kept > 0, dtype=torch.bool) for s in scores]
-    wide = _common_dtype(scores)
-    cut = find_cut(scores, kept)
-    ties = kept - cut.above
-    some = ties < cut.equal  # of the equal ones stay
-    masks = []
-    for score in scores:
-        mask = torch.empty(score.numel(), dtype=torch.bool, device=score.device)
-        for part, chunk in zip(mask.split(_size(score)), _chunks([score], wide), strict=True):
+    masks = masks_of([as_source(score) for score in scores], kept)
+    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+
+
+def as_source(score: Tensor) -> Source:
+    """Return a tensor of scores as a source: pieces that stay in a CPU's cache."""
+    size = chunk_size(score)
+    return Source(score.numel(), score.dtype, lambda: iter(score.flatten().split(size)))
+
+
+def chunk_size(tensor: Tensor) -> int:
+    """Return how many entries of `tensor` to look at in one go."""
+    return torch.get_num_threads() << 16 if tensor.is_cpu else 1 << 26
+
+
+def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
+    """Yield the flat masks of `highest`, each when it is asked for."""
+    total = sum(source.numel for source in sources)
+    cut = None if kept in (0, total) else find_cut(sources, kept)
+    ties = 0 if cut is None else kept - cut.above
+    some = cut is not None and ties < cut.equal  # of the equal ones stay
+    wide = _common_dtype(sources)
+    for source in sources:
+        mask, start = torch.empty(0, dtype=torch.bool), 0
+        for raw in source.chunks():
+            if start == 0:
+                mask = torch.full((source.numel,), kept > 0, dtype=torch.bool, device=raw.device)
+            part, chunk = mask[start : start + raw.numel()], raw.to(wide)
+            start += raw.numel()
+            if cut is None:
+                continue
             part.copy_(_compared(torch.gt if some else torch.ge, chunk, cut.value))
             if some and ties:
                 ties -= _add_first(part, chunk == cut.value, ties)
-        masks.append(mask.view(score.shape))
-    return masks
+        yield mask
 
 
-def find_cut(scores: Sequence[Tensor], kept: int) -> Cut:
+def find_cut(scores: Sequence[Source], kept: int) -> Cut:
     """Return the `kept`-th highest of all `scores`, and how many are above and equal to it.
 
     Args:
         scores: real, without NaN.
         kept: between 1 and the number of all entries.
     """
-    total = sum(score.numel() for score in scores)
+    total = sum(score.numel for score in scores)
     rank = total - kept + 1  # of the searched score from below
     for sigmas in (5.0, 50.0, math.inf) if total > 4 * _SAMPLE else (math.inf,):
         low, high = _bracket(scores, rank / total, sigmas)
@@ -122,9 +157,9 @@ def check_ranked(*scores: Tensor) -> None:
             )
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+def _common_dtype(scores: Sequence[Source]) -> torch.dtype:
     """Return a dtype to compare all scores in, without loss but for integers beside floats."""
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = {score.dtype for score in scores}
     floats = {torch.float32 if d.itemsize == 1 else d for d in dtypes if d.is_floating_point}
     if not floats:
         return torch.int64
@@ -135,7 +170,7 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in floats else torch.float32
 
 
-def _bracket(scores: Sequence[Tensor], share: float, sigmas: float) -> tuple[float, float]:
+def _bracket(scores: Sequence[Source], share: float, sigmas: float) -> tuple[float, float]:
     """Return two scores that the one with `share` of all below it lies between, almost surely."""
     dtype = _common_dtype(scores)
     if dtype.is_floating_point:
@@ -154,28 +189,28 @@ def _bracket(scores: Sequence[Tensor], share: float, sigmas: float) -> tuple[flo
     )
 
 
-def _sample(scores: Sequence[Tensor]) -> Tensor:
+def _sample(scores: Sequence[Source]) -> Tensor:
     """Return about `_SAMPLE` of the scores: one of each stretch of equal length, at random."""
-    total = sum(score.numel() for score in scores)
+    total = sum(score.numel for score in scores)
     stretch = -(-total // _SAMPLE)
     # On the CPU whatever the default device is; torch's own generator stays as it is.
     generator = torch.Generator("cpu").manual_seed(0)
     starts = torch.arange(0, total, stretch, device="cpu")
     drawn = torch.randint(stretch, starts.shape, generator=generator, device="cpu")
     positions = (starts + drawn).clamp_(max=total - 1)
-    ends = torch.tensor([score.numel() for score in scores], device="cpu").cumsum(0)
-    until = torch.searchsorted(positions, ends).tolist()
     dtype = _common_dtype(scores)
-    found, start, offset = [], 0, 0
-    for score, stop in zip(scores, until, strict=True):
-        if stop > start:
-            at = positions[start:stop] - offset
-            found.append(score.flatten()[at.to(score.device)].to("cpu", dtype))
-        start, offset = stop, offset + score.numel()
+    found, start, first = [], 0, 0
+    for score in scores:
+        for chunk in score.chunks():
+            stop = first + int(torch.searchsorted(positions[first:], start + chunk.numel()))
+            if stop > first:
+                at = positions[first:stop] - start
+                found.append(chunk[at.to(chunk.device)].to("cpu", dtype))
+            start, first = start + chunk.numel(), stop
     return torch.cat(found)
 
 
-def _between(scores: Sequence[Tensor], low: float, high: float) -> tuple[int, Tensor]:
+def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Tensor]:
     """Return the number of scores <= `low`, and the scores between `low` and `high`."""
     count, inside = 0, []
     for chunk in _chunks(scores, _common_dtype(scores)):
@@ -186,7 +221,7 @@ def _between(scores: Sequence[Tensor], low: float, high: float) -> tuple[int, Te
     return count, torch.cat(inside)
 
 
-def _count(scores: Sequence[Tensor], compare: Callable[..., Tensor], value: float) -> int:
+def _count(scores: Sequence[Source], compare: Callable[..., Tensor], value: float) -> int:
     """Return the number of scores for which `compare(score, value)`."""
     chunks = _chunks(scores, _common_dtype(scores))
     return sum(int(torch.count_nonzero(_compared(compare, chunk, value))) for chunk in chunks)
@@ -197,15 +232,11 @@ def _compared(compare: Callable[..., Tensor], chunk: Tensor, value: float) -> Te
     return compare(chunk, value, out=torch.empty_like(chunk)).bool()
 
 
-def _chunks(scores: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield all scores as `dtype`, in pieces that stay in a CPU's cache."""
+def _chunks(scores: Sequence[Source], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield all scores as `dtype`."""
     for score in scores:
-        for chunk in score.flatten().split(_size(score)):
+        for chunk in score.chunks():
             yield chunk.to(dtype)
-
-
-def _size(score: Tensor) -> int:
-    return torch.get_num_threads() << 16 if score.is_cpu else 1 << 26
 
 
 def _add_first(mask: Tensor, ties: Tensor, most: int) -> int:
