@@ -7,35 +7,54 @@ writing is ours: 8 bytes with the length of a JSON text, the text, the tensors' 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 
 _LONGEST = 100_000_000  # what the library reads
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32",
+    "U32": "uint32", "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {
+    ours: getattr(torch, theirs) for ours, theirs in _NAMES.items() if hasattr(torch, theirs)
+}
 
 
-def head(metadata: Mapping[str, str], sizes: Mapping[str, int], *, room: int = 0) -> bytes:
-    """Return what comes before the tensors: vectors of `sizes` bytes, without gaps, in that order.
+def head(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    *,
+    room: int = 0,
+) -> bytes:
+    """Return what comes before the tensors, which follow without gaps in this order.
 
     Args:
         metadata: for the file as a whole.
-        sizes: bytes by name.
+        tensors: dtype and shape by name.
         room: fill it with spaces to at least so many bytes.
 
     Raises:
-        ValueError: it is longer than the library reads.
+        ValueError: it is longer than the library reads; or it has no name for a dtype.
 
     Examples:
-        >>> head({}, {"a": 3})[8:]
+        >>> head({}, {"a": (torch.uint8, [3])})[8:]
         b'{"__metadata__":{},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}} '
     """
+    names = {dtype: name for name, dtype in DTYPES.items()}
     text: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, size in sizes.items():
-        text[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
-        end += size
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in names:
+            raise ValueError(f'safetensors files know no {dtype}, that of "{name}". Save a .pt.')
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        text[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     body = json.dumps(text, separators=(",", ":")).encode()
     body = body.ljust(room - 8)
     body += b" " * (-len(body) % 8)
@@ -47,8 +66,8 @@ def head(metadata: Mapping[str, str], sizes: Mapping[str, int], *, room: int = 0
     return len(body).to_bytes(8, "little") + body
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], Callable[[str], Tensor]]:
-    """Return the metadata of a file, and a function that reads a tensor.
+def opened(path: str | os.PathLike[str]) -> Any:
+    """Return the file as the library opens it, tensors unread.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -59,5 +78,4 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, str], Callable[[str
         raise ImportError(
             "Reading a .safetensors file needs safetensors: pip install parasparse[safetensors]"
         ) from error
-    file: Any = safe_open(path, framework="pt")
-    return file.metadata() or {}, file.get_tensor
+    return safe_open(path, framework="pt")

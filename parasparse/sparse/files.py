@@ -89,7 +89,7 @@ def load_packed(path: FilePath) -> dict[str, Any]:
     with open(path, "rb"):  # the system's own errors for what cannot be opened
         pass
     with _damage_named(path, "cannot be read"):
-        content, read = (_safetensors.read if _is_safetensors(path) else _read_torch)(path)
+        content, read = (_read_safetensors if _is_safetensors(path) else _read_torch)(path)
     state: OrderedDict[str, Any] = OrderedDict()
     header = _checked_header(content, path)
     for name, entry in header["entries"].items():
@@ -255,14 +255,18 @@ def _damage_named(path: FilePath, what: str) -> Iterator[None]:
 def _write_safetensors(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any]) -> None:
     """Write tensor by tensor; the entries of `header` become those of the packed tensors."""
     entries = header["entries"]
-    sizes = {name: state[name].nbytes for name, entry in entries.items() if "crc32" in entry}
+    sizes = {
+        name: (torch.uint8, [state[name].nbytes])
+        for name, entry in entries.items()
+        if "crc32" in entry
+    }
     # The head is known last and comes first. It is no longer than the one for tensors without
     # zeros: each number in it has at most as many digits.
     room = len(_safetensors.head(_metadata(header), sizes))
     file.seek(room)
     for name in sizes:
         entries[name], data = _packed(state[name])
-        sizes[name] = data.numel()
+        sizes[name] = (torch.uint8, [data.numel()])
         file.write(_buffer(data))
         del data  # before the next is packed
     head = _safetensors.head(_metadata(header), sizes, room=room)
@@ -277,6 +281,11 @@ def _write_torch(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any
     for name in [name for name, entry in entries.items() if "crc32" in entry]:
         entries[name], tensors[name] = _packed(state[name])
     torch.save({**_metadata(header), "tensors": tensors}, file)
+
+
+def _read_safetensors(path: FilePath) -> tuple[Mapping[str, str], Callable[[str], Tensor]]:
+    file = _safetensors.opened(path)
+    return file.metadata() or {}, file.get_tensor
 
 
 def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], Callable[[str], Tensor]]:
