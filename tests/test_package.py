@@ -41,6 +41,31 @@ ALLOWED = {
     "_any_names": set(),
     "_stack": {"_any_names", "_apply_mask"},
     "_pair_stack": {"_stack"},
+    "cli.checkpoint": set(),
+    "cli.progress": set(),
+    "cli.rules": {"cli.checkpoint", "distributions", "patterns", "scores", "treatments"},
+    "cli.safetensors_files": {"cli.checkpoint", "sparse._safetensors"},
+    "cli.torch_files": {"cli.checkpoint"},
+    "cli.opening": {
+        "cli.checkpoint", "cli.safetensors_files", "cli.torch_files", "sparse._headers",
+        "sparse.files",
+    },
+    "cli.writing": {
+        "cli.checkpoint", "cli.safetensors_files", "cli.torch_files", "sparse._replacing",
+        "sparse._safetensors", "sparse.files",
+    },
+    "cli.folding": {"cli.checkpoint"},
+    "cli.pruning": {
+        "_checks", "_pair_stack", "_select", "_tensors", "_units", "cli.checkpoint", "cli.rules",
+        "patterns", "scores", "targets", "treatments",
+    },
+    "cli.commands": {
+        "_apply_mask", "_tables", "cli.checkpoint", "cli.folding", "cli.opening",
+        "cli.progress", "cli.pruning", "cli.rules", "cli.writing", "sparse.files",
+    },
+    "cli.looking": {"_held", "_tables", "cli.checkpoint", "cli.opening", "cli.progress"},
+    "cli.main": {"cli.checkpoint", "cli.commands", "cli.looking"},
+    "__main__": {"cli.main"},
     "data.container": {"_apply_mask", "_stack"},
     "data.saved": set(),
     "data.base": {"_checks", "_foldable", "data.container", "data.saved"},
@@ -132,7 +157,10 @@ ALLOWED = {
     "sparse._replacing": set(),
     "sparse._safetensors": set(),
     "sparse.packing": {"sparse._bits"},
-    "sparse.files": {"sparse._replacing", "sparse._safetensors", "sparse.packing", "state"},
+    "sparse._headers": set(),
+    "sparse.files": {
+        "sparse._headers", "sparse._replacing", "sparse._safetensors", "sparse.packing", "state",
+    },
     "sparse.payoff": {
         "_tensors", "sparse.formats", "sparse.layers", "sparse.measure", "sparse.packing",
         "sparse.places", "sparse.weight",
@@ -140,13 +168,14 @@ ALLOWED = {
 }  # fmt: skip
 
 
+PACKAGES = ("parasparse", "parasparse.sparse", "parasparse.cli")
 FILES = [path for path in ROOT.rglob("*.py") if path.stem != "__init__"]
 
 
 def imports(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in ("parasparse", "parasparse.sparse"):
+        if isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
             inside = node.module.removeprefix("parasparse").removeprefix(".")
             found |= {f"{inside}.{alias.name}".removeprefix(".") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("parasparse."):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from parasparse.sparse import _safetensors
+from parasparse.sparse._headers import (
+    FilePath,
+    checked_header,
+    crc32,
+    damage_named,
+    is_safetensors,
+    metadata_of,
+)
 from parasparse.sparse._replacing import replacing
 from parasparse.sparse.packing import (
     Packed,
@@ -26,10 +31,6 @@ from parasparse.sparse.packing import (
 )
 from parasparse.state import dense_state_dict
 
-FORMAT = "parasparse-packed"
-VERSION = 1
-
-FilePath: TypeAlias = str | os.PathLike[str]
 # What the header says of one name: of a tensor {dtype, shape, unit, bits, crc32}, where `bits` is
 # the number of bytes of the bitmask, which come before those of the values; of one that is tied
 # {same}; of what is no tensor {value}.
@@ -63,10 +64,18 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
     """
     given = dense_state_dict(source) if isinstance(source, nn.Module) else source
     state = {str(name): value for name, value in plain_state(given).items()}
-    _check_storable(state, given)
-    header = {"entries": _entries(state), "modules": getattr(given, "_metadata", None)}
+    check_storable(state, given)
+    header = {
+        "entries": entries_of(state, first_names(state)),
+        "modules": getattr(given, "_metadata", None),
+    }
+    write(path, state.__getitem__, header)
+
+
+def write(path: FilePath, read: Callable[[str], Tensor], header: dict[str, Any]) -> None:
+    """Write a packed file of what `read` returns for each tensor of the entries in `header`."""
     with replacing(path) as file:
-        (_write_safetensors if _is_safetensors(path) else _write_torch)(file, state, header)
+        (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 
 
 def load_packed(path: FilePath) -> dict[str, Any]:
@@ -86,30 +95,37 @@ def load_packed(path: FilePath) -> dict[str, Any]:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.pt'
     """
-    with open(path, "rb"):  # the system's own errors for what cannot be opened
-        pass
-    with _damage_named(path, "cannot be read"):
-        content, read = (_read_safetensors if _is_safetensors(path) else _read_torch)(path)
+    header, read = opened(path)
     state: OrderedDict[str, Any] = OrderedDict()
-    header = _checked_header(content, path)
     for name, entry in header["entries"].items():
-        with _damage_named(path, f'has no intact "{name}"'):
-            if "same" in entry:
-                state[name] = state[entry["same"]]
-            elif "value" in entry:
-                state[name] = entry["value"]
-            else:
-                state[name] = _unpacked(entry, read(name))
+        if "same" in entry:
+            state[name] = state[entry["same"]]
+        else:
+            state[name] = entry["value"] if "value" in entry else read(name)
     if header["modules"] is not None:
         state._metadata = OrderedDict(header["modules"])  # type: ignore[attr-defined]
     return state
 
 
-def _is_safetensors(path: FilePath) -> bool:
-    return os.fspath(path).lower().endswith(".safetensors")
+def opened(path: FilePath) -> tuple[dict[str, Any], Callable[[str], Tensor]]:
+    """Return the header of a packed file, and what reads and unpacks a tensor of it.
+
+    Raises: as `load_packed`.
+    """
+    with open(path, "rb"):  # the system's own errors for what cannot be opened
+        pass
+    with damage_named(path, "cannot be read"):
+        content, read = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
+    header = checked_header(content, path)
+
+    def unpacked(name: str) -> Tensor:
+        with damage_named(path, f'has no intact "{name}"'):
+            return _unpacked(header["entries"][name], read(name))
+
+    return header, unpacked
 
 
-def _check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise TypeError if a file would not give back what `state` holds."""
     wrong = [name for name, value in state.items() if not _storable(name, value)]
     if wrong or not all(isinstance(name, str) for name in given):
@@ -124,16 +140,15 @@ def _check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         raise TypeError(f"`source._metadata` must be plain JSON; got {modules!r:.60}.")
 
 
-def _entries(state: Mapping[str, Any]) -> dict[str, Entry]:
+def entries_of(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Entry]:
     """Return the entries of `state`, each tensor's as long as it may get."""
-    first = first_names(state)
     entries: dict[str, Entry] = {}
     for name, value in state.items():
         if name in first:
             entries[name] = {"same": first[name]}
         elif isinstance(value, Tensor):
             whole = matrix(value.shape)
-            entries[name] = _entry(value.dtype, value.shape, whole, value.nbytes, _crc32(b""))
+            entries[name] = _entry(value.dtype, value.shape, whole, value.nbytes, crc32(b""))
         else:
             entries[name] = {"value": value}
     return entries
@@ -174,13 +189,13 @@ def _packed(tensor: Tensor) -> tuple[Entry, Tensor]:
         bits = packed.bits.numel()
         data = torch.cat([packed.bits, data])
     data = data.cpu()
-    return _entry(packed.dtype, packed.shape, packed.unit, bits, _crc32(_buffer(data))), data
+    return _entry(packed.dtype, packed.shape, packed.unit, bits, crc32(buffer(data))), data
 
 
 def _unpacked(entry: Entry, data: Tensor) -> Tensor:
     """Return the tensor of an entry and its bytes; raise ValueError if they are other bytes."""
     data = data.contiguous().flatten().view(torch.uint8)
-    if _crc32(_buffer(data)) != entry["crc32"]:
+    if crc32(buffer(data)) != entry["crc32"]:
         raise ValueError("The checksum is another.")
     bits, values = data[: entry["bits"]], data[entry["bits"] :]
     dtype = getattr(torch, entry["dtype"], None)
@@ -194,93 +209,43 @@ def _unpacked(entry: Entry, data: Tensor) -> Tensor:
     return unpack_tensor(Packed(dtype, shape, unit, bits if len(bits) else None, values))
 
 
-def _crc32(data: bytes | ctypes.Array[ctypes.c_ubyte]) -> str:
-    return f"{zlib.crc32(data):08x}"
-
-
-def _buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+def buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
     """Return the bytes of a contiguous uint8 tensor, not copied; `data` must outlive them."""
     # Tensor.numpy() would do, but numpy is no dependency.
     return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
 
 
-def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps(header, separators=(",", ":"))
-    crc32 = _crc32(text.encode())
-    return {"format": FORMAT, "version": str(VERSION), "header": text, "crc32": crc32}
-
-
-def _checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]:
-    if content.get("format") != FORMAT:
-        reader = "safetensors.torch.load_file" if _is_safetensors(path) else "torch.load"
-        raise ValueError(
-            f'`path` must be a packed file of `parasparse.save`; "{path}" is another kind of '
-            f"file. Read it with {reader}."
-        )
-    version, text = str(content.get("version")), str(content.get("header"))
-    whole, _, _ = version.partition(".")
-    if whole.isdecimal() and whole.lstrip("0") != "" and whole != str(VERSION):
-        raise ValueError(
-            f'`path` must be of a version that this parasparse reads; "{path}" was written by a '
-            f"newer parasparse: version {version:.20}; this one reads {VERSION}. Upgrade "
-            "parasparse."
-        )
-    with _damage_named(path, "has no intact header"):
-        if version != str(VERSION) or _crc32(text.encode()) != content["crc32"]:
-            raise ValueError("The version or the checksum is another.")
-        header: dict[str, Any] = json.loads(text)
-        if header.keys() != {"entries", "modules"} or not all(
-            isinstance(entry, dict) for entry in header["entries"].values()
-        ):
-            raise ValueError("It holds other things than it should.")
-    return header
-
-
-@contextmanager
-def _damage_named(path: FilePath, what: str) -> Iterator[None]:
-    """Turn what is raised over damaged bytes, which may be anything, into a ValueError."""
-    try:
-        yield
-    except (PermissionError, ImportError, MemoryError, NotImplementedError):
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):  # torch's own MemoryError
-            raise
-        raise ValueError(
-            f'`path` must be an intact packed file of `parasparse.save`; "{path}" {what}. It is '
-            "damaged, cut off, or another kind of file (code in it has not been run)."
-        ) from error
-
-
-def _write_safetensors(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any]) -> None:
+def _write_safetensors(
+    file: BinaryIO, read: Callable[[str], Tensor], header: dict[str, Any]
+) -> None:
     """Write tensor by tensor; the entries of `header` become those of the packed tensors."""
     entries = header["entries"]
-    sizes = {
-        name: (torch.uint8, [state[name].nbytes])
-        for name, entry in entries.items()
-        if "crc32" in entry
-    }
+    sizes = {name: _dense_size(entry) for name, entry in entries.items() if "crc32" in entry}
     # The head is known last and comes first. It is no longer than the one for tensors without
     # zeros: each number in it has at most as many digits.
-    room = len(_safetensors.head(_metadata(header), sizes))
+    room = len(_safetensors.head(metadata_of(header), sizes))
     file.seek(room)
     for name in sizes:
-        entries[name], data = _packed(state[name])
+        entries[name], data = _packed(read(name))
         sizes[name] = (torch.uint8, [data.numel()])
-        file.write(_buffer(data))
+        file.write(buffer(data))
         del data  # before the next is packed
-    head = _safetensors.head(_metadata(header), sizes, room=room)
+    head = _safetensors.head(metadata_of(header), sizes, room=room)
     assert len(head) == room
     file.seek(0)
     file.write(head)
 
 
-def _write_torch(file: BinaryIO, state: Mapping[str, Any], header: dict[str, Any]) -> None:
+def _dense_size(entry: Entry) -> tuple[torch.dtype, list[int]]:
+    return torch.uint8, [entry["bits"]]  # as `entries_of` has it
+
+
+def _write_torch(file: BinaryIO, read: Callable[[str], Tensor], header: dict[str, Any]) -> None:
     entries = header["entries"]
     tensors: dict[str, Tensor] = {}
     for name in [name for name, entry in entries.items() if "crc32" in entry]:
-        entries[name], tensors[name] = _packed(state[name])
-    torch.save({**_metadata(header), "tensors": tensors}, file)
+        entries[name], tensors[name] = _packed(read(name))
+    torch.save({**metadata_of(header), "tensors": tensors}, file)
 
 
 def _read_safetensors(path: FilePath) -> tuple[Mapping[str, str], Callable[[str], Tensor]]:

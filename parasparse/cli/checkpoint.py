@@ -1,0 +1,92 @@
+"""What a checkpoint is to the commands: tensors by name, each read when it is wanted."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FRESH = 1 << 26  # bytes read through one mapping of a file before it is mapped anew
+
+
+class CheckpointError(Exception):
+    """What is wrong with a checkpoint or a command, and the way out, in one line."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of its entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.numel * self.dtype.itemsize
+
+
+def info_of(tensor: Tensor) -> Info:
+    """Return what is known of `tensor`."""
+    return Info(tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(eq=False)
+class Checkpoint(ABC):
+    """Tensors by name in a file or folder.
+
+    A mapped file stays in memory as far as it was read, so that it is mapped anew now and then: no
+    more is held than the tensors in use and 64 MiB.
+
+    Attributes:
+        path: as the user wrote it.
+        infos: what is known of each tensor, in the order of the file.
+        same: a name that is the same tensor as an earlier one -> that one.
+        metadata: strings that safetensors keeps for the file as a whole.
+        modules: what torch keeps beside a state dict: the versions of its modules.
+        others: what is no tensor in a state dict.
+    """
+
+    path: str
+    infos: dict[str, Info] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Any] | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+    _read_bytes: int = 0
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, not to be written to."""
+        nbytes = self.infos[name].nbytes
+        if self._read_bytes and self._read_bytes + nbytes > FRESH:
+            self._reopen()
+            self._read_bytes = 0
+        self._read_bytes += nbytes
+        return self._read(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors but those that are the same as an earlier one."""
+        for name in self.infos:
+            if name not in self.same:
+                yield name, self.read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all different tensors."""
+        return sum(info.nbytes for name, info in self.infos.items() if name not in self.same)
+
+    @abstractmethod
+    def _read(self, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def _reopen(self) -> None: ...

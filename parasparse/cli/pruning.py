@@ -1,0 +1,211 @@
+"""Masks for the tensors of a checkpoint, by rules, without holding more than one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from parasparse._checks import num_kept
+from parasparse._pair_stack import joined
+from parasparse._select import Source, check_ranked, chunk_size, masks_of
+from parasparse._tensors import Target, collect
+from parasparse._units import has_units
+from parasparse.cli.checkpoint import Checkpoint, CheckpointError
+from parasparse.cli.rules import Rule
+from parasparse.patterns import jointly, unstructured
+from parasparse.scores import magnitude
+from parasparse.targets import group_by_rule
+from parasparse.treatments import Prune
+
+
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """A tensor that a rule reaches, or a pair.
+
+    Attributes:
+        name: of the tensor; the joint one of a pair.
+        parts: the names of its tensor, or of its real and imaginary one.
+        rule: the rule.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    rule: Rule
+
+
+def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
+    """Return what each rule that prunes reaches: what it would in a model with these tensors.
+
+    But for buffers: a checkpoint does not tell them from parameters, unless they are integers.
+
+    Raises:
+        CheckpointError: a rule reaches nothing, or what cannot be masked.
+    """
+    model, names = _model_of(source)
+    targets = collect(model)
+    # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
+    idle = [r for r in rules if r.prune is None and _matches_only_vectors(r.target, source)]
+    rules = [rule for rule in rules if rule not in idle]
+    try:
+        groups = group_by_rule({n: rule.target for n, rule in enumerate(rules)}, targets)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    found = []
+    for number, group in groups.items():
+        if rules[number].prune is not None:
+            found.append([_reached(target, names, rules[number]) for target in group])
+    for each in (one for group in found for one in group):
+        dtype = source.infos[each.parts[0]].dtype
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise CheckpointError(
+                f'a pruned tensor must be real or complex; "{each.name}" is {dtype}. Put '
+                f"--rule '{each.name}=none' before its rule."
+            )
+    return found
+
+
+def masks(
+    source: Checkpoint, group: list[Reached], see: Callable[[Reached], None]
+) -> Iterator[tuple[Reached, Tensor]]:
+    """Yield the mask of each tensor that one rule reaches.
+
+    Args:
+        source: read once for each tensor, or three times where all are ranked together.
+        group: what the rule reaches.
+        see: told of each tensor that is read only to be ranked.
+
+    Raises:
+        CheckpointError: scores are NaN; the pattern does not fit.
+    """
+    prune = group[0].rule.prune
+    assert prune is not None
+    try:
+        if prune.scope == "global":
+            yield from _ranked_together(source, group, prune, see)
+            return
+        shares = dict.fromkeys((each.name for each in group), prune.sparsity)
+        if prune.distribution is not None and prune.sparsity is not None:
+            shapes = {e.name: torch.Size(source.infos[e.parts[0]].shape) for e in group}
+            shares.update(prune.distribution(shapes, prune.sparsity))
+        for each in group:
+            own = replace(prune, sparsity=shares[each.name], distribution=None)
+            yield each, own({each.name: _tensor(source, each)})[each.name]
+    except (TypeError, ValueError) as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        raise CheckpointError(f"{error} {f'({notes})' if notes else ''}".strip()) from error
+
+
+def _ranked_together(
+    source: Checkpoint, group: list[Reached], prune: Prune, see: Callable[[Reached], None]
+) -> Iterator[tuple[Reached, Tensor]]:
+    assert prune.sparsity is not None
+    scored = [_Scored(source, each, prune, see) for each in group]
+    if has_units(prune.pattern):
+        units = {
+            each.name: prune.pattern.pool(one.whole())
+            for each, one in zip(group, scored, strict=True)
+        }
+        kept = jointly(units, prune.sparsity)
+        for each in group:
+            shape = torch.Size(source.infos[each.parts[0]].shape)
+            yield each, prune.pattern.spread(kept[each.name], shape)
+        return
+    if prune.pattern is not unstructured:
+        raise ValueError(f'`scope` must be "local" with {prune.pattern}.')
+    sources = [one.source() for one in scored]
+    number = num_kept(sum(one.numel for one in sources), prune.sparsity)
+    for each, mask in zip(group, masks_of(sources, number), strict=True):
+        yield each, mask.view(source.infos[each.parts[0]].shape)
+
+
+class _Scored:
+    """The scores of one tensor, computed anew at each pass: random ones are the same again."""
+
+    def __init__(
+        self, source: Checkpoint, each: Reached, prune: Prune, see: Callable[[Reached], None]
+    ) -> None:
+        self._source, self._each, self._prune, self._see = source, each, prune, see
+        self._state: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """Return the scores."""
+        tensor = _tensor(self._source, self._each)
+        self._see(self._each)
+        if self._state is None:
+            self._state = torch.get_rng_state()
+            return self._prune.score(tensor, self._each.name)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._state)
+            return self._prune.score(tensor, self._each.name)
+
+    def source(self) -> Source:
+        """Return them as what is ranked."""
+        info = self._source.infos[self._each.parts[0]]
+        by_entry = self._prune.score is magnitude
+        like = torch.empty(0, dtype=info.dtype)
+        like = like if len(self._each.parts) == 1 else joined(like, like)
+        dtype = magnitude(like).dtype if by_entry else torch.float32
+
+        def chunks() -> Iterator[Tensor]:
+            if by_entry:
+                tensor = _tensor(self._source, self._each).flatten()
+                self._see(self._each)
+            else:
+                tensor = self.whole().flatten()
+            for chunk in tensor.split(chunk_size(tensor)):  # in the cache, each
+                scores = magnitude(chunk) if by_entry else chunk
+                check_ranked(scores)
+                yield scores
+
+        return Source(info.numel, dtype, chunks)
+
+
+def _matches_only_vectors(glob: str, source: Checkpoint) -> bool:
+    dims = [len(info.shape) for name, info in source.infos.items() if fnmatchcase(name, glob)]
+    return bool(dims) and max(dims) < 2 and glob not in source.infos
+
+
+def _tensor(source: Checkpoint, each: Reached) -> Tensor:
+    parts = [source.read(name) for name in each.parts]
+    return parts[0] if len(parts) == 1 else joined(*parts)
+
+
+def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:
+    parts = tuple(names[id(part[0].module), part[0].attr] for part in target.parts)
+    return Reached(target.name, parts, rule)
+
+
+def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]]:
+    """Return modules on the meta device that hold what `source` does; place -> its name there."""
+    model = nn.Module()
+    modules: dict[str, nn.Module] = {"": model}
+    held: dict[str, Tensor] = {}
+    names: dict[tuple[int, str], str] = {}
+    for name, info in source.infos.items():
+        path, _, attr = name.rpartition(".")
+        parts = nn.ParameterDict if attr in ("real", "imag") else nn.Module
+        module = _module_at(path, modules, parts)
+        first = source.same.get(name, name)
+        if first not in held:
+            tensor = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            number = info.dtype.is_floating_point or info.dtype.is_complex
+            held[first] = nn.Parameter(tensor) if number else tensor
+        if isinstance(held[first], nn.Parameter):
+            module._parameters[attr] = held[first]  # type: ignore[assignment]
+        else:
+            module._buffers[attr] = held[first]
+        names[id(module), attr] = first
+    return model, names
+
+
+def _module_at(path: str, modules: dict[str, nn.Module], make: type[nn.Module]) -> nn.Module:
+    """Return the module at `path`, made where there is none."""
+    if path not in modules:
+        above, _, own = path.rpartition(".")
+        modules[path] = make()
+        _module_at(above, modules, nn.Module)._modules[own] = modules[path]
+    return modules[path]

@@ -1,0 +1,187 @@
+"""Checkpoints in torch files, read and written without holding them in memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
+
+
+class TorchFile(Checkpoint):
+    """A file of torch.save that holds a state dict, alone or under one of its usual keys.
+
+    Attributes:
+        content: all that the file holds; its tensors are mapped.
+        key: where the state dict is in it; None: it is the content itself.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._reopen()
+        self.key = _state_key(self.content, path)
+        self.modules = getattr(self.state(), "_metadata", None)
+        first: dict[tuple[Any, ...], str] = {}
+        for name, value in self.state().items():
+            if not isinstance(value, Tensor):
+                self.others[name] = value
+            elif isinstance(name, str):
+                if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                    raise CheckpointError(
+                        f'"{path}" must hold dense tensors; "{name}" is '
+                        f"{value.layout if not value.is_meta else 'on the meta device'}."
+                    )
+                self.infos[name] = info_of(value)
+                key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                if value.numel() and key in first:
+                    self.same[name] = first[key]
+                first.setdefault(key, name)
+
+    def state(self) -> Mapping[str, Any]:
+        """Return the state dict, its tensors mapped."""
+        state: Mapping[str, Any] = self.content if self.key is None else self.content[self.key]
+        return state
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self.state()[name]
+        return tensor.detach()
+
+    def _reopen(self) -> None:
+        self.content = _loaded(self.path)
+
+
+def _loaded(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f'"{path}" cannot be read: {error.strerror}.') from error
+    except Exception as error:  # over damaged bytes torch raises all kinds
+        if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
+            raise CheckpointError(
+                f'"{path}" holds more than tensors and plain values; code in it was not run. Save '
+                "its `state_dict()` alone."
+            ) from error
+        raise CheckpointError(
+            f'"{path}" is no whole checkpoint of torch.save: it was cut off, or is another kind '
+            "of file."
+        ) from error
+
+
+def _state_key(content: Any, path: str) -> str | None:
+    if isinstance(content, Mapping):
+        if any(isinstance(value, Tensor) for value in content.values()):
+            return None
+        for key in _STATE_KEYS:
+            held = content.get(key)
+            if isinstance(held, Mapping) and any(isinstance(v, Tensor) for v in held.values()):
+                return key
+    raise CheckpointError(
+        f'"{path}" must hold a state dict, alone or as one of {", ".join(_STATE_KEYS)}; it holds '
+        f"{type(content).__name__}. Save the state dict alone."
+    )
+
+
+class TorchWriter:
+    """Writes a torch file whose tensors come one by one, in any order.
+
+    `torch.save` writes the file with empty storages; these are mapped and filled, and the checksums
+    of the archive are set at the end. Where maps cannot be shared, all is held in memory instead.
+
+    Args:
+        path: to be made.
+        content: what the file is to hold; only the dtypes, shapes and ties of its tensors count.
+    """
+
+    def __init__(self, path: str, content: Any) -> None:
+        self._path, self._unflushed, self._maps = path, 0, hasattr(mmap, "MAP_SHARED")
+        self._content: Any = None
+        with torch.serialization.skip_data():
+            torch.save(content, path)
+        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process, not raise
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        self._reopen()
+
+    def put(self, place: Callable[[Any], Tensor], tensor: Tensor) -> None:
+        """Give the tensor at `place` of the content its values."""
+        if self._maps and self._unflushed and self._unflushed + tensor.nbytes > 1 << 26:
+            self._reopen()
+        self._unflushed += tensor.nbytes
+        place(self._content).copy_(tensor)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if not self._maps:
+            torch.save(self._content, self._path)
+            return
+        self._content = None
+        _set_checksums(self._path)
+
+    def _reopen(self) -> None:
+        self._content = None  # lets go of the old map first
+        self._unflushed = 0
+        if not self._maps:
+            self._content = torch.load(self._path, weights_only=True)
+            return
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            self._content = torch.load(self._path, mmap=True, weights_only=True)
+
+
+def skeleton(info: Info) -> Tensor:
+    """Return a tensor whose memory is not touched."""
+    return torch.empty(info.shape, dtype=info.dtype)
+
+
+def leaves(content: Any) -> list[Any]:
+    """Return what `content` holds, in an order that does not change."""
+    found: list[Any] = pytree.tree_leaves(content)
+    return found
+
+
+def _set_checksums(path: str) -> None:
+    """Write the CRC-32 of each record where a zip archive has it: before it, and in the directory.
+
+    Reference: PKWARE, ".ZIP File Format Specification", 4.3.7, 4.3.9 and 4.3.12.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records, start = archive.infolist(), archive.start_dir
+    with open(path, "r+b") as file:
+        entry = start
+        for record in records:
+            file.seek(record.header_offset)
+            local = file.read(30)
+            name, extra = struct.unpack("<HH", local[26:30])
+            begin = record.header_offset + 30 + name + extra
+            file.seek(begin)
+            crc, left = 0, record.file_size
+            while left:
+                chunk = file.read(min(left, 1 << 22))
+                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+            packed = struct.pack("<I", crc)
+            file.seek(entry)
+            directory = file.read(46)
+            file.seek(entry + 16)
+            file.write(packed)
+            entry += 46 + sum(struct.unpack("<HHH", directory[28:34]))
+            if record.flag_bits & 8:  # after the data, behind a signature
+                file.seek(begin + record.file_size)
+                behind = 4 if file.read(4) == b"PK\x07\x08" else 0
+                file.seek(begin + record.file_size + behind)
+            else:
+                file.seek(record.header_offset + 14)
+            file.write(packed)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,213 @@
+"""Checkpoints that are written tensor by tensor, in any order, and appear when they are whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
+from parasparse.cli.safetensors_files import INDEX, SafetensorsFolder, tensor_bytes
+from parasparse.cli.torch_files import TorchFile, TorchWriter, leaves, skeleton
+from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path
+from parasparse.sparse._safetensors import head
+from parasparse.sparse.files import buffer
+
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+Put = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a new checkpoint holds.
+
+    Attributes:
+        infos: of each tensor, in order.
+        same: a name that is the same tensor as another one -> that one, which is put for both.
+        origin: a name that the source has not -> the one of the source that it comes from.
+        is_whole: what else the source holds (an optimizer, an index, a configuration) comes along.
+    """
+
+    infos: dict[str, Info]
+    same: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    is_whole: bool = True
+
+
+_SUFFIXES = (".safetensors", *TORCH)
+
+
+def check_target(path: str, source: Checkpoint, *, force: bool) -> None:
+    """Raise CheckpointError if `source` cannot become a checkpoint at `path`."""
+    if isinstance(source, SafetensorsFolder) and Path(path).suffix.lower() not in _SUFFIXES:
+        _check_free(path, force)
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise CheckpointError(f'"{path}" must be a folder or be free; it is a file.')
+    else:
+        check_file(path, force=force)
+
+
+def check_file(path: str, *, force: bool) -> None:
+    """Raise CheckpointError if no file can be written to `path`."""
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise CheckpointError(f'"{path}" must end in one of {", ".join(_SUFFIXES)}.')
+    _check_free(path, force)
+    if os.path.isdir(path):
+        raise CheckpointError(f'"{path}" must be a file or be free; it is a folder.')
+
+
+def _check_free(path: str, force: bool) -> None:
+    if os.path.lexists(path) and not force:
+        raise CheckpointError(f'"{path}" is there already. Use --force to replace it.')
+    parent = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(parent):
+        raise CheckpointError(f'"{path}" cannot be written: there is no folder "{parent}".')
+
+
+@contextmanager
+def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
+    """Yield a function that takes each tensor of `layout` once; the checkpoint appears at the end.
+
+    Raises:
+        RuntimeError: a tensor was not put, or had another dtype or shape.
+    """
+    missing = {name for name in layout.infos if name not in layout.same}
+    suffix = Path(path).suffix.lower()
+    with ExitStack() as stack:
+        if suffix == ".safetensors":
+            if layout.is_whole and source.others:
+                raise CheckpointError(
+                    f'safetensors files hold tensors alone; "{source.path}" holds '
+                    f'"{next(iter(source.others))}". Write a .pt file.'
+                )
+            file = stack.enter_context(replacing(path))
+            write = _safetensors_writer(file, layout, source.metadata)
+        elif suffix in TORCH:
+            write = stack.enter_context(_torch_writer(path, source, layout))
+        else:
+            assert isinstance(source, SafetensorsFolder)
+            write = stack.enter_context(_folder_writer(path, source, layout))
+
+        def put(name: str, tensor: Tensor) -> None:
+            if name not in missing or info_of(tensor) != layout.infos[name]:
+                raise RuntimeError(f"{name!r} was put twice, or is not as it was announced.")
+            missing.remove(name)
+            write(name, tensor)
+
+        yield put
+        if missing:
+            raise RuntimeError(f"{sorted(missing)} were not put.")
+
+
+def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, str]) -> Put:
+    start = head(metadata, {n: (info.dtype, info.shape) for n, info in layout.infos.items()})
+    file.write(start)
+    offsets, end = {}, len(start)
+    for name, info in layout.infos.items():
+        offsets[name], end = end, end + info.nbytes
+    if hasattr(os, "posix_fallocate"):  # a full disk is known before the work is done
+        os.posix_fallocate(file.fileno(), 0, max(end, 1))
+    ties = _ties(layout)
+
+    def write(name: str, tensor: Tensor) -> None:
+        data = tensor_bytes(tensor)
+        for each in (name, *ties.get(name, ())):
+            file.seek(offsets[each])
+            file.write(buffer(data))
+
+    return write
+
+
+@contextmanager
+def _torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
+    key = source.key if isinstance(source, TorchFile) and layout.is_whole else None
+    with replacing_path(path) as beside:
+        writer = TorchWriter(os.fspath(beside), _content(source, layout))
+
+        def write(name: str, tensor: Tensor) -> None:
+            writer.put(lambda content: (content if key is None else content[key])[name], tensor)
+
+        yield write
+        if isinstance(source, TorchFile) and layout.is_whole:
+            _copy_rest(source, writer)
+        writer.close()
+
+
+def _content(source: Checkpoint, layout: Layout) -> Any:
+    """Return what the new torch file holds, with tensors of any values."""
+    whole = source if isinstance(source, TorchFile) and layout.is_whole else None
+    if whole is not None and list(layout.infos) == list(whole.infos):
+        return whole.content  # as it is: views, strides and all
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name, info in layout.infos.items():
+        state[name] = state[layout.same[name]] if name in layout.same else skeleton(info)
+    if layout.is_whole:
+        state.update(source.others)
+        state._metadata = _dense_modules(source)  # type: ignore[attr-defined]
+    if whole is None or whole.key is None:
+        return state
+    content = copy.copy(whole.content)
+    content[whole.key] = state
+    return content
+
+
+def _dense_modules(source: Checkpoint) -> OrderedDict[str, Any]:
+    """Return the versions of modules, without those of parametrizations."""
+    modules = source.modules or {}
+    return OrderedDict((k, v) for k, v in modules.items() if "parametrizations" not in k.split("."))
+
+
+def _copy_rest(source: TorchFile, writer: TorchWriter) -> None:
+    """Copy the tensors that are not in the state dict: an optimizer's, say."""
+    if source.key is None:
+        return
+    for key in source.content:
+        if key == source.key:
+            continue
+        for number, leaf in enumerate(leaves(source.content[key])):
+            if isinstance(leaf, Tensor):
+                writer.put(lambda content, k=key, n=number: leaves(content[k])[n], leaf)  # type: ignore[misc]
+
+
+@contextmanager
+def _folder_writer(path: str, source: SafetensorsFolder, layout: Layout) -> Iterator[Put]:
+    homes = {n: source.shard_of(layout.origin.get(n, n)) for n in layout.infos}
+    with replacing_folder(path) as folder, ExitStack() as files:
+        writers: dict[str, Put] = {}
+        for shard, held in source.shards.items():
+            infos = {n: layout.infos[n] for n, home in homes.items() if home == shard}
+            file = files.enter_context(open(folder / shard, "xb"))
+            writers[shard] = _safetensors_writer(file, Layout(infos), held.metadata)
+        _copy_files(source, folder, homes, layout)
+        yield lambda name, tensor: writers[homes[name]](name, tensor)
+
+
+def _copy_files(
+    source: SafetensorsFolder, folder: Path, homes: Mapping[str, str], layout: Layout
+) -> None:
+    """Write the index, and copy what else lies beside the shards: configurations, vocabularies."""
+    if source.index is not None:
+        name, index = source.index
+        size = sum(info.nbytes for info in layout.infos.values())
+        metadata = {**index.get("metadata", {}), "total_size": size}
+        text = json.dumps({**index, "metadata": metadata, "weight_map": dict(homes)}, indent=2)
+        (folder / name).write_text(text + "\n")
+    for file in sorted(Path(source.path).iterdir()):
+        if file.is_file() and not file.name.endswith((".safetensors", INDEX, *TORCH, ".tmp")):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _ties(layout: Layout) -> dict[str, list[str]]:
+    ties: dict[str, list[str]] = {}
+    for name, first in layout.same.items():
+        ties.setdefault(first, []).append(name)
+    return ties
