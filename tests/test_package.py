@@ -43,9 +43,9 @@ ALLOWED = {
     "_pair_stack": {"_stack"},
     "cli.checkpoint": set(),
     "cli.progress": set(),
-    "cli.rules": {"cli.checkpoint", "distributions", "patterns", "scores", "treatments"},
+    "cli.rules": {"cli.checkpoint", "distributions", "patterns", "scores.entries", "treatments"},
     "cli.safetensors_files": {"cli.checkpoint", "sparse._safetensors"},
-    "cli.torch_files": {"cli.checkpoint"},
+    "cli.torch_files": {"cli.checkpoint", "sparse._replacing"},
     "cli.opening": {
         "cli.checkpoint", "cli.safetensors_files", "cli.torch_files", "sparse._headers",
         "sparse.files",
@@ -57,7 +57,7 @@ ALLOWED = {
     "cli.folding": {"cli.checkpoint"},
     "cli.pruning": {
         "_checks", "_pair_stack", "_select", "_tensors", "_units", "cli.checkpoint", "cli.rules",
-        "patterns", "scores", "targets", "treatments",
+        "patterns", "scores.entries", "targets", "treatments",
     },
     "cli.commands": {
         "_apply_mask", "_tables", "cli.checkpoint", "cli.folding", "cli.opening",

@@ -17,7 +17,7 @@ from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
 from parasparse.cli.rules import Rule
 from parasparse.patterns import jointly, unstructured
-from parasparse.scores import magnitude
+from parasparse.scores.entries import magnitude
 from parasparse.targets import group_by_rule
 from parasparse.treatments import Prune
 

@@ -10,7 +10,7 @@ from typing import Any
 from parasparse import distributions, patterns
 from parasparse.cli.checkpoint import CheckpointError
 from parasparse.patterns import Pattern
-from parasparse.scores import magnitude, random
+from parasparse.scores.entries import magnitude, random
 from parasparse.treatments import Prune
 
 SCORES = {"magnitude": magnitude, "random": random}

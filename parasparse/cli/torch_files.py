@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
+from parasparse.sparse._replacing import reserve
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
 
@@ -65,7 +67,9 @@ def _loaded(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        with warnings.catch_warnings():  # of what is refused later
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be read: {error.strerror}.') from error
     except Exception as error:  # over damaged bytes torch raises all kinds
@@ -108,11 +112,13 @@ class TorchWriter:
     def __init__(self, path: str, content: Any) -> None:
         self._path, self._unflushed, self._maps = path, 0, hasattr(mmap, "MAP_SHARED")
         self._content: Any = None
+        # A full disk must raise, not kill the process that writes to the map.
+        with open(path, "r+b") as file:
+            reserve(file, _nbytes(content))
         with torch.serialization.skip_data():
             torch.save(content, path)
-        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process, not raise
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        with open(path, "r+b") as file:
+            reserve(file, os.path.getsize(path))
         self._reopen()
 
     def put(self, place: Callable[[Any], Tensor], tensor: Tensor) -> None:
@@ -143,6 +149,12 @@ class TorchWriter:
 def skeleton(info: Info) -> Tensor:
     """Return a tensor whose memory is not touched."""
     return torch.empty(info.shape, dtype=info.dtype)
+
+
+def _nbytes(content: Any) -> int:
+    """Return the bytes of all storages of `content`."""
+    storages = [t.untyped_storage() for t in leaves(content) if isinstance(t, Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def leaves(content: Any) -> list[Any]:

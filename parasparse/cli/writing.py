@@ -18,7 +18,7 @@ from torch import Tensor
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
 from parasparse.cli.safetensors_files import INDEX, SafetensorsFolder, tensor_bytes
 from parasparse.cli.torch_files import TorchFile, TorchWriter, leaves, skeleton
-from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path
+from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path, reserve
 from parasparse.sparse._safetensors import head
 from parasparse.sparse.files import buffer
 
@@ -114,8 +114,7 @@ def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, s
     offsets, end = {}, len(start)
     for name, info in layout.infos.items():
         offsets[name], end = end, end + info.nbytes
-    if hasattr(os, "posix_fallocate"):  # a full disk is known before the work is done
-        os.posix_fallocate(file.fileno(), 0, max(end, 1))
+    reserve(file, end)  # a full disk is known before the work is done
     ties = _ties(layout)
 
     def write(name: str, tensor: Tensor) -> None:

@@ -69,5 +69,19 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def reserve(file: BinaryIO, nbytes: int) -> None:
+    """Give a file its room on the disk, where the system can; its content stays.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if nbytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+                raise
+
+
 def _beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
