@@ -27,9 +27,16 @@ class Timing:
 
 
 def compare(
-    functions: dict[str, Callable[[], object]], *, repeats: int = 15, warm_up: int = 3
+    functions: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 15,
+    warm_up: int = 3,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time `functions` in turn, so that drift hits all alike; ratios are to the first of them."""
+    """Time `functions` in turn, so that drift hits all alike; ratios are to the first of them.
+
+    `before` is called before each and not timed.
+    """
     for _ in range(warm_up):
         for function in functions.values():
             function()
@@ -37,6 +44,7 @@ def compare(
     for _ in range(repeats):
         row = {}
         for name, function in functions.items():
+            before()
             start = time.perf_counter()
             function()
             row[name] = (time.perf_counter() - start) * 1e3

@@ -51,8 +51,8 @@ ALLOWED = {
         "sparse.files",
     },
     "cli.writing": {
-        "cli.checkpoint", "cli.safetensors_files", "cli.torch_files", "sparse._replacing",
-        "sparse._safetensors", "sparse.files",
+        "_apply_mask", "cli.checkpoint", "cli.safetensors_files", "cli.torch_files",
+        "sparse._replacing", "sparse._safetensors", "sparse.files",
     },
     "cli.folding": {"cli.checkpoint"},
     "cli.pruning": {
@@ -60,8 +60,8 @@ ALLOWED = {
         "patterns", "scores.entries", "targets", "treatments",
     },
     "cli.commands": {
-        "_apply_mask", "_tables", "cli.checkpoint", "cli.folding", "cli.opening",
-        "cli.progress", "cli.pruning", "cli.rules", "cli.writing", "sparse.files",
+        "_tables", "_units", "cli.checkpoint", "cli.folding", "cli.opening", "cli.progress",
+        "cli.pruning", "cli.rules", "cli.writing", "patterns", "sparse.files",
     },
     "cli.looking": {"_held", "_tables", "cli.checkpoint", "cli.opening", "cli.progress"},
     "cli.main": {"cli.checkpoint", "cli.commands", "cli.looking"},

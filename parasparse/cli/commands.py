@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from parasparse._apply_mask import apply_mask
 from parasparse._tables import as_text
+from parasparse._units import has_units
 from parasparse.cli import folding, pruning
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
 from parasparse.cli.opening import PackedFile, open_checkpoint
 from parasparse.cli.progress import Advance, progress
 from parasparse.cli.rules import as_rules, read_config, split_rules
-from parasparse.cli.writing import Layout, Put, check_file, check_target, writing
+from parasparse.cli.writing import Layout, Put, check_file, check_target, pieces, writing
+from parasparse.patterns import unstructured
 from parasparse.sparse import files
 
 
@@ -59,9 +60,9 @@ def prune(args: Namespace) -> str:
         for group in groups:
             for each, mask in pruning.masks(source, group, lambda e: advance(_nbytes(source, e))):
                 rows.append((each, int(mask.count_nonzero())))
-                put_mask(each.name, mask)
+                put_mask(each.name, pieces(mask))
                 for name in each.parts:
-                    put(name, apply_mask(source.read(name), mask))
+                    put(name, pieces(source.read(name), mask))
                 advance(_nbytes(source, each))
         pruned = {name for each in every for name in each.parts}
         for name in source.infos if not args.dry_run else ():
@@ -104,7 +105,7 @@ def squash(args: Namespace) -> str:
             if name in layout.same:
                 continue
             if key in weights:
-                put(name, apply_mask(source.read(key), source.read(weights[key].mask)))
+                put(name, pieces(source.read(key), source.read(weights[key].mask)))
                 advance(source.infos[key].nbytes)
             else:
                 _copy(source, key, put, advance, name)
@@ -130,11 +131,11 @@ def binarize(args: Namespace) -> str:
             if key in layout.same:
                 continue
             if key in weights:
-                put(key, apply_mask(source.read(key), source.read(weights[key].mask)))
+                put(key, pieces(source.read(key), source.read(weights[key].mask)))
             elif key in masks:
-                put(key, source.read(key) != 0)
+                put(key, pieces(source.read(key) != 0))
             else:
-                put(key, source.read(key))
+                put(key, pieces(source.read(key)))
             advance(source.infos[key].nbytes)
     return f"{args.output}: {len(masks)} masks are bool."
 
@@ -152,7 +153,7 @@ def masks(args: Namespace) -> str:
     infos = {name: Info(torch.bool, source.infos[key].shape) for name, key in names.items()}
     with _output(args, source, Layout(infos, is_whole=False)) as (put, advance):
         for name, key in names.items():
-            put(name, source.read(key) != 0)
+            put(name, pieces(source.read(key) != 0))
             advance(source.infos[key].nbytes)
     return f"{args.output}: {len(names)} masks."
 
@@ -212,7 +213,7 @@ def _output(args: Namespace, source: Checkpoint, layout: Layout) -> Iterator[tup
 
 
 def _copy(source: Checkpoint, key: str, put: Put, advance: Advance, name: str = "") -> None:
-    put(name or key, source.read(key))
+    put(name or key, pieces(source.read(key)))
     advance(source.infos[key].nbytes)
 
 
@@ -223,7 +224,9 @@ def _mask_of(source: Checkpoint, held: folding.Held | None) -> str:
 def _passes(each: pruning.Reached) -> int:
     """Return how often the scores of `each` are read to be ranked."""
     prune = each.rule.prune
-    return 2 if prune is not None and prune.scope == "global" else 0
+    assert prune is not None
+    alone = prune.scope == "local" and prune.pattern is not unstructured
+    return 0 if alone else 1 if has_units(prune.pattern) else 2
 
 
 def _nbytes(source: Checkpoint, each: pruning.Reached) -> int:
@@ -235,5 +238,5 @@ def _has_zeros(tensor: Tensor) -> bool:
     return weight and not bool((tensor != 0).all())
 
 
-def _ignored(name: str, tensor: Tensor) -> None:
+def _ignored(name: str, pieces: Iterable[Tensor]) -> None:
     """Take a tensor, and do nothing: a dry run."""

@@ -16,6 +16,8 @@ from parasparse.cli.checkpoint import Checkpoint, CheckpointError
 from parasparse.cli.opening import open_checkpoint
 from parasparse.cli.progress import progress
 
+_PIECE = 1 << 20  # entries
+
 
 @dataclass(frozen=True)
 class Row:
@@ -112,15 +114,21 @@ def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
     if infos[0] != infos[1]:
         texts = [f"{str(i.dtype).removeprefix('torch.')} {_shape(i.shape)}" for i in infos]
         return f"{name}: {texts[0]} and {texts[1]}"
-    a, b = _comparable(one.read(name)), _comparable(two.read(name))
-    other = (a != b) & ~(a.isnan() & b.isnan())
-    number = int(other.count_nonzero())
-    if not number:
+    different, by, zeros = 0, 0.0, [0, 0]
+    flat = (one.read(name).flatten(), two.read(name).flatten())
+    for pair in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
+        a, b = map(_comparable, pair)
+        other = (a != b) & ~(a.isnan() & b.isnan())
+        number = int(other.count_nonzero())
+        if number:
+            off = (a - b)[other].abs().max() if a.dtype != torch.bool else 1.0
+            by = max(by, float(off))
+        different += number
+        zeros = [n + t.numel() - int(t.count_nonzero()) for n, t in zip(zeros, (a, b), strict=True)]
+    if not different:
         return ""
-    zeros = [int(t.numel() - t.count_nonzero()) for t in (a, b)]
-    by = float((a - b)[other].abs().max()) if a.dtype != torch.bool else 1.0
     return (
-        f"{name}: {number:,} of {a.numel():,} entries differ, by {by:.3g} at most; zeros "
+        f"{name}: {different:,} of {infos[0].numel:,} entries differ, by {by:.3g} at most; zeros "
         f"{zeros[0]:,} and {zeros[1]:,}"
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from parasparse._checks import num_kept
 from parasparse._pair_stack import joined
-from parasparse._select import Source, check_ranked, chunk_size, masks_of
+from parasparse._select import Scratch, Source, check_ranked, chunk_size, masks_of
 from parasparse._tensors import Target, collect
 from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
@@ -93,6 +93,9 @@ def masks(
             shares.update(prune.distribution(shapes, prune.sparsity))
         for each in group:
             own = replace(prune, sparsity=shares[each.name], distribution=None)
+            if own.pattern is unstructured:  # in the cache, piece by piece
+                yield from _ranked_together(source, [each], own, see)
+                continue
             yield each, own({each.name: _tensor(source, each)})[each.name]
     except (TypeError, ValueError) as error:
         notes = " ".join(getattr(error, "__notes__", ()))
@@ -130,6 +133,7 @@ class _Scored:
     ) -> None:
         self._source, self._each, self._prune, self._see = source, each, prune, see
         self._state: Tensor | None = None
+        self._is_checked = False
 
     def whole(self) -> Tensor:
         """Return the scores."""
@@ -145,33 +149,44 @@ class _Scored:
     def source(self) -> Source:
         """Return them as what is ranked."""
         info = self._source.infos[self._each.parts[0]]
-        by_entry = self._prune.score is magnitude
+        if self._prune.score is not magnitude:
+            return Source(
+                info.numel, torch.float32, self._split, lambda at: self.whole().flatten()[at]
+            )
         like = torch.empty(0, dtype=info.dtype)
         like = like if len(self._each.parts) == 1 else joined(like, like)
-        dtype = magnitude(like).dtype if by_entry else torch.float32
+        return Source(info.numel, magnitude(like).dtype, self._magnitudes, self._magnitudes_at)
 
-        def chunks() -> Iterator[Tensor]:
-            if by_entry:
-                tensor = _tensor(self._source, self._each).flatten()
-                self._see(self._each)
-            else:
-                tensor = self.whole().flatten()
-            for chunk in tensor.split(chunk_size(tensor)):  # in the cache, each
-                scores = magnitude(chunk) if by_entry else chunk
+    def _split(self) -> Iterator[Tensor]:
+        scores = self.whole().flatten()
+        check_ranked(scores)
+        yield from scores.split(chunk_size(scores))
+
+    def _magnitudes(self) -> Iterator[Tensor]:
+        """Yield the magnitudes of one piece after the other, while it is in the cache."""
+        tensor = _tensor(self._source, self._each).flatten()
+        self._see(self._each)
+        real = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        scratch = Scratch()
+        for chunk in tensor.split(chunk_size(tensor)):
+            scores = torch.abs(chunk, out=scratch.like(chunk)) if real else magnitude(chunk)
+            if not self._is_checked:
                 check_ranked(scores)
-                yield scores
+            yield scores
+        self._is_checked = True
 
-        return Source(info.numel, dtype, chunks)
-
-
-def _matches_only_vectors(glob: str, source: Checkpoint) -> bool:
-    dims = [len(info.shape) for name, info in source.infos.items() if fnmatchcase(name, glob)]
-    return bool(dims) and max(dims) < 2 and glob not in source.infos
+    def _magnitudes_at(self, places: Tensor) -> Tensor:
+        return magnitude(_tensor(self._source, self._each).flatten()[places])
 
 
 def _tensor(source: Checkpoint, each: Reached) -> Tensor:
     parts = [source.read(name) for name in each.parts]
     return parts[0] if len(parts) == 1 else joined(*parts)
+
+
+def _matches_only_vectors(glob: str, source: Checkpoint) -> bool:
+    dims = [len(info.shape) for name, info in source.infos.items() if fnmatchcase(name, glob)]
+    return bool(dims) and max(dims) < 2 and glob not in source.infos
 
 
 def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -121,12 +121,20 @@ class TorchWriter:
             reserve(file, os.path.getsize(path))
         self._reopen()
 
-    def put(self, place: Callable[[Any], Tensor], tensor: Tensor) -> None:
-        """Give the tensor at `place` of the content its values."""
-        if self._maps and self._unflushed and self._unflushed + tensor.nbytes > 1 << 26:
+    def put(self, place: Callable[[Any], Tensor], pieces: Iterable[Tensor]) -> None:
+        """Give the tensor at `place` of the content its values, flat pieces of them in turn."""
+        nbytes = place(self._content).nbytes
+        if self._maps and self._unflushed and self._unflushed + nbytes > 1 << 26:
             self._reopen()
-        self._unflushed += tensor.nbytes
-        place(self._content).copy_(tensor)
+        self._unflushed += nbytes
+        tensor = place(self._content)
+        if not tensor.is_contiguous():
+            tensor.copy_(torch.cat(list(pieces)).view(tensor.shape))
+            return
+        flat, start = tensor.view(-1), 0
+        for piece in pieces:
+            flat[start : start + piece.numel()] = piece
+            start += piece.numel()
 
     def close(self) -> None:
         """Finish the file."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,18 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
+from parasparse._apply_mask import apply_mask
+from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
 from parasparse.cli.safetensors_files import INDEX, SafetensorsFolder, tensor_bytes
 from parasparse.cli.torch_files import TorchFile, TorchWriter, leaves, skeleton
 from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path, reserve
 from parasparse.sparse._safetensors import head
 from parasparse.sparse.files import buffer
 
+_PIECE = 1 << 20  # entries
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
-Put = Callable[[str, Tensor], None]
+# Takes a tensor by name, as flat pieces, the first entries first.
+Put = Callable[[str, Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,37 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
             assert isinstance(source, SafetensorsFolder)
             write = stack.enter_context(_folder_writer(path, source, layout))
 
-        def put(name: str, tensor: Tensor) -> None:
-            if name not in missing or info_of(tensor) != layout.infos[name]:
-                raise RuntimeError(f"{name!r} was put twice, or is not as it was announced.")
+        def put(name: str, pieces: Iterable[Tensor]) -> None:
+            if name not in missing:
+                raise RuntimeError(f"{name!r} was put twice, or never announced.")
             missing.remove(name)
-            write(name, tensor)
+            write(name, _checked(name, layout.infos[name], pieces))
 
         yield put
         if missing:
             raise RuntimeError(f"{sorted(missing)} were not put.")
+
+
+def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size."""
+    if tensor.dim() == 0 or tensor.numel() <= _PIECE:
+        yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()
+        return
+    for start, piece in enumerate(tensor.flatten().split(_PIECE)):
+        part = None if mask is None else mask.flatten()[start * _PIECE :][: len(piece)]
+        yield piece if part is None else apply_mask(piece, part)
+
+
+def _checked(name: str, info: Info, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield `pieces`; raise RuntimeError if they are not the tensor that was announced."""
+    numel = 0
+    for piece in pieces:
+        numel += piece.numel()
+        if piece.dtype != info.dtype or numel > info.numel:
+            break
+        yield piece
+    if numel != info.numel:
+        raise RuntimeError(f"{name!r} is not as it was announced.")
 
 
 def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, str]) -> Put:
@@ -117,11 +142,14 @@ def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, s
     reserve(file, end)  # a full disk is known before the work is done
     ties = _ties(layout)
 
-    def write(name: str, tensor: Tensor) -> None:
-        data = tensor_bytes(tensor)
-        for each in (name, *ties.get(name, ())):
-            file.seek(offsets[each])
-            file.write(buffer(data))
+    def write(name: str, pieces: Iterable[Tensor]) -> None:
+        done = 0
+        for piece in pieces:
+            data = tensor_bytes(piece)
+            for each in (name, *ties.get(name, ())):
+                file.seek(offsets[each] + done)
+                file.write(buffer(data))
+            done += data.numel()
 
     return write
 
@@ -132,8 +160,8 @@ def _torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put
     with replacing_path(path) as beside:
         writer = TorchWriter(os.fspath(beside), _content(source, layout))
 
-        def write(name: str, tensor: Tensor) -> None:
-            writer.put(lambda content: (content if key is None else content[key])[name], tensor)
+        def write(name: str, pieces: Iterable[Tensor]) -> None:
+            writer.put(lambda content: (content if key is None else content[key])[name], pieces)
 
         yield write
         if isinstance(source, TorchFile) and layout.is_whole:
@@ -174,7 +202,7 @@ def _copy_rest(source: TorchFile, writer: TorchWriter) -> None:
             continue
         for number, leaf in enumerate(leaves(source.content[key])):
             if isinstance(leaf, Tensor):
-                writer.put(lambda content, k=key, n=number: leaves(content[k])[n], leaf)  # type: ignore[misc]
+                writer.put(lambda content, k=key, n=number: leaves(content[k])[n], pieces(leaf))  # type: ignore[misc]
 
 
 @contextmanager
@@ -187,7 +215,7 @@ def _folder_writer(path: str, source: SafetensorsFolder, layout: Layout) -> Iter
             file = files.enter_context(open(folder / shard, "xb"))
             writers[shard] = _safetensors_writer(file, Layout(infos), held.metadata)
         _copy_files(source, folder, homes, layout)
-        yield lambda name, tensor: writers[homes[name]](name, tensor)
+        yield lambda name, pieces: writers[homes[name]](name, pieces)
 
 
 def _copy_files(
