@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 # The oldest torch that the suite passes on, with the torchvision of its time.
 FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 
-.PHONY: demo test test-long test-floor test-models lint types docs bench bench-mnist clean
+.PHONY: demo test test-long test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py
@@ -36,6 +36,7 @@ bench: .venv/ready  ## about 30 minutes; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks.payoff
 	$(RUN)/python -m benchmarks.packing
 	$(RUN)/python -m benchmarks.dynamics
+	$(RUN)/python -m benchmarks.checkpoints
 
 bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes
 	$(RUN)/python -m benchmarks.mnist $(DATA)
@@ -43,6 +44,9 @@ bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how l
 
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
 	$(RUN)/python -m tests.models.zoo
+
+test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
+	$(RUN)/python -m tests.large_checkpoints
 
 clean:
 	rm -rf .venv .venv-floor site out

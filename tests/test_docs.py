@@ -3,9 +3,12 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from parasparse.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +23,12 @@ def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
         assert blocks
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "__main__"})
+
+    for line in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for command in line.splitlines():
+            name, *arguments = shlex.split(command)
+            assert name == "parasparse"
+            assert main(arguments) == 0, command
 
 
 def test_readme_names_its_two_commands():
