@@ -49,15 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, OSError, MemoryError, ValueError, NotImplementedError) as error:
-        print(f"parasparse: error: {_in_a_line(error)}", file=sys.stderr)
+        place = getattr(args, "output", None)
+        print(f"parasparse: error: {_in_a_line(error, place)}", file=sys.stderr)
         return 1
     return code
 
 
-def _in_a_line(error: BaseException) -> str:
+def _in_a_line(error: BaseException, output: str | None) -> str:
     if isinstance(error, OSError) and error.strerror:
-        place = f'"{error.filename}": ' if error.filename else ""
-        return f"{place}{error.strerror}. Nothing was written."
+        place = error.filename or output
+        return f'"{place}": {error.strerror}. Nothing was written.'
     return " ".join(str(error).split()) or type(error).__name__
 
 
