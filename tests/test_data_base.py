@@ -385,3 +385,112 @@ def test_copies_keep_everything(duplicate):
     two.step()
     assert one.state["x"]["step_count"] == 1
     assert "x: level=0.5" in repr(two)
+
+
+class Scaled(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return x * self.mask * self.scale
+
+
+def test_data_that_share_memory_are_squashed_one_by_one():
+    table = nn.Embedding(4, 3)
+    head = nn.Linear(3, 4)
+    head.weight = table.weight
+    sparsifier = FirstRow([("table", table), ("head", head.weight)])
+    sparsifier.get_mask("table")[0] = 0
+    sparsifier.get_mask("head")[3] = 0
+    sparsifier.squash_mask()
+    assert [bool(row.any()) for row in table.weight] == [False, True, True, False]
+
+
+def test_a_default_mask_is_a_copy_for_each():
+    sparsifier = FirstRow(mask=torch.tensor([1.0, 0.0]))
+    for name in ("a", "b"):
+        sparsifier.add_data(name, torch.ones(2))
+    sparsifier.get_mask("a")[:] = 0
+    assert sparsifier.get_mask("b").tolist() == [1, 0]
+    assert sparsifier.defaults["mask"].tolist() == [1, 0]
+    with pytest.warns(UserWarning, match="Replacing"):
+        sparsifier.add_data("a", torch.ones(2), reuse_mask=False)
+    assert sparsifier.get_mask("a").all()
+
+
+def test_loading_reaches_the_users_tensor_of_another_dtype_and_what_a_parametrization_holds():
+    one = FirstRow([("x", torch.full((2, 2), 3.0))])
+    one.add_data("y", torch.ones(2), parametrization=Scaled)
+    one._container.parametrizations.y[0].scale.data.fill_(5.0)
+    table = nn.Embedding(2, 2).double()
+    two = FirstRow([("x", table), ("y", torch.zeros(2))])
+    two.data_groups["y"]["parametrization"] = Scaled
+    two.load_state_dict(one.state_dict())
+    assert two.get_data("x") is table.weight
+    assert (table.weight == 3).all()
+    assert two.get_data("y", return_original=False).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda s: s.pop("state"),
+        lambda s: s.pop("data_groups"),
+        lambda s: s["state"]["x"].update(mask=torch.ones(5)),
+        lambda s: s["_container"].update({"x": s["_container"].pop("parametrizations.x.original")}),
+    ],
+)
+def test_other_inconsistent_states(broken):
+    one = FirstRow([("x", torch.ones(2))])
+    state = one.state_dict()
+    state["state"]["x"]["mask"] = torch.ones(3)
+    broken(state)
+    with pytest.raises(RuntimeError, match="Error loading"):
+        FirstRow().load_state_dict(state)
+
+
+def test_copies_of_computed_data_and_bound_steps():
+    weight = nn.Parameter(torch.ones(3, 2))
+    sparsifier = FirstRow([("x", weight * 2)])
+    sparsifier.step = lambda: "mine"
+    other = copy.deepcopy(sparsifier)
+    assert other.step() == "mine"
+    assert other.get_data("x").tolist() == [[2, 2], [2, 2], [2, 2]]
+
+
+class Mine(torch.Tensor):
+    """A subclass."""
+
+
+def test_subclasses_and_inference_mode_have_plain_masks():
+    data = torch.ones(2, 2).as_subclass(Mine)
+    with torch.inference_mode():
+        sparsifier = FirstRow([("x", data)])
+    assert type(sparsifier.get_mask("x")) is torch.Tensor
+    sparsifier.step()
+    sparsifier.state_dict()
+    assert not sparsifier.get_data("x", return_original=False)[0].any()
+
+
+def test_an_error_in_update_mask_names_the_data():
+    class Broken(BaseDataSparsifier):
+        def update_mask(self, name, data):
+            raise KeyError("oops")
+
+    with pytest.raises(KeyError) as caught:
+        Broken([("x", torch.ones(2))]).step()
+    assert 'while updating the mask of "x"' in caught.value.__notes__
+
+
+def test_parametrizations_is_a_name_like_any_other():
+    sparsifier = FirstRow([("parametrizations", torch.ones(2)), ("x", torch.ones(2))])
+    for name in ("parametrizations", "x"):
+        assert is_parametrized(sparsifier._container, name)
+
+
+def test_a_mask_of_float8_acts():
+    sparsifier = FirstRow([("x", torch.ones(2))])
+    sparsifier.get_mask("x").data = torch.tensor([1.0, 0.0]).to(torch.float8_e4m3fn)
+    assert sparsifier.get_data("x", return_original=False).tolist() == [1, 0]

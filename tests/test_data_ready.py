@@ -70,6 +70,27 @@ def test_any_number_of_dimensions_is_blocks_along_the_last():
     assert sparsifier.get_mask("number").item() == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([2e-4, 1e-4, 1.5e-4, 1e-5], torch.half), ([300, 600, 400, 1000], torch.half),
+        ([1e-30, 3e-30, 2e-30, 4e-30], torch.float), ([1, 16, 15, 3], torch.int8),
+        ([70000, 1, 2, 131072], torch.int32), ([-128, 1, 2, 3], torch.int8),
+        ([-32768, 1, 2, 3], torch.int16), ([1, 0, 1, 0], torch.bool),
+        ([1, 0.5, 0.25, 4], torch.float8_e4m3fn),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("norm", ["L1", "L2"])
+def test_no_square_vanishes_and_every_dtype_is_ranked(values, dtype, norm):
+    data = torch.tensor(values).to(dtype)
+    sparsifier = DataNormSparsifier([("x", data)], 0.5, norm=norm)
+    pruner = DataPruner(ps.Prune(0.5), [("x", data)])
+    order = sorted(range(4), key=lambda i: (-abs(values[i]), i))
+    for each in (sparsifier, pruner):
+        each.step()
+        assert each.get_mask("x").nonzero().flatten().tolist() == sorted(order[:2])
+
+
 def test_half_of_each_block_can_go():
     sparsifier = DataNormSparsifier(
         [("x", torch.randn(8, 16))], 1.0, zeros_per_block=2, sparse_block_shape=(1, 4)

@@ -68,7 +68,11 @@ ALLOWED = {
     "__main__": {"cli.main"},
     "data.container": {"_apply_mask", "_stack"},
     "data.saved": set(),
-    "data.base": {"_checks", "_foldable", "data.container", "data.saved"},
+    "data.given": set(),
+    "data.introduction": set(),
+    "data.base": {
+        "_checks", "_foldable", "data.container", "data.given", "data.introduction", "data.saved",
+    },
     "data.ready": {"_checks", "_units", "data.base", "patterns", "treatments"},
     "_masked_class": {"_hooks", "_stack"},
     "_dense_keys": {"_stack"},

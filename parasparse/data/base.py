@@ -6,15 +6,16 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor
 
 from parasparse._checks import listed, nearest
 from parasparse._foldable import is_writable
-from parasparse.data.container import Container, masked, ones_like
+from parasparse.data.container import Container, masked
+from parasparse.data.given import ones_like, weight_of
+from parasparse.data.introduction import introduce
 from parasparse.data.saved import entries
 
 _SPECIAL = ("mask", "parametrization")  # of `add_data`, not of `update_mask`
@@ -48,13 +49,13 @@ class BaseDataSparsifier(ABC):
         [0.0, -2.0, 0.4000000059604645]
 
     Reference: torch.ao.pruning's BaseDataSparsifier, whose schedulers take this one and whose state
-        this one loads. Differs: a tensor that is loaded goes into the user's own where there is
-        one; with `strict=False` what is loaded wins; `step` passes over what was squashed; pickles
-        and copies keep every attribute; masks of complex data are real.
+        this one loads. Differs: a tensor that is loaded goes into the user's own where one of its
+        shape is there; with `strict=False` what is loaded wins; `step` passes over what was
+        squashed; pickles and copies keep every attribute; masks of complex data are real.
     """
 
     def __init__(self, data_list: Iterable[tuple[str, Any]] | None = None, **defaults: Any) -> None:
-        _introduce_to_torch()
+        introduce(BaseDataSparsifier)
         self.defaults: dict[str, Any] = defaults
         self.data_groups: dict[str, dict[str, Any]] = {}
         self.state: dict[str, dict[str, Any]] = {}
@@ -100,7 +101,7 @@ class BaseDataSparsifier(ABC):
         weight = self._extract_weight(data)
         known = name in self.data_groups
         group = {**copy.deepcopy(self.data_groups[name] if known else self.defaults), **config}
-        given = config.get("mask", self.defaults.get("mask"))
+        given = config.get("mask") if known else group.get("mask")
         mask = ones_like(weight) if given is None else given
         kept: dict[str, Any] = {}
         if known and reuse_mask and "mask" not in config:
@@ -159,7 +160,11 @@ class BaseDataSparsifier(ABC):
         with torch.no_grad():
             for name, data in self._masked_data().items():
                 config = self.data_groups[name].items()
-                self.update_mask(name, data, **{k: v for k, v in config if k not in _SPECIAL})
+                try:
+                    self.update_mask(name, data, **{k: v for k, v in config if k not in _SPECIAL})
+                except Exception as error:
+                    error.add_note(f'while updating the mask of "{name}"')
+                    raise
 
     def squash_mask(
         self,
@@ -190,22 +195,27 @@ class BaseDataSparsifier(ABC):
                 "or by `expand`. Add clones, or pass `leave_parametrized=False`."
             )
         with torch.no_grad():
-            values = {name: self._container.read(name) for name in data}
+            for name in data if leave_parametrized else ():
+                self._container.read(name)  # what cannot be read raises now
             for name, original in data.items():
-                if leave_parametrized:
-                    original.copy_(values[name])
+                if leave_parametrized:  # one by one: they may share memory
+                    original.copy_(self._container.read(name))
                 self._container.put(name, original)
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks (sparse COO) and what else is remembered, configurations and tensors.
 
+        The tensors are those themselves, not copies, as in `torch.nn.Module.state_dict`.
         `torch.load(weights_only=True)` loads it if the configurations hold plain values.
         """
         state = {
-            name: {**copy.deepcopy(held), "mask": held["mask"].detach().to_sparse_coo()}
+            name: {
+                key: value.detach().to_sparse_coo() if key == "mask" else copy.deepcopy(value)
+                for key, value in held.items()
+            }
             for name, held in self.state.items()
         }
-        groups = {name: dict(group) for name, group in self.data_groups.items()}
+        groups = copy.deepcopy(self.data_groups)
         return {"state": state, "data_groups": groups, "_container": self._container.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -222,7 +232,7 @@ class BaseDataSparsifier(ABC):
         loaded = entries(state_dict)
         tensors = {name: self._ours(name, entry.tensor) for name, entry in loaded.items()}
         stacks = {
-            name: masked(tensors[name], entry.state["mask"], entry.group)
+            name: masked(tensors[name], entry.state["mask"], entry.group, entry.own)
             for name, entry in loaded.items()
             if entry.is_masked
         }
@@ -238,11 +248,21 @@ class BaseDataSparsifier(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` by a function that is bound to this very object.
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        bound = hasattr(self.__dict__.get("step"), "_with_counter")
+        return {k: v for k, v in self.__dict__.items() if k != "step" or not bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _introduce_to_torch()
+        introduce(BaseDataSparsifier)
         self.__dict__.update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for name in self.data_groups:  # torch copies no tensor that has been computed
+            tensor = self._container.plain(name)
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     def __repr__(self) -> str:
         lines = [
@@ -253,19 +273,7 @@ class BaseDataSparsifier(ABC):
 
     def _extract_weight(self, data: Any) -> Tensor:
         """Return the tensor that `data` is or holds."""
-        if isinstance(data, nn.Embedding | nn.EmbeddingBag):
-            if is_parametrized(data, "weight"):
-                raise ValueError(
-                    f"{type(data).__name__} must have a plain weight; it is parametrized, so that "
-                    "masked values could not be written back. `squash` it first."
-                )
-            return data.weight
-        if not isinstance(data, Tensor):
-            raise TypeError(
-                "`data` must be a Tensor, Parameter, Embedding or EmbeddingBag; got "
-                f"{type(data).__name__}."
-            )
-        return data
+        return weight_of(data)
 
     def _masked_data(self) -> dict[str, Tensor]:
         """Return the originals of all data that was not squashed."""
@@ -281,19 +289,10 @@ class BaseDataSparsifier(ABC):
     def _ours(self, name: str, loaded: Tensor) -> Tensor:
         """Return what takes the values of `loaded`: the tensor that is here, or a new one."""
         here = self._container.plain(name) if name in self.data_groups else None
-        fits = here is not None and (here.shape, here.dtype) == (loaded.shape, loaded.dtype)
-        return here if here is not None and fits else loaded.clone()
+        if here is None or here.shape != loaded.shape or not is_writable(here):
+            return loaded.clone()
+        return here if torch.can_cast(loaded.dtype, here.dtype) else loaded.clone()
 
 
 def _all(names: Iterable[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
-
-
-def _introduce_to_torch() -> None:
-    """Let torch.ao.pruning's schedulers, which ask for an instance of its class, take ours."""
-    with warnings.catch_warnings():  # it sets filters when it is imported
-        try:
-            from torch.ao.pruning._experimental import data_sparsifier
-        except ImportError:  # a torch that has none
-            return
-    data_sparsifier.BaseDataSparsifier.register(BaseDataSparsifier)  # type: ignore[type-abstract]

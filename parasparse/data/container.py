@@ -28,18 +28,19 @@ class DataMask(nn.Module):
                 f"a mask must keep the shape of its data, {tuple(data.shape)}; it has become "
                 f"{tuple(self.mask.shape)}."
             )
-        return apply_mask(data, self.mask)
+        float8 = self.mask.is_floating_point() and self.mask.dtype.itemsize == 1
+        return apply_mask(data, self.mask.float() if float8 else self.mask)  # float8 has no product
 
 
 class Container(nn.Module):
-    """Tensors by name, masked or plain; `container.<name>` reads one.
+    """Tensors by name, masked or plain; `container.<name>` reads one if a Module has no such name.
 
     Not a masked class (`_masked_class`): these are made for each set of names, and here names come
     and go.
     """
 
     def __getattr__(self, name: str) -> Any:
-        stack = stack_of(self, name)
+        stack = None if name in self._modules else stack_of(self, name)
         return super().__getattr__(name) if stack is None else stack()
 
     def is_masked(self, name: str) -> bool:
@@ -73,7 +74,12 @@ class Container(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the state of a container of torch.ao.pruning holds: masks come elsewhere."""
-        held = {f"parametrizations.{name}.original": self.plain(name) for name in self._stacks()}
+        held = {}
+        for name, stack in self._stacks().items():
+            held[f"parametrizations.{name}.original"] = self.plain(name)
+            for key, tensor in stack.mask.state_dict().items():
+                if key != "mask":
+                    held[f"parametrizations.{name}.0.{key}"] = tensor
         held |= {name: self.plain(name) for name in self._buffers}
         return {key: tensor.detach() for key, tensor in held.items()}
 
@@ -82,17 +88,24 @@ class Container(nn.Module):
         return {} if stacks is None else stacks._modules
 
 
-def masked(original: Tensor, mask: Tensor, group: Mapping[str, Any]) -> MaskedParametrizationList:
-    """Return a stack of `original` under `mask`, by the class that `group` names or `DataMask`."""
-    stack = MaskedParametrizationList(original, group.get("parametrization", DataMask)(mask))
+def masked(
+    original: Tensor,
+    mask: Tensor,
+    group: Mapping[str, Any],
+    own: Mapping[str, Tensor] | None = None,
+) -> MaskedParametrizationList:
+    """Return a stack of `original` under `mask`, by the class that `group` names or `DataMask`.
+
+    Args:
+        original: the data.
+        mask: its mask, live.
+        group: its configuration.
+        own: what else the module that masks had in its state.
+    """
+    module = group.get("parametrization", DataMask)(mask)
+    if own:
+        module.load_state_dict(own, strict=False)
+    stack = MaskedParametrizationList(original, module)
     with torch.no_grad():
         stack()  # what cannot be read is refused before anything has changed
     return stack
-
-
-def ones_like(data: Tensor) -> Tensor:
-    """Return a mask that keeps all: floating, so that it has a mean."""
-    dtype = data.dtype.to_real() if data.dtype.is_complex else data.dtype
-    if not dtype.is_floating_point or dtype.itemsize == 1:
-        dtype = torch.float32
-    return torch.ones_like(data, dtype=dtype, requires_grad=False)

@@ -79,7 +79,9 @@ class DataNormSparsifier(BaseDataSparsifier):
     ) -> None:
         """Set the mask of `name`."""
         shape, zeros = _checked(sparsity_level, sparse_block_shape, zeros_per_block)
-        scores = data.abs() if self.norm == "L1" else data.abs().square()
+        # In 64 bits: no square vanishes, and the smallest integer has a modulus.
+        wide = data.to(torch.complex128 if data.is_complex() else torch.float64)
+        scores = wide.abs() if self.norm == "L1" else wide.abs().square()
         # With as many dimensions as a block has at least, and blocks that fit.
         scores = scores.reshape([1] * (len(shape) - data.ndim) + list(data.shape))
         shape = (1,) * (scores.ndim - len(shape)) + shape
@@ -125,9 +127,11 @@ class DataPruner(BaseDataSparsifier):
         for name, data in self._masked_data().items():
             groups.setdefault(self.data_groups[name]["sparsity"], {})[name] = data
         with torch.no_grad():
+            masks: dict[str, Tensor] = {}
             for sparsity, tensors in groups.items():
-                for name, mask in replace(self.prune, sparsity=sparsity)(tensors).items():
-                    self.get_mask(name).copy_(mask)
+                masks |= replace(self.prune, sparsity=sparsity)(tensors)
+            for name, mask in masks.items():
+                self.get_mask(name).copy_(mask)
 
     def update_mask(
         self, name: str, data: Tensor, sparsity: float | None = None, **config: Any
@@ -156,8 +160,7 @@ def _checked(
 
 def _all_but_smallest(scores: Tensor, tile: Sequence[int], zeros: int) -> Tensor:
     """Return where an entry is not among the `zeros` smallest of its tile."""
-    values = scores if scores.is_floating_point() else scores.double()
-    cells = tiled(values, tile, fill=math.inf)
+    cells = tiled(scores, tile, fill=math.inf)
     inside, last = list(range(1, cells.ndim, 2)), list(range(-len(tile), 0))
     entries = cells.movedim(inside, last)
     flat = entries.flatten(-len(tile))

@@ -19,12 +19,14 @@ class Entry:
         group: its configuration.
         tensor: its values, unmasked where it is masked.
         is_masked: it was not squashed.
+        own: what its parametrization holds but the mask.
     """
 
     state: dict[str, Any]
     group: dict[str, Any]
     tensor: Tensor
     is_masked: bool
+    own: dict[str, Tensor]
 
 
 def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
@@ -33,19 +35,28 @@ def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
     Raises:
         RuntimeError: "Error loading <name>": its three parts do not fit each other.
     """
+    missing = [key for key in ("state", "data_groups", "_container") if key not in state_dict]
+    if missing:
+        raise _inconsistent(missing[0])
     state, groups = state_dict["state"], state_dict["data_groups"]
     tensors = dict(state_dict["_container"])
     found = {}
     for name, held in state.items():
-        original = tensors.pop(f"parametrizations.{name}.original", None)
+        inside = f"parametrizations.{name}."
+        original = tensors.pop(f"{inside}original", None)
         plain = tensors.pop(name, None)
+        own = {k.removeprefix(f"{inside}0."): t for k, t in tensors.items() if k.startswith(inside)}
+        tensors = {k: t for k, t in tensors.items() if not k.startswith(inside)}
         tensor = plain if original is None else original
-        if name not in groups or tensor is None or "mask" not in held:
+        if name not in groups or tensor is None or "mask" not in held or "." in name:
             raise _inconsistent(name)
-        own = copy.deepcopy(dict(held))
-        own["mask"] = own["mask"].to_dense()
+        own.pop("mask", None)
+        remembered = {k: copy.deepcopy(v) for k, v in held.items() if k != "mask"}
+        remembered["mask"] = held["mask"].to_dense().clone()
+        if remembered["mask"].shape != tensor.shape:
+            raise _inconsistent(name)
         group = copy.deepcopy(dict(groups[name]))
-        found[name] = Entry(own, group, tensor, original is not None)
+        found[name] = Entry(remembered, group, tensor, original is not None, own)
     rest = [name for name in (*groups, *tensors) if name not in found]
     if rest:
         raise _inconsistent(rest[0])
@@ -54,5 +65,6 @@ def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
 
 def _inconsistent(name: str) -> RuntimeError:
     return RuntimeError(
-        f"Error loading {name}: `state_dict` must hold its mask, its configuration and its tensor."
+        f"Error loading {name}: `state_dict` must hold its mask, its configuration and its "
+        "tensor, of the mask's shape, and names without dots."
     )

@@ -28,6 +28,8 @@ def magnitude(tensor: Tensor, name: str = "") -> Tensor:
     """
     if tensor.dtype.itemsize == 1:  # float8 has no abs
         tensor = tensor.to(torch.float32)
+    elif not (tensor.is_floating_point() or tensor.is_complex()):  # the lowest integer has none
+        tensor = tensor.to(torch.float64)
     return tensor.detach().abs()
 
 

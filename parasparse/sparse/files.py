@@ -98,10 +98,11 @@ def load_packed(path: FilePath) -> dict[str, Any]:
     header, read = opened(path)
     state: OrderedDict[str, Any] = OrderedDict()
     for name, entry in header["entries"].items():
-        if "same" in entry:
-            state[name] = state[entry["same"]]
-        else:
-            state[name] = entry["value"] if "value" in entry else read(name)
+        with damage_named(path, f'has no intact "{name}"'):
+            if "same" in entry:
+                state[name] = state[entry["same"]]
+            else:
+                state[name] = entry["value"] if "value" in entry else read(name)
     if header["modules"] is not None:
         state._metadata = OrderedDict(header["modules"])  # type: ignore[attr-defined]
     return state
