@@ -65,7 +65,8 @@ def is_tracing() -> bool:
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, weight, 0)
-    wide = weight.to(mask.dtype) if weight.dtype.itemsize == 1 else weight  # float8 has no product
+    # float8 has no product
+    wide = weight.to(torch.float32) if weight.dtype.itemsize == 1 else weight
     return torch.where(mask != 0, (wide * mask).to(weight.dtype), 0)
 
 

@@ -79,7 +79,7 @@ def folder(tmp_path):
         (["inspect", "attack2.pt"], "code in it was not run"),
         (["inspect", "module.pt"], "code in it was not run"),
         (["inspect", "list.pt"], "must hold a state dict"),
-        (["inspect", "sparse.pt"], "must hold dense tensors"),
+        (["inspect", "sparse.pt"], "must be dense"),
         (["inspect", "noindex"], "must hold a *.safetensors.index.json"),
         (["inspect", "missing"], "which is not there"),
         (["inspect", "outside"], "must name files beside it"),

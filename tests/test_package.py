@@ -45,18 +45,21 @@ ALLOWED = {
     "cli.progress": set(),
     "cli.rules": {"cli.checkpoint", "distributions", "patterns", "scores.entries", "treatments"},
     "cli.safetensors_files": {"cli.checkpoint", "sparse._safetensors"},
-    "cli.torch_files": {"cli.checkpoint", "sparse._replacing"},
+    "cli.torch_files": {"cli.checkpoint", "cli.contents", "sparse._replacing"},
     "cli.opening": {
         "cli.checkpoint", "cli.safetensors_files", "cli.torch_files", "sparse._headers",
         "sparse.files",
     },
     "cli.writing": {
-        "_apply_mask", "cli.checkpoint", "cli.safetensors_files", "cli.torch_files",
+        "_apply_mask", "cli.checkpoint", "cli.contents", "cli.safetensors_files",
+        "cli.torch_files",
         "sparse._replacing", "sparse._safetensors", "sparse.files",
     },
-    "cli.folding": {"cli.checkpoint"},
+    "cli.contents": {"cli.checkpoint"},
+    "cli.folding": {"_tensors", "cli.checkpoint"},
     "cli.pruning": {
-        "_checks", "_pair_stack", "_select", "_tensors", "_units", "cli.checkpoint", "cli.rules",
+        "_checks", "_pair_stack", "_select", "_tensors", "_units", "cli.checkpoint",
+        "cli.folding", "cli.rules",
         "patterns", "scores.entries", "targets", "treatments",
     },
     "cli.commands": {

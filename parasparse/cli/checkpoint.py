@@ -54,7 +54,8 @@ class Checkpoint(ABC):
         same: a name that is the same tensor as an earlier one -> that one.
         metadata: strings that safetensors keeps for the file as a whole.
         modules: what torch keeps beside a state dict: the versions of its modules.
-        others: what is no tensor in a state dict.
+        others: what is no tensor with a name in a state dict.
+        around: what lies around a state dict: an optimizer, an epoch.
     """
 
     path: str
@@ -62,16 +63,13 @@ class Checkpoint(ABC):
     same: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     modules: Mapping[str, Any] | None = None
-    others: dict[str, Any] = field(default_factory=dict)
+    others: dict[Any, Any] = field(default_factory=dict)
+    around: list[str] = field(default_factory=list)
     _read_bytes: int = 0
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, not to be written to."""
-        nbytes = self.infos[name].nbytes
-        if self._read_bytes and self._read_bytes + nbytes > FRESH:
-            self._reopen()
-            self._read_bytes = 0
-        self._read_bytes += nbytes
+        self._mapped(self.infos[name].nbytes)
         return self._read(name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -84,6 +82,13 @@ class Checkpoint(ABC):
     def nbytes(self) -> int:
         """Bytes of all different tensors."""
         return sum(info.nbytes for name, info in self.infos.items() if name not in self.same)
+
+    def _mapped(self, nbytes: int) -> None:
+        """Note that so much is about to be read, and map the file anew if that is due."""
+        if self._read_bytes and self._read_bytes + nbytes > FRESH:
+            self._reopen()
+            self._read_bytes = 0
+        self._read_bytes += nbytes
 
     @abstractmethod
     def _read(self, name: str) -> Tensor: ...

@@ -17,7 +17,7 @@ from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
 from parasparse.cli.opening import PackedFile, open_checkpoint
 from parasparse.cli.progress import Advance, progress
 from parasparse.cli.rules import as_rules, read_config, split_rules
-from parasparse.cli.writing import Layout, Put, check_file, check_target, pieces, writing
+from parasparse.cli.writing import TORCH, Layout, Put, check_file, check_target, pieces, writing
 from parasparse.patterns import unstructured
 from parasparse.sparse import files
 
@@ -36,6 +36,8 @@ def prune(args: Namespace) -> str:
         check_target(args.output, source, force=args.force)
     if args.masks and not args.dry_run:
         check_file(args.masks, force=args.force)
+        if os.path.realpath(args.masks) in map(os.path.realpath, (args.input, args.output)):
+            raise CheckpointError("--masks must name another file than IN and OUT.")
     groups = pruning.reached(source, parsed)
     if not groups:
         raise CheckpointError("every rule is none: nothing is to be pruned.")
@@ -76,7 +78,7 @@ def _pruned(source: Checkpoint, rows: list[tuple[pruning.Reached, int]], args: N
     kept, total = sum(kept for _, kept in rows), sum(numels)
     line = f"{1 - kept / max(1, total):.2%} of {total:,} entries in {len(rows)} tensors are masked"
     if not args.dry_run:
-        return f"{args.output}: {line}."
+        return f"{args.output}: {line}.{_left_out(source, args.output)}"
     table = as_text(
         ("tensor", "shape", "rule", "kept", "sparsity"),
         [
@@ -149,7 +151,7 @@ def masks(args: Namespace) -> str:
         if not names:
             raise CheckpointError(f'"{args.input}" holds no weight with a zero.')
     else:
-        names = {one.name: one.mask for one in folding.held(source)}
+        names = folding.mask_names(source)
     infos = {name: Info(torch.bool, source.infos[key].shape) for name, key in names.items()}
     with _output(args, source, Layout(infos, is_whole=False)) as (put, advance):
         for name, key in names.items():
@@ -181,7 +183,8 @@ def pack(args: Namespace) -> str:
 
         files.write(args.output, read, header)
     size = os.path.getsize(args.output)
-    return f"{args.output}: {size:,} bytes, {size / max(1, source.nbytes):.1%} of the tensors'."
+    line = f"{args.output}: {size:,} bytes, {size / max(1, source.nbytes):.1%} of the tensors'."
+    return line + _left_out(source, "")
 
 
 def unpack(args: Namespace) -> str:
@@ -195,6 +198,12 @@ def unpack(args: Namespace) -> str:
             if name not in source.same:
                 _copy(source, name, put, advance)
     return f"{args.output}: {len(source.infos)} tensors."
+
+
+def _left_out(source: Checkpoint, output: str) -> str:
+    """Return what is said of the things around a state dict that do not come along."""
+    stays = output.lower().endswith(TORCH)
+    return "" if stays or not source.around else f" Left out: {', '.join(source.around)}."
 
 
 def _masked(args: Namespace) -> tuple[Checkpoint, list[folding.Held]]:

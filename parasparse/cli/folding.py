@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from parasparse._tensors import PAIR_ENDINGS
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
 
 _STACK = re.compile(r"(?P<layer>(?:.+\.)?)parametrizations\.(?P<attr>[^.]+)\.(?P<own>.+)")
@@ -44,6 +47,11 @@ def held(source: Checkpoint) -> list[Held]:
         for one in _foreign(key, source):
             found.setdefault(one.name, one)
     masked = [one for one in found.values() if one is not None]
+    twice = [one.name for one in masked if one.weight != one.name and one.name in source.infos]
+    if twice:
+        raise CheckpointError(
+            f'"{source.path}" must hold "{twice[0]}" once; it is there masked, and plain as well.'
+        )
     if not masked:
         raise CheckpointError(
             f'"{source.path}" must hold masks: of parasparse, of torch.nn.utils.prune or of '
@@ -57,6 +65,53 @@ def held(source: Checkpoint) -> list[Held]:
             )
     order = {key: number for number, key in enumerate(source.infos)}
     return sorted(masked, key=lambda one: order[one.weight])
+
+
+def mask_names(source: Checkpoint) -> dict[str, str]:
+    """Return the key of each mask by the name that `sparsify` takes: a tie once, a pair as one."""
+    masked = {one.name: one for one in held(source)}
+    first: dict[tuple[str, str], str] = {}
+    names: dict[str, str] = {}
+    for name, one in masked.items():
+        own = (source.same.get(one.weight, one.weight), source.same.get(one.mask, one.mask))
+        if first.setdefault(own, name) != name:
+            continue
+        joint, other = _pair(name, masked)
+        if other is None or not _are_equal(source, one.mask, other.mask):
+            names[name] = one.mask
+        else:
+            names.setdefault(joint, one.mask)
+    return names
+
+
+def computed(source: Checkpoint) -> dict[str, str]:
+    """Return what a model computes, by its name and by the keys of what it is computed from.
+
+    That is what lies under a mask, or under another parametrization.
+    """
+    names = {}
+    for key in source.infos:
+        match = _STACK.fullmatch(key)
+        if match:
+            name = match["layer"] + match["attr"]
+            names[key] = names[name] = name
+        for one in _foreign(key, source):
+            names[one.weight] = names[one.mask] = names[one.name] = one.name
+    return names
+
+
+def _pair(name: str, masked: Mapping[str, Held]) -> tuple[str, Held | None]:
+    """Return the joint name of a pair, and its other part; none if `name` is of no pair."""
+    for endings in (*PAIR_ENDINGS, (".real", ".imag")):
+        for own, other in (endings, endings[::-1]):
+            found = masked.get(name.removesuffix(own) + other)
+            if name.endswith(own) and found is not None:
+                return name.removesuffix(own), found
+    return name, None
+
+
+def _are_equal(source: Checkpoint, one: str, two: str) -> bool:
+    return one == two or torch.equal(source.read(one), source.read(two))
 
 
 def _of_stack(name: str, keys: Mapping[str, str]) -> Held | None:

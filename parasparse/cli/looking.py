@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -48,6 +50,8 @@ def inspect(args: Namespace) -> tuple[str, int]:
     """Return a table of the tensors of a checkpoint, and the exit code."""
     source = open_checkpoint(args.input)
     rows = list(_rows(source))
+    if args.plot and os.path.lexists(args.plot):
+        raise CheckpointError(f'"{args.plot}" is there already. Name another picture.')
     if args.plot:
         _plot(rows, args.plot)
     numel = sum(row.numel for row in rows if row.same is None)
@@ -103,9 +107,11 @@ def diff(args: Namespace) -> tuple[str, int]:
             lines += [line] if line else []
             same += not line
             advance(info.nbytes)
-    lines.append(f"{same} tensors are the same, {len(lines)} lines above say what differs.")
-    if len(lines) == 1:
-        return f"{same} tensors are the same; nothing differs.", 0
+    around = sorted({*one.around, *two.around, *map(str, {**one.others, **two.others})})
+    note = f" Not compared: {', '.join(around)}." if around else ""
+    if not lines:
+        return f"{same} tensors are the same; nothing differs.{note}", 0
+    lines.append(f"{same} tensors are the same, {len(lines)} lines above say what differs.{note}")
     return "\n".join(lines), 1
 
 
@@ -116,15 +122,14 @@ def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
         return f"{name}: {texts[0]} and {texts[1]}"
     different, by, zeros = 0, 0.0, [0, 0]
     flat = (one.read(name).flatten(), two.read(name).flatten())
-    for pair in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
-        a, b = map(_comparable, pair)
-        other = (a != b) & ~(a.isnan() & b.isnan())
+    for a, b in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
+        other = _differ(a, b)
         number = int(other.count_nonzero())
         if number:
-            off = (a - b)[other].abs().max() if a.dtype != torch.bool else 1.0
+            off = (_wide(a[other]) - _wide(b[other])).abs().nan_to_num(nan=math.inf).max()
             by = max(by, float(off))
         different += number
-        zeros = [n + t.numel() - int(t.count_nonzero()) for n, t in zip(zeros, (a, b), strict=True)]
+        zeros = [n + int((~_nonzero(t)).sum()) for n, t in zip(zeros, (a, b), strict=True)]
     if not different:
         return ""
     return (
@@ -133,16 +138,26 @@ def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
     )
 
 
-def _comparable(tensor: Tensor) -> Tensor:
-    return (
-        tensor.to(torch.float32)
-        if tensor.is_floating_point() and tensor.dtype.itemsize == 1
-        else tensor
-    )
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_floating_point() or a.is_complex():
+        a, b = _wide(a), _wide(b)
+        return (a != b) & ~(a.isnan() & b.isnan())
+    return _signed(a) != _signed(b)
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    return _comparable(tensor) != 0
+    float8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return (tensor.float() if float8 else _signed(tensor)) != 0
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    """Return unsigned integers as what torch compares, of the same bits."""
+    same = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    return tensor.view(same[tensor.dtype]) if tensor.dtype in same else tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

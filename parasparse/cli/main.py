@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (CheckpointError, OSError, MemoryError, ValueError, NotImplementedError) as error:
+    except (CheckpointError, OSError, MemoryError, ValueError, RuntimeError) as error:
         place = getattr(args, "output", None)
         print(f"parasparse: error: {_in_a_line(error, place)}", file=sys.stderr)
         return 1

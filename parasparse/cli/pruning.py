@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from parasparse._select import Scratch, Source, check_ranked, chunk_size, masks_
 from parasparse._tensors import Target, collect
 from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
+from parasparse.cli.folding import computed
 from parasparse.cli.rules import Rule
 from parasparse.patterns import jointly, unstructured
 from parasparse.scores.entries import magnitude
@@ -45,6 +47,7 @@ def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
     Raises:
         CheckpointError: a rule reaches nothing, or what cannot be masked.
     """
+    _check_plain(source, rules)
     model, names = _model_of(source)
     targets = collect(model)
     # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
@@ -184,6 +187,19 @@ def _tensor(source: Checkpoint, each: Reached) -> Tensor:
     return parts[0] if len(parts) == 1 else joined(*parts)
 
 
+def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
+    """Raise CheckpointError if a rule prunes what only a model can compute."""
+    for key, name in computed(source).items():
+        parts = key.split(".")
+        places = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        rule = next((r for r in rules if any(fnmatchcase(p, r.target) for p in places)), None)
+        if rule is not None and rule.prune is not None:
+            raise CheckpointError(
+                f'a pruned tensor must be plain; "{name}" is masked or parametrized. Fold masks '
+                f"with `parasparse squash` first, or put --rule '{name}*=none' before its rule."
+            )
+
+
 def _matches_only_vectors(glob: str, source: Checkpoint) -> bool:
     dims = [len(info.shape) for name, info in source.infos.items() if fnmatchcase(name, glob)]
     return bool(dims) and max(dims) < 2 and glob not in source.infos
@@ -196,14 +212,18 @@ def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> R
 
 def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]]:
     """Return modules on the meta device that hold what `source` does; place -> its name there."""
-    model = nn.Module()
+    model = _Place()
     modules: dict[str, nn.Module] = {"": model}
     held: dict[str, Tensor] = {}
     names: dict[tuple[int, str], str] = {}
     for name, info in source.infos.items():
         path, _, attr = name.rpartition(".")
-        parts = nn.ParameterDict if attr in ("real", "imag") else nn.Module
-        module = _module_at(path, modules, parts)
+        if "parametrizations" in path.split("."):  # see `_check_plain`
+            continue
+        if attr.startswith("_") and hasattr(model, attr):
+            raise CheckpointError(f'a tensor must not be called as a Module\'s own; "{name}" is.')
+        kind: type[nn.Module] = nn.ParameterDict if attr in ("real", "imag") else _Place
+        module = _module_at(path, modules, kind)
         first = source.same.get(name, name)
         if first not in held:
             tensor = torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -217,10 +237,22 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
     return model, names
 
 
+class _Place(nn.Module):
+    """Holds tensors of any name: those of methods, too."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            held = object.__getattribute__(self, "__dict__")
+            for kind in ("_parameters", "_buffers"):
+                if name in held.get(kind, ()):
+                    return held[kind][name]
+        return super().__getattribute__(name)
+
+
 def _module_at(path: str, modules: dict[str, nn.Module], make: type[nn.Module]) -> nn.Module:
     """Return the module at `path`, made where there is none."""
     if path not in modules:
         above, _, own = path.rpartition(".")
         modules[path] = make()
-        _module_at(above, modules, nn.Module)._modules[own] = modules[path]
+        _module_at(above, modules, _Place)._modules[own] = modules[path]
     return modules[path]

@@ -49,6 +49,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f'"{path}" is no TOML: {error}.') from error
     rules = config.pop("rules", None)
+    if not isinstance(config.get("seed", 0), int):
+        raise CheckpointError(f'"{path}" must hold a whole number as its seed.')
     unknown = [key for key in config if key not in _KEYS]
     if unknown or not isinstance(rules, dict):
         raise CheckpointError(
@@ -167,6 +169,6 @@ def _sparsity(target: str, value: Any) -> float | None:
 
 
 def _one_of(known: Mapping[str, Any], what: str, name: str) -> Any:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(f'the {what} must be one of {", ".join(known)}; got "{name}".')
     return known[name]

@@ -40,8 +40,12 @@ class SafetensorsFile(Checkpoint):
 
     def _reopen(self) -> None:
         try:
+            with open(self.path, "rb"):  # the system's own error for what cannot be opened
+                pass
             self._file: Any = opened(self.path)
-        except (OSError, ImportError) as error:
+        except OSError as error:
+            raise CheckpointError(f'"{self.path}" cannot be read: {error.strerror}.') from error
+        except ImportError as error:
             raise CheckpointError(str(error)) from error
         except Exception as error:  # safetensors' own, which has no common class with others
             raise CheckpointError(
@@ -61,11 +65,11 @@ class SafetensorsFolder(Checkpoint):
     def __init__(self, path: str) -> None:
         super().__init__(os.path.dirname(path) or "." if path.endswith(INDEX) else path)
         folder = Path(self.path)
-        found = sorted(folder.glob(f"*{INDEX}"))
+        found = [Path(path)] if path.endswith(INDEX) else sorted(folder.glob(f"*{INDEX}"))
         self.index: tuple[str, dict[str, Any]] | None = None
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            raise CheckpointError(f'"{path}" must hold one index; it holds {names}.')
+            raise CheckpointError(f'"{path}" must hold one index; it holds {names}. Name one.')
         if found:
             self.index = (found[0].name, _index(found[0]))
             files = list(dict.fromkeys(self.index[1]["weight_map"].values()))
@@ -78,9 +82,10 @@ class SafetensorsFolder(Checkpoint):
                 )
         self.shards = {name: SafetensorsFile(os.fspath(folder / name)) for name in files}
         self._of = {name: file for file, shard in self.shards.items() for name in shard.infos}
-        self.infos = {name: self.shards[file].infos[name] for name, file in self._of.items()}
         if self.index is not None:
             self._check(self.index[1]["weight_map"])
+            self._of = dict(self.index[1]["weight_map"])
+        self.infos = {name: self.shards[file].infos[name] for name, file in self._of.items()}
 
     def _check(self, weight_map: Mapping[str, str]) -> None:
         for name, file in weight_map.items():
@@ -88,7 +93,7 @@ class SafetensorsFolder(Checkpoint):
                 raise CheckpointError(
                     f'"{self.path}": the index says that "{name}" is in {file}; it is not.'
                 )
-        rest = [name for name in self.infos if name not in weight_map]
+        rest = [name for name in self._of if name not in weight_map]
         if rest:
             raise CheckpointError(f'"{self.path}": "{rest[0]}" is in a shard, not in the index.')
 
@@ -110,7 +115,7 @@ def _index(file: Path) -> dict[str, Any]:
         weight_map = index["weight_map"]
         if not all(isinstance(name, str) for pair in weight_map.items() for name in pair):
             raise TypeError("names are strings")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f'"{file}" is no index of safetensors files: {error!r}.') from error
     for name in weight_map.values():
         if Path(name).name != name:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info, info_of
+from parasparse.cli.checkpoint import Checkpoint, CheckpointError, info_of
+from parasparse.cli.contents import check_dense, identity, tensors_in
 from parasparse.sparse._replacing import reserve
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
@@ -36,19 +36,16 @@ class TorchFile(Checkpoint):
         self.modules = getattr(self.state(), "_metadata", None)
         first: dict[tuple[Any, ...], str] = {}
         for name, value in self.state().items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or not isinstance(name, str):
                 self.others[name] = value
-            elif isinstance(name, str):
-                if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                    raise CheckpointError(
-                        f'"{path}" must hold dense tensors; "{name}" is '
-                        f"{value.layout if not value.is_meta else 'on the meta device'}."
-                    )
-                self.infos[name] = info_of(value)
-                key = (value.data_ptr(), value.dtype, value.shape, value.stride())
-                if value.numel() and key in first:
-                    self.same[name] = first[key]
-                first.setdefault(key, name)
+                continue
+            check_dense(value, f'"{name}" of "{path}"')
+            self.infos[name] = info_of(value)
+            known = first.setdefault(identity(value), name)
+            if known != name:
+                self.same[name] = known
+        if self.key is not None:
+            self.around = [str(key) for key in self.content if key != self.key]
 
     def state(self) -> Mapping[str, Any]:
         """Return the state dict, its tensors mapped."""
@@ -58,6 +55,22 @@ class TorchFile(Checkpoint):
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self.state()[name]
         return tensor.detach()
+
+    def rest(self, content: Any = None) -> Any:
+        """Return what is not among `infos`: around the state dict, and in it.
+
+        Args:
+            content: of a file that is laid out as this one; None: this one.
+        """
+        content = self.content if content is None else content
+        state = content if self.key is None else content[self.key]
+        around = {} if self.key is None else {k: v for k, v in content.items() if k != self.key}
+        return around, {key: state[key] for key in self.others}
+
+    def tensor_of_rest(self, number: int) -> Tensor:
+        """Return one of the tensors in `rest()`."""
+        self._mapped(tensors_in(self.rest())[number].nbytes)
+        return tensors_in(self.rest())[number].detach()
 
     def _reopen(self) -> None:
         self.content = _loaded(self.path)
@@ -86,12 +99,12 @@ def _loaded(path: str) -> Any:
 
 def _state_key(content: Any, path: str) -> str | None:
     if isinstance(content, Mapping):
-        if any(isinstance(value, Tensor) for value in content.values()):
-            return None
-        for key in _STATE_KEYS:
+        for key in _STATE_KEYS:  # first: there may be a tensor beside it, such as the best accuracy
             held = content.get(key)
             if isinstance(held, Mapping) and any(isinstance(v, Tensor) for v in held.values()):
                 return key
+        if any(isinstance(value, Tensor) for value in content.values()):
+            return None
     raise CheckpointError(
         f'"{path}" must hold a state dict, alone or as one of {", ".join(_STATE_KEYS)}; it holds '
         f"{type(content).__name__}. Save the state dict alone."
@@ -121,6 +134,7 @@ class TorchWriter:
             reserve(file, os.path.getsize(path))
         self._reopen()
 
+    @torch.no_grad()
     def put(self, place: Callable[[Any], Tensor], pieces: Iterable[Tensor]) -> None:
         """Give the tensor at `place` of the content its values, flat pieces of them in turn."""
         nbytes = place(self._content).nbytes
@@ -154,21 +168,9 @@ class TorchWriter:
             self._content = torch.load(self._path, mmap=True, weights_only=True)
 
 
-def skeleton(info: Info) -> Tensor:
-    """Return a tensor whose memory is not touched."""
-    return torch.empty(info.shape, dtype=info.dtype)
-
-
 def _nbytes(content: Any) -> int:
-    """Return the bytes of all storages of `content`."""
-    storages = [t.untyped_storage() for t in leaves(content) if isinstance(t, Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def leaves(content: Any) -> list[Any]:
-    """Return what `content` holds, in an order that does not change."""
-    found: list[Any] = pytree.tree_leaves(content)
-    return found
+    """Return the bytes of all different tensors of `content`."""
+    return sum({id(tensor): tensor.nbytes for tensor in tensors_in(content)}.values())
 
 
 def _set_checksums(path: str) -> None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from parasparse._apply_mask import apply_mask
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
-from parasparse.cli.safetensors_files import INDEX, SafetensorsFolder, tensor_bytes
-from parasparse.cli.torch_files import TorchFile, TorchWriter, leaves, skeleton
+from parasparse.cli.contents import renewed, tensors_in
+from parasparse.cli.safetensors_files import SafetensorsFolder, tensor_bytes
+from parasparse.cli.torch_files import TorchFile, TorchWriter
 from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path, reserve
 from parasparse.sparse._safetensors import head
 from parasparse.sparse.files import buffer
@@ -53,8 +55,8 @@ def check_target(path: str, source: Checkpoint, *, force: bool) -> None:
     """Raise CheckpointError if `source` cannot become a checkpoint at `path`."""
     if isinstance(source, SafetensorsFolder) and Path(path).suffix.lower() not in _SUFFIXES:
         _check_free(path, force)
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise CheckpointError(f'"{path}" must be a folder or be free; it is a file.')
+        if os.path.exists(path):
+            _check_replaceable(path, source.path)
     else:
         check_file(path, force=force)
 
@@ -66,6 +68,17 @@ def check_file(path: str, *, force: bool) -> None:
     _check_free(path, force)
     if os.path.isdir(path):
         raise CheckpointError(f'"{path}" must be a file or be free; it is a folder.')
+
+
+def _check_replaceable(path: str, source: str) -> None:
+    """Raise CheckpointError if a folder would be lost that is more than a checkpoint."""
+    if not os.path.isdir(path):
+        raise CheckpointError(f'"{path}" must be a folder or be free; it is a file.')
+    held, inner = Path(path).resolve(), Path(source).resolve()
+    if held in (*inner.parents, *Path.cwd().parents, Path.cwd()):
+        raise CheckpointError(f'"{path}" must not hold IN or be where you are: it is replaced.')
+    if any(held.iterdir()) and not any(held.glob("*.safetensors")):
+        raise CheckpointError(f'"{path}" must be a folder of a checkpoint; it is another one.')
 
 
 def _check_free(path: str, force: bool) -> None:
@@ -89,7 +102,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
         if suffix == ".safetensors":
             if layout.is_whole and source.others:
                 raise CheckpointError(
-                    f'safetensors files hold tensors alone; "{source.path}" holds '
+                    f'safetensors files hold tensors by name alone; "{source.path}" holds '
                     f'"{next(iter(source.others))}". Write a .pt file.'
                 )
             file = stack.enter_context(replacing(path))
@@ -156,34 +169,38 @@ def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, s
 
 @contextmanager
 def _torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
-    key = source.key if isinstance(source, TorchFile) and layout.is_whole else None
+    whole = source if isinstance(source, TorchFile) and layout.is_whole else None
+    key = None if whole is None else whole.key
+    made = _content(source, layout, whole)
     with replacing_path(path) as beside:
-        writer = TorchWriter(os.fspath(beside), _content(source, layout))
+        writer = TorchWriter(os.fspath(beside), made)
+        del made
 
         def write(name: str, pieces: Iterable[Tensor]) -> None:
             writer.put(lambda content: (content if key is None else content[key])[name], pieces)
 
         yield write
-        if isinstance(source, TorchFile) and layout.is_whole:
-            _copy_rest(source, writer)
+        if whole is not None:
+            _copy_rest(whole, writer)
         writer.close()
 
 
-def _content(source: Checkpoint, layout: Layout) -> Any:
-    """Return what the new torch file holds, with tensors of any values."""
-    whole = source if isinstance(source, TorchFile) and layout.is_whole else None
-    if whole is not None and list(layout.infos) == list(whole.infos):
-        return whole.content  # as it is: views, strides and all
-    state: OrderedDict[str, Any] = OrderedDict()
+def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any:
+    """Return what the new torch file holds, with tensors of any values, which share no memory."""
+    state: OrderedDict[Any, Any] = OrderedDict()
     for name, info in layout.infos.items():
-        state[name] = state[layout.same[name]] if name in layout.same else skeleton(info)
-    if layout.is_whole:
-        state.update(source.others)
-        state._metadata = _dense_modules(source)  # type: ignore[attr-defined]
+        first = layout.same.get(name)
+        state[name] = torch.empty(info.shape, dtype=info.dtype) if first is None else state[first]
+    if not layout.is_whole:
+        return state
+    made: dict[tuple[Any, ...], Tensor] = {}
+    state.update({key: renewed(value, made) for key, value in source.others.items()})
+    state._metadata = _dense_modules(source)  # type: ignore[attr-defined]
     if whole is None or whole.key is None:
         return state
     content = copy.copy(whole.content)
-    content[whole.key] = state
+    for key, value in whole.content.items():
+        content[key] = state if key == whole.key else renewed(value, made)
     return content
 
 
@@ -195,14 +212,11 @@ def _dense_modules(source: Checkpoint) -> OrderedDict[str, Any]:
 
 def _copy_rest(source: TorchFile, writer: TorchWriter) -> None:
     """Copy the tensors that are not in the state dict: an optimizer's, say."""
-    if source.key is None:
-        return
-    for key in source.content:
-        if key == source.key:
-            continue
-        for number, leaf in enumerate(leaves(source.content[key])):
-            if isinstance(leaf, Tensor):
-                writer.put(lambda content, k=key, n=number: leaves(content[k])[n], pieces(leaf))  # type: ignore[misc]
+    for number in range(len(tensors_in(source.rest()))):
+        writer.put(
+            lambda content, n=number: tensors_in(source.rest(content))[n],  # type: ignore[misc]
+            pieces(source.tensor_of_rest(number)),
+        )
 
 
 @contextmanager
@@ -225,11 +239,14 @@ def _copy_files(
     if source.index is not None:
         name, index = source.index
         size = sum(info.nbytes for info in layout.infos.values())
-        metadata = {**index.get("metadata", {}), "total_size": size}
+        metadata = {**(index.get("metadata") or {}), "total_size": size}
         text = json.dumps({**index, "metadata": metadata, "weight_map": dict(homes)}, indent=2)
         (folder / name).write_text(text + "\n")
+    made = {file.name for file in folder.iterdir()}
     for file in sorted(Path(source.path).iterdir()):
-        if file.is_file() and not file.name.endswith((".safetensors", INDEX, *TORCH, ".tmp")):
+        if file.name not in made and file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        elif file.name not in made and file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 

@@ -47,6 +47,9 @@ def head(
         >>> head({}, {"a": (torch.uint8, [3])})[8:]
         b'{"__metadata__":{},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}} '
     """
+    odd = [n for n in tensors if n == "__metadata__" or n.encode(errors="replace").decode() != n]
+    if odd:
+        raise ValueError(f"safetensors files know no tensor that is called {odd[0]!r}. Save a .pt.")
     names = {dtype: name for name, dtype in DTYPES.items()}
     text: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
