@@ -79,7 +79,7 @@ def check_interruption(folder, source):
     for number in (signal.SIGINT, signal.SIGKILL):
         out = folder / "interrupted"
         out.mkdir()
-        (out / "old").write_text("old")
+        (out / "old.safetensors").write_text("old")
         process = subprocess.Popen(command("prune", source, out, *RULE, "--force"))
         while not list(folder.glob("interrupted.*.tmp")):
             time.sleep(0.01)
@@ -88,7 +88,7 @@ def check_interruption(folder, source):
         process.send_signal(number)
         code = process.wait(60)
         assert code == (130 if number == signal.SIGINT else -signal.SIGKILL), code
-        assert [file.name for file in out.iterdir()] == ["old"]
+        assert [file.name for file in out.iterdir()] == ["old.safetensors"]
         print(f"{number.name}: code {code}, the old folder is whole")
         for left in [out, *folder.glob("interrupted.*.tmp")]:
             shutil.rmtree(left)
