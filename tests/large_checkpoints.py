@@ -80,7 +80,11 @@ def check_interruption(folder, source):
         out = folder / "interrupted"
         out.mkdir()
         (out / "old.safetensors").write_text("old")
-        process = subprocess.Popen(command("prune", source, out, *RULE, "--force"))
+        process = subprocess.Popen(
+            command("prune", source, out, *RULE, "--force"),
+            # A shell has what it starts in the background ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not list(folder.glob("interrupted.*.tmp")):
             time.sleep(0.01)
             assert process.poll() is None

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -214,11 +215,80 @@ def test_what_a_model_computes_is_left_to_it(tmp_path, capsys):
         assert code == 1
         assert "is masked or parametrized" in capsys.readouterr().err
     rules = ("--rule", "0.weight*=none", "--rule", "1.weight*=none", "--rule", "*=0.5")
-    assert run("prune", tmp_path / "in.pt", tmp_path / "out.pt", "--force", *rules) == 1
+    assert run("prune", tmp_path / "in.pt", tmp_path / "out.pt", "--force", *rules) == 0
+    assert (loaded(tmp_path / "out.pt")["2.weight"] == 0).sum() == 8
+    for name in model.state_dict():
+        if name != "2.weight":
+            assert torch.equal(loaded(tmp_path / "out.pt")[name], model.state_dict()[name])
     pruned = nn.Sequential(nn.Linear(4, 4))
     nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)
     torch.save(pruned.state_dict(), tmp_path / "torch.pt")
     assert run("prune", tmp_path / "torch.pt", tmp_path / "no.pt", "--rule", "*weight*=0.9") == 1
+
+    rules = ("--rule", "0.weight=none", "--rule", "*=0.9", "--force")
+    assert run("prune", tmp_path / "torch.pt", tmp_path / "no.pt", *rules) == 1  # nothing is left
+
+
+def test_random_scores_are_drawn_in_turn_whatever_their_sizes(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1000, 400), nn.Linear(2, 2), nn.Linear(400, 500))
+    torch.save(model.state_dict(), tmp_path / "in.pt")
+    flags = ("--rule", "*.weight=0.5", "--score", "random", "--seed", "3", "--scope", "global")
+    assert run("prune", tmp_path / "in.pt", tmp_path / "out.pt", *flags) == 0
+    torch.manual_seed(3)
+    random = ps.Prune(0.5, score=ps.scores.random, scope="global")
+    ps.squash(ps.sparsify(model, {"*.weight": random}))
+    for name, tensor in loaded(tmp_path / "out.pt").items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda t: t.untyped_storage(), lambda t: {t}, lambda t: {t: 1}, lambda t: [[{t}]]]
+)
+def test_tensors_in_odd_places_are_refused(tmp_path, w, odd, capsys):
+    torch.save({"state_dict": {"w.weight": w}, "x": odd(torch.arange(5.0))}, tmp_path / "in.pt")
+    assert run("prune", tmp_path / "in.pt", tmp_path / "out.pt", *RULE) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_what_does_not_come_along_is_said_and_metadata_of_shards_does(tmp_path, w, hf, capsys):
+    whole = {"state_dict": {"a_orig": w, "a_mask": w > 0}, "epoch": 3}
+    torch.save(whole, tmp_path / "in.pt")
+    for verb in ("squash", "binarize"):
+        assert run(verb, tmp_path / "in.pt", tmp_path / f"{verb}.safetensors") == 0
+        assert "Left out: epoch" in capsys.readouterr().out
+    save_file({"w.weight": w}, hf / "model.safetensors", metadata={"format": "pt"})
+    assert run("prune", hf, tmp_path / "one.safetensors", *RULE) == 0
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_masks_and_outputs_stay_out_of_folders(hf, tmp_path, capsys):
+    assert run("prune", hf, tmp_path / "out", *RULE, "--masks", tmp_path / "out/m.pt") == 1
+    assert run("prune", hf, hf, "--force", *RULE, "--masks", hf / "m.pt") == 1
+    assert run("prune", hf, hf / "out", *RULE) == 1
+    assert "must not lie in IN" in capsys.readouterr().err
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    for name in ("a", "b"):
+        save_file({"x": torch.ones(1)}, loras / f"{name}.safetensors")
+    assert run("prune", hf, loras, "--force", *RULE) == 1
+    assert "replaced as a whole" in capsys.readouterr().err
+
+
+def test_links_and_modes_of_a_folder_stay(hf, tmp_path):
+    (hf / "run.sh").write_text("run")
+    (hf / "run.sh").chmod(0o750)
+    (hf / "nowhere").symlink_to("gone")
+    (hf / "1_Pooling/self").symlink_to("..")
+    hf.chmod(0o700)
+    for out in (tmp_path / "out", hf):
+        assert run("prune", hf, out, "--force", *RULE) == 0
+        assert (out / "run.sh").stat().st_mode & 0o777 == 0o750
+        assert out.stat().st_mode & 0o777 == 0o700
+        assert (out / "nowhere").is_symlink()
+        assert (out / "1_Pooling/self").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["forward", "type", "T_destination", "training", "a.half"])

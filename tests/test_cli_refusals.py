@@ -161,7 +161,13 @@ def test_gates_are_sent_to_their_model(tmp_path, capsys):
     assert "only its model can compute" in capsys.readouterr().err
 
 
+def heed_interrupts():
+    """A shell has what it starts in the background ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def program(*arguments, **keywords):
+    keywords.setdefault("preexec_fn", heed_interrupts)
     return subprocess.Popen(
         [sys.executable, "-m", "parasparse", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords,

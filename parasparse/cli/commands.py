@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ def prune(args: Namespace) -> str:
         check_target(args.output, source, force=args.force)
     if args.masks and not args.dry_run:
         check_file(args.masks, force=args.force)
-        if os.path.realpath(args.masks) in map(os.path.realpath, (args.input, args.output)):
-            raise CheckpointError("--masks must name another file than IN and OUT.")
+        masks = Path(args.masks).resolve()
+        for place in (Path(args.input).resolve(), Path(args.output).resolve()):
+            if place in (masks, *masks.parents):
+                raise CheckpointError("--masks must name another file than IN and OUT, outside.")
     groups = pruning.reached(source, parsed)
     if not groups:
         raise CheckpointError("every rule is none: nothing is to be pruned.")
@@ -111,7 +114,7 @@ def squash(args: Namespace) -> str:
                 advance(source.infos[key].nbytes)
             else:
                 _copy(source, key, put, advance, name)
-    return f"{args.output}: {len(held)} masks were folded in."
+    return f"{args.output}: {len(held)} masks were folded in.{_left_out(source, args.output)}"
 
 
 def binarize(args: Namespace) -> str:
@@ -139,7 +142,7 @@ def binarize(args: Namespace) -> str:
             else:
                 put(key, pieces(source.read(key)))
             advance(source.infos[key].nbytes)
-    return f"{args.output}: {len(masks)} masks are bool."
+    return f"{args.output}: {len(masks)} masks are bool.{_left_out(source, args.output)}"
 
 
 def masks(args: Namespace) -> str:

@@ -39,6 +39,12 @@ def renewed(value: Any, made: dict[tuple[Any, ...], Tensor]) -> Any:
         if key not in made:
             made[key] = torch.empty(value.shape, dtype=value.dtype)
         return made[key]
+    odd = isinstance(value, (torch.UntypedStorage, torch.TypedStorage))
+    if odd or (isinstance(value, (dict, set, frozenset)) and any(map(torch.is_tensor, value))):
+        raise CheckpointError(
+            "tensors beside a state dict must be in dicts, lists or tuples; one is a storage, in a "
+            "set or a key of a dict."
+        )
     if isinstance(value, dict):
         new = copy.copy(value)
         for key, held in value.items():

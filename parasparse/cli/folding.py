@@ -84,19 +84,18 @@ def mask_names(source: Checkpoint) -> dict[str, str]:
     return names
 
 
-def computed(source: Checkpoint) -> dict[str, str]:
-    """Return what a model computes, by its name and by the keys of what it is computed from.
+def computed(source: Checkpoint) -> dict[str, list[str]]:
+    """Return what a model computes, by name, and the keys of what it is computed from.
 
     That is what lies under a mask, or under another parametrization.
     """
-    names = {}
+    names: dict[str, list[str]] = {}
     for key in source.infos:
         match = _STACK.fullmatch(key)
         if match:
-            name = match["layer"] + match["attr"]
-            names[key] = names[name] = name
+            names.setdefault(match["layer"] + match["attr"], []).append(key)
         for one in _foreign(key, source):
-            names[one.weight] = names[one.mask] = names[one.name] = one.name
+            names.setdefault(one.name, []).extend((one.weight, one.mask))
     return names
 
 

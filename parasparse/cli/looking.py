@@ -126,7 +126,7 @@ def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
         other = _differ(a, b)
         number = int(other.count_nonzero())
         if number:
-            off = (_wide(a[other]) - _wide(b[other])).abs().nan_to_num(nan=math.inf).max()
+            off = (_wide(a)[other] - _wide(b)[other]).abs().nan_to_num(nan=math.inf).max()
             by = max(by, float(off))
         different += number
         zeros = [n + int((~_nonzero(t)).sum()) for n, t in zip(zeros, (a, b), strict=True)]

@@ -51,8 +51,7 @@ def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
     model, names = _model_of(source)
     targets = collect(model)
     # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
-    idle = [r for r in rules if r.prune is None and _matches_only_vectors(r.target, source)]
-    rules = [rule for rule in rules if rule not in idle]
+    rules = [rule for rule in rules if not _is_idle(rule, source)]
     try:
         groups = group_by_rule({n: rule.target for n, rule in enumerate(rules)}, targets)
     except ValueError as error:
@@ -135,16 +134,14 @@ class _Scored:
         self, source: Checkpoint, each: Reached, prune: Prune, see: Callable[[Reached], None]
     ) -> None:
         self._source, self._each, self._prune, self._see = source, each, prune, see
-        self._state: Tensor | None = None
-        self._is_checked = False
+        self._state, self._is_checked = torch.get_rng_state(), False
+        if prune.score is not magnitude:  # all are drawn in turn, as in Python, whoever asks first
+            torch.rand(source.infos[each.parts[0]].shape)
 
     def whole(self) -> Tensor:
         """Return the scores."""
         tensor = _tensor(self._source, self._each)
         self._see(self._each)
-        if self._state is None:
-            self._state = torch.get_rng_state()
-            return self._prune.score(tensor, self._each.name)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._state)
             return self._prune.score(tensor, self._each.name)
@@ -189,20 +186,30 @@ def _tensor(source: Checkpoint, each: Reached) -> Tensor:
 
 def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
     """Raise CheckpointError if a rule prunes what only a model can compute."""
-    for key, name in computed(source).items():
-        parts = key.split(".")
-        places = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        rule = next((r for r in rules if any(fnmatchcase(p, r.target) for p in places)), None)
+    for name, keys in computed(source).items():
+        rule = next((r for r in rules if any(_is_in(key, r.target) for key in (name, *keys))), None)
         if rule is not None and rule.prune is not None:
             raise CheckpointError(
                 f'a pruned tensor must be plain; "{name}" is masked or parametrized. Fold masks '
-                f"with `parasparse squash` first, or put --rule '{name}*=none' before its rule."
+                f"with `parasparse squash` first, or put --rule '{name}=none' before its rule."
             )
 
 
-def _matches_only_vectors(glob: str, source: Checkpoint) -> bool:
-    dims = [len(info.shape) for name, info in source.infos.items() if fnmatchcase(name, glob)]
-    return bool(dims) and max(dims) < 2 and glob not in source.infos
+def _is_in(name: str, glob: str) -> bool:
+    """Whether `glob` matches `name` or a module around it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
+
+
+def _is_idle(rule: Rule, source: Checkpoint) -> bool:
+    """Whether a rule leaves alone what could not be pruned anyhow: vectors, computed tensors."""
+    if rule.prune is not None or rule.target in source.infos:
+        return False
+    left = computed(source)
+    inside = {key for keys in left.values() for key in keys}
+    found = [name for name in source.infos if name not in inside and _is_in(name, rule.target)]
+    dims = [len(source.infos[name].shape) for name in found]
+    return bool(dims or any(_is_in(n, rule.target) for n in left)) and max(dims, default=0) < 2
 
 
 def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:
@@ -216,9 +223,10 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
     modules: dict[str, nn.Module] = {"": model}
     held: dict[str, Tensor] = {}
     names: dict[tuple[int, str], str] = {}
+    left = {key for keys in computed(source).values() for key in keys}  # see `_check_plain`
     for name, info in source.infos.items():
         path, _, attr = name.rpartition(".")
-        if "parametrizations" in path.split("."):  # see `_check_plain`
+        if name in left:
             continue
         if attr.startswith("_") and hasattr(model, attr):
             raise CheckpointError(f'a tensor must not be called as a Module\'s own; "{name}" is.')

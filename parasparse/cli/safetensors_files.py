@@ -81,6 +81,8 @@ class SafetensorsFolder(Checkpoint):
                     f"{len(files)} of these."
                 )
         self.shards = {name: SafetensorsFile(os.fspath(folder / name)) for name in files}
+        one, *others = (shard.metadata for shard in self.shards.values())
+        self.metadata = {k: v for k, v in one.items() if all(m.get(k) == v for m in others)}
         self._of = {name: file for file, shard in self.shards.items() for name in shard.infos}
         if self.index is not None:
             self._check(self.index[1]["weight_map"])

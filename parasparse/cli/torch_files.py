@@ -99,6 +99,8 @@ def _loaded(path: str) -> Any:
 
 def _state_key(content: Any, path: str) -> str | None:
     if isinstance(content, Mapping):
+        if any(isinstance(v, Tensor) and "." in str(name) for name, v in content.items()):
+            return None
         for key in _STATE_KEYS:  # first: there may be a tensor beside it, such as the best accuracy
             held = content.get(key)
             if isinstance(held, Mapping) and any(isinstance(v, Tensor) for v in held.values()):

@@ -55,6 +55,8 @@ def check_target(path: str, source: Checkpoint, *, force: bool) -> None:
     """Raise CheckpointError if `source` cannot become a checkpoint at `path`."""
     if isinstance(source, SafetensorsFolder) and Path(path).suffix.lower() not in _SUFFIXES:
         _check_free(path, force)
+        if Path(source.path).resolve() in Path(path).resolve().parents:
+            raise CheckpointError(f'"{path}" must not lie in IN, of which all files are copied.')
         if os.path.exists(path):
             _check_replaceable(path, source.path)
     else:
@@ -77,8 +79,13 @@ def _check_replaceable(path: str, source: str) -> None:
     held, inner = Path(path).resolve(), Path(source).resolve()
     if held in (*inner.parents, *Path.cwd().parents, Path.cwd()):
         raise CheckpointError(f'"{path}" must not hold IN or be where you are: it is replaced.')
-    if any(held.iterdir()) and not any(held.glob("*.safetensors")):
-        raise CheckpointError(f'"{path}" must be a folder of a checkpoint; it is another one.')
+    try:
+        if any(held.iterdir()):
+            SafetensorsFolder(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'"{path}" must be a folder of a checkpoint, which is replaced as a whole: {error}'
+        ) from error
 
 
 def _check_free(path: str, force: bool) -> None:
@@ -126,6 +133,8 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size."""
+    if mask is not None and mask.is_floating_point() and mask.dtype.itemsize == 1:
+        mask = mask.float()  # float8 has no product
     if tensor.dim() == 0 or tensor.numel() <= _PIECE:
         yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()
         return
@@ -243,11 +252,18 @@ def _copy_files(
         text = json.dumps({**index, "metadata": metadata, "weight_map": dict(homes)}, indent=2)
         (folder / name).write_text(text + "\n")
     made = {file.name for file in folder.iterdir()}
+    shutil.copymode(source.path, folder)
+    for shard in source.shards:
+        shutil.copymode(Path(source.path) / shard, folder / shard)
     for file in sorted(Path(source.path).iterdir()):
-        if file.name not in made and file.is_dir():
-            shutil.copytree(file, folder / file.name)
-        elif file.name not in made and file.is_file():
-            shutil.copyfile(file, folder / file.name)
+        if file.name in made:
+            continue
+        if file.is_symlink() and not file.is_file():  # to a folder, or to nothing
+            os.symlink(os.path.realpath(file), folder / file.name)
+        elif file.is_dir():
+            shutil.copytree(file, folder / file.name, symlinks=True)
+        elif file.is_file():
+            shutil.copy2(file, folder / file.name)
 
 
 def _ties(layout: Layout) -> dict[str, list[str]]:
