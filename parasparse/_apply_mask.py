@@ -65,9 +65,9 @@ def is_tracing() -> bool:
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, weight, 0)
-    # float8 has no product
-    wide = weight.to(torch.float32) if weight.dtype.itemsize == 1 else weight
-    return torch.where(mask != 0, (wide * mask).to(weight.dtype), 0)
+    # float8 has no product.
+    wide, factor = (t.to(torch.float32) if t.dtype.itemsize == 1 else t for t in (weight, mask))
+    return torch.where(factor != 0, (wide * factor).to(weight.dtype), 0)
 
 
 def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
     stack = stack_of(module, name)
     assert isinstance(stack, MaskedParametrizationList)
     if isinstance(stack, PairParametrizationList):
-        stack.part()
+        stack.separate()
     if baked is None and len(stack) > 1:
         del stack._modules[str(len(stack) - 1)]
         stack.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]

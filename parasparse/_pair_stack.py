@@ -63,9 +63,9 @@ class PairParametrizationList(MaskedParametrizationList):
     def replace_mask(self, module: nn.Module) -> None:
         """Put `module` in the place of the mask; it sees this part alone."""
         super().replace_mask(module)
-        self.part()
+        self.separate()
 
-    def part(self) -> None:
+    def separate(self) -> None:
         """Be a stack of its own."""
         self.__class__ = MaskedParametrizationList  # type: ignore[assignment]
         for name in ("parts", "index"):

@@ -83,10 +83,8 @@ class SoftMask(nn.Module):
         self.init = INIT[gate] if init is None else init
         self._shape = like.shape
         dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
-        if (
-            gate is gates.sigmoid
-            and not torch.tensor(self.init, dtype=dtype, device="cpu").sigmoid()
-        ):
+        at_first = torch.tensor(self.init, dtype=dtype, device="cpu").sigmoid()
+        if gate is gates.sigmoid and at_first == 0:
             raise ValueError(
                 f"`init` must have a sigmoid over 0 in {dtype}, by which masks are divided; got "
                 f"{self.init}."
@@ -118,25 +116,26 @@ class SoftMask(nn.Module):
     @property
     def is_told_by_its_values(self) -> bool:
         """Whether what is read says what is stored, but for entries that are closed."""
-        return self.is_product and self.draw(self.logits) is None
+        return self.is_product and not self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether a reading draws noise now."""
+        noisy = self.gate in (gates.hard_concrete, gates.variational_dropout)
+        return noisy and self.training and not self.hard
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` through the gate; +0.0 where a hard gate is closed."""
-        return self.through(weight, self.draw(weight))
-
-    def draw(self, weight: Tensor) -> Tensor | None:
-        """Return the noise that one reading of `weight` takes now; None without."""
-        if not self.training or self.hard:
-            return None
-        if self.gate is gates.variational_dropout:
-            return torch.randn_like(weight)
-        if self.gate is gates.hard_concrete:
+        noise = None
+        if self.draws and self.gate is gates.variational_dropout:
+            noise = torch.randn_like(weight)
+        elif self.draws:
             wide = torch.promote_types(self.logits.dtype, torch.float32)  # half draws 0 too often
-            return torch.rand_like(self.logits, dtype=wide)
-        return None
+            noise = torch.rand_like(self.logits, dtype=wide)
+        return self.through(weight, noise)
 
     def through(self, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Return `weight` through the gate with the noise of `draw`, or without."""
+        """Return `weight` through the gate, with noise or without."""
         # The logits may be wider: `double()` makes them so, and leaves complex weights.
         if self.gate is gates.soft_threshold:
             return gates.soft_threshold(weight, self._spread(self.logits)).to(weight.dtype)
@@ -187,9 +186,8 @@ class SoftMask(nn.Module):
             return torch.where(self.relevant(stored), value, stored) if self.hard else value
         mask = self.mask
         more = value.to(stored) / mask
-        can = (mask != 0) & (
-            more.isfinite() | ~value.isfinite()
-        )  # of a gate all but closed it is inf
+        # Divided by a gate that is all but closed, a value overflows.
+        can = (mask != 0) & (more.isfinite() | ~value.isfinite())
         return torch.where(can, more, stored)
 
     def hardened(self, weight: Tensor, threshold: float | None = None) -> Tensor | None:

@@ -72,9 +72,9 @@ ALLOWED = {
     "data.container": {"_apply_mask", "_stack"},
     "data.saved": set(),
     "data.given": set(),
-    "data.introduction": set(),
+    "data.torch_ao": set(),
     "data.base": {
-        "_checks", "_foldable", "data.container", "data.given", "data.introduction", "data.saved",
+        "_checks", "_foldable", "data.container", "data.given", "data.torch_ao", "data.saved",
     },
     "data.ready": {"_checks", "_units", "data.base", "patterns", "treatments"},
     "_masked_class": {"_hooks", "_stack"},

@@ -133,8 +133,6 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size."""
-    if mask is not None and mask.is_floating_point() and mask.dtype.itemsize == 1:
-        mask = mask.float()  # float8 has no product
     if tensor.dim() == 0 or tensor.numel() <= _PIECE:
         yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()
         return

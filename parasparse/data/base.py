@@ -15,8 +15,8 @@ from parasparse._checks import listed, nearest
 from parasparse._foldable import is_writable
 from parasparse.data.container import Container, masked
 from parasparse.data.given import ones_like, weight_of
-from parasparse.data.introduction import introduce
 from parasparse.data.saved import entries
+from parasparse.data.torch_ao import introduce
 
 _SPECIAL = ("mask", "parametrization")  # of `add_data`, not of `update_mask`
 

@@ -28,8 +28,7 @@ class DataMask(nn.Module):
                 f"a mask must keep the shape of its data, {tuple(data.shape)}; it has become "
                 f"{tuple(self.mask.shape)}."
             )
-        float8 = self.mask.is_floating_point() and self.mask.dtype.itemsize == 1
-        return apply_mask(data, self.mask.float() if float8 else self.mask)  # float8 has no product
+        return apply_mask(data, self.mask)
 
 
 class Container(nn.Module):

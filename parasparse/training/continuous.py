@@ -17,7 +17,7 @@ from parasparse._resolve import resolve
 from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
 from parasparse.training.history import Update, copied, first_masks_of, update_of
-from parasparse.training.rewinding import rewind, snapshot
+from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
 from parasparse.transforms import attach
 
 
@@ -205,10 +205,11 @@ class ContinuousSparsification:
                 f"{state_dict['settings']}."
             )
         checkpoint, ticket = state_dict["checkpoint"], state_dict["ticket"]
-        if checkpoint is not None and checkpoint.keys() != snapshot(self.model).keys():
+        keys = snapshot_keys(self.model)
+        if checkpoint is not None and checkpoint.keys() != keys:
             raise ValueError(
                 "`state_dict` must have a checkpoint of this model's tensors; others are "
-                f"{listed(sorted(checkpoint.keys() ^ snapshot(self.model).keys()))}."
+                f"{listed(sorted(checkpoint.keys() ^ keys))}."
             )
         self.step_in_round, self.rounds = state_dict["step_in_round"], state_dict["rounds"]
         self.history = [Update(**update) for update in state_dict["history"]]

@@ -13,12 +13,17 @@ from parasparse import _attach
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return a copy of the state of `model`, BatchNorm's included, without masks and gates."""
-    own = _mask_keys(model)
+    own = snapshot_keys(model)
     return {
         key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         for key, value in model.state_dict().items()
-        if key not in own
+        if key in own
     }
+
+
+def snapshot_keys(model: nn.Module) -> set[str]:
+    """Return the keys of a `snapshot` of `model`."""
+    return set(model.state_dict()) - _mask_keys(model)
 
 
 def rewind(model: nn.Module, saved: Mapping[str, Any]) -> None:
