@@ -182,7 +182,7 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
         parts=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
         ndim=_attach.stored(site.module, site.attr).ndim,
-        places=frozenset(place for name in names for place in _ancestors(name)),
+        places=frozenset(place for name in names for place in ancestors(name)),
     )
 
 
@@ -243,7 +243,7 @@ def _share_a_mask(real: _Entry, imaginary: _Entry) -> bool:
     return len(masks[0]) == len(masks[1]) == 1 and masks[0][0] is masks[1][0]
 
 
-def _ancestors(name: str) -> list[str]:
+def ancestors(name: str) -> list[str]:
     """Return `name` and the names of the modules around it: a.b.c -> a.b.c, a.b, a."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

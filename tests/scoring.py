@@ -22,3 +22,13 @@ def loss_of(out):
 
 def prune(model, score, sparsity=0.5):
     return ps.sparsify(copy.deepcopy(model), ps.Prune(sparsity, score=score))
+
+
+def collected():
+    """A model, its batches, and the statistics of a pass over them."""
+    torch.manual_seed(0)
+    model, data = build().double(), batches()
+    with ps.scores.collect(model) as statistics:
+        for x in data:
+            loss_of(model(x)).backward()
+    return model, data, statistics

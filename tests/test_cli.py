@@ -410,12 +410,12 @@ def test_diff_says_what_differs(tmp_path, capsys):
 
 
 def test_torch_files_can_be_written_where_maps_cannot_be_shared(tmp_path, monkeypatch):
-    from parasparse.cli import torch_files
+    from parasparse.cli import torch_writer
 
     torch.save(state(), tmp_path / "in.pt")
     rule = ("--rule", "layer*=0.9")
     assert run("prune", tmp_path / "in.pt", tmp_path / "a.pt", *rule) == 0
-    monkeypatch.delattr(torch_files.mmap, "MAP_SHARED")
+    monkeypatch.delattr(torch_writer.mmap, "MAP_SHARED")
     assert run("prune", tmp_path / "in.pt", tmp_path / "b.pt", *rule) == 0
     check_same(loaded(tmp_path / "b.pt"), loaded(tmp_path / "a.pt"))
 

@@ -12,17 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import parasparse as ps
 from tests.cases import PairLinear
-from tests.scoring import batches, build, loss_of, prune
+from tests.scoring import batches, build, collected, loss_of, prune
 
 
 @pytest.fixture
 def seen():
-    torch.manual_seed(0)
-    model, data = build().double(), batches()
-    with ps.scores.collect(model) as statistics:
-        for x in data:
-            loss_of(model(x)).backward()
-    return model, data, statistics
+    return collected()
 
 
 def test_masked_entries_have_their_gradient_and_grad_stays_as_it_is():

@@ -9,17 +9,12 @@ from torch.func import functional_call
 
 import parasparse as ps
 from tests.cases import PairLinear, Tied
-from tests.scoring import batches, build, loss_of, prune
+from tests.scoring import batches, build, collected, loss_of, prune
 
 
 @pytest.fixture
 def seen():
-    torch.manual_seed(0)
-    model, data = build().double(), batches()
-    with ps.scores.collect(model) as statistics:
-        for x in data:
-            loss_of(model(x)).backward()
-    return model, data, statistics
+    return collected()
 
 
 def gradients(model, data, name):

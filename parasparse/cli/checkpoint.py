@@ -69,7 +69,7 @@ class Checkpoint(ABC):
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, not to be written to."""
-        self._mapped(self.infos[name].nbytes)
+        self._about_to_read(self.infos[name].nbytes)
         return self._read(name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -83,8 +83,8 @@ class Checkpoint(ABC):
         """Bytes of all different tensors."""
         return sum(info.nbytes for name, info in self.infos.items() if name not in self.same)
 
-    def _mapped(self, nbytes: int) -> None:
-        """Note that so much is about to be read, and map the file anew if that is due."""
+    def _about_to_read(self, nbytes: int) -> None:
+        """Map the file anew if, with so many bytes more, too much of it would be in memory."""
         if self._read_bytes and self._read_bytes + nbytes > FRESH:
             self._reopen()
             self._read_bytes = 0

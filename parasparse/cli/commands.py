@@ -15,10 +15,12 @@ from parasparse._tables import as_text
 from parasparse._units import has_units
 from parasparse.cli import folding, pruning
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.cli.layout import Layout, Put, pieces
 from parasparse.cli.opening import PackedFile, open_checkpoint
 from parasparse.cli.progress import Advance, progress
+from parasparse.cli.reaching import Reached, reached
 from parasparse.cli.rules import as_rules, read_config, split_rules
-from parasparse.cli.writing import TORCH, Layout, Put, check_file, check_target, pieces, writing
+from parasparse.cli.writing import TORCH, check_file, check_target, writing
 from parasparse.patterns import unstructured
 from parasparse.sparse import files
 
@@ -41,7 +43,7 @@ def prune(args: Namespace) -> str:
         for place in (Path(args.input).resolve(), Path(args.output).resolve()):
             if place in (masks, *masks.parents):
                 raise CheckpointError("--masks must name another file than IN and OUT, outside.")
-    groups = pruning.reached(source, parsed)
+    groups = reached(source, parsed)
     if not groups:
         raise CheckpointError("every rule is none: nothing is to be pruned.")
     if options.get("seed") is not None:
@@ -76,7 +78,7 @@ def prune(args: Namespace) -> str:
     return _pruned(source, rows, args)
 
 
-def _pruned(source: Checkpoint, rows: list[tuple[pruning.Reached, int]], args: Namespace) -> str:
+def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace) -> str:
     numels = [source.infos[each.parts[0]].numel for each, _ in rows]
     kept, total = sum(kept for _, kept in rows), sum(numels)
     line = f"{1 - kept / max(1, total):.2%} of {total:,} entries in {len(rows)} tensors are masked"
@@ -96,53 +98,40 @@ def _pruned(source: Checkpoint, rows: list[tuple[pruning.Reached, int]], args: N
 def squash(args: Namespace) -> str:
     """Write IN with the masks that it holds folded in, and with dense names."""
     source, held = _masked(args)
-    weights, masks = {one.weight: one for one in held}, {one.mask for one in held}
-    names = {k: weights[k].name if k in weights else k for k in source.infos if k not in masks}
-    first: dict[tuple[str, ...], str] = {}
-    layout = Layout({name: source.infos[key] for key, name in names.items()})
-    for key, name in names.items():
-        tied = (source.same.get(key, key), _mask_of(source, weights.get(key)))
-        if first.setdefault(tied, name) != name:
-            layout.same[name] = first[tied]
-        layout.origin[name] = key
-    with _output(args, source, layout) as (put, advance):
-        for key, name in names.items():
-            if name in layout.same:
-                continue
-            if key in weights:
-                put(name, pieces(source.read(key), source.read(weights[key].mask)))
-                advance(source.infos[key].nbytes)
-            else:
-                _copy(source, key, put, advance, name)
+    weights, masks = {one.weight: one.name for one in held}, {one.mask for one in held}
+    names = {key: weights.get(key, key) for key in source.infos if key not in masks}
+    _fold(args, source, held, names)
     return f"{args.output}: {len(held)} masks were folded in.{_left_out(source, args.output)}"
 
 
 def binarize(args: Namespace) -> str:
     """Write IN with bool masks, their scale in the weights."""
     source, held = _masked(args)
-    weights, masks = {one.weight: one for one in held}, {one.mask for one in held}
-    infos = {
-        key: Info(torch.bool, info.shape) if key in masks else info
-        for key, info in source.infos.items()
-    }
-    first: dict[tuple[str, ...], str] = {}
-    layout = Layout(infos)
-    for key in infos:
-        tied = (source.same.get(key, key), _mask_of(source, weights.get(key)))
-        if first.setdefault(tied, key) != key:
-            layout.same[key] = first[tied]
+    _fold(args, source, held, {key: key for key in source.infos})
+    number = len({one.mask for one in held})
+    return f"{args.output}: {number} masks are bool.{_left_out(source, args.output)}"
+
+
+def _fold(
+    args: Namespace, source: Checkpoint, held: list[folding.Held], names: dict[str, str]
+) -> None:
+    """Write the tensors of `names`, key -> new name: weights masked, masks bool."""
+    mask_of, masks = {one.weight: one.mask for one in held}, {one.mask for one in held}
+    layout = Layout({}, origin={name: key for key, name in names.items()})
+    first: dict[tuple[str, str], str] = {}
+    for key, name in names.items():
+        info, mask = source.infos[key], mask_of.get(key, "")
+        layout.infos[name] = Info(torch.bool, info.shape) if key in masks else info
+        tied = (source.same.get(key, key), source.same.get(mask, mask))  # under one mask, too
+        if first.setdefault(tied, name) != name:
+            layout.same[name] = first[tied]
     with _output(args, source, layout) as (put, advance):
-        for key in infos:
-            if key in layout.same:
+        for key, name in names.items():
+            if name in layout.same:
                 continue
-            if key in weights:
-                put(key, pieces(source.read(key), source.read(weights[key].mask)))
-            elif key in masks:
-                put(key, pieces(source.read(key) != 0))
-            else:
-                put(key, pieces(source.read(key)))
+            tensor = source.read(key) != 0 if key in masks else source.read(key)
+            put(name, pieces(tensor, source.read(mask_of[key]) if key in mask_of else None))
             advance(source.infos[key].nbytes)
-    return f"{args.output}: {len(masks)} masks are bool.{_left_out(source, args.output)}"
 
 
 def masks(args: Namespace) -> str:
@@ -224,16 +213,12 @@ def _output(args: Namespace, source: Checkpoint, layout: Layout) -> Iterator[tup
         yield put, advance
 
 
-def _copy(source: Checkpoint, key: str, put: Put, advance: Advance, name: str = "") -> None:
-    put(name or key, pieces(source.read(key)))
+def _copy(source: Checkpoint, key: str, put: Put, advance: Advance) -> None:
+    put(key, pieces(source.read(key)))
     advance(source.infos[key].nbytes)
 
 
-def _mask_of(source: Checkpoint, held: folding.Held | None) -> str:
-    return "" if held is None else source.same.get(held.mask, held.mask)
-
-
-def _passes(each: pruning.Reached) -> int:
+def _passes(each: Reached) -> int:
     """Return how often the scores of `each` are read to be ranked."""
     prune = each.rule.prune
     assert prune is not None
@@ -241,7 +226,7 @@ def _passes(each: pruning.Reached) -> int:
     return 0 if alone else 1 if has_units(prune.pattern) else 2
 
 
-def _nbytes(source: Checkpoint, each: pruning.Reached) -> int:
+def _nbytes(source: Checkpoint, each: Reached) -> int:
     return sum(source.infos[name].nbytes for name in each.parts)
 
 

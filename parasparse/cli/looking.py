@@ -146,8 +146,7 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    float8 = tensor.is_floating_point() and tensor.dtype.itemsize == 1
-    return (tensor.float() if float8 else _signed(tensor)) != 0
+    return _signed(tensor) != 0
 
 
 def _signed(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
 from parasparse.cli.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
-from parasparse.cli.torch_files import TorchFile
+from parasparse.cli.torch_files import TorchFile, content_of
 from parasparse.sparse import files
 from parasparse.sparse._headers import FORMAT
 
@@ -53,14 +53,6 @@ def open_checkpoint(path: str) -> Checkpoint:
     if path.lower().endswith(".safetensors"):
         plain = SafetensorsFile(path)
         return PackedFile(path) if plain.metadata.get("format") == FORMAT else plain
-    if _is_packed(path):
-        return PackedFile(path)
-    return TorchFile(path)
-
-
-def _is_packed(path: str) -> bool:
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception:  # `TorchFile` says what is wrong
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    content = content_of(path)
+    is_packed = isinstance(content, dict) and content.get("format") == FORMAT
+    return PackedFile(path) if is_packed else TorchFile(path, content)

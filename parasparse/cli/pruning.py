@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parasparse._checks import num_kept
 from parasparse._pair_stack import joined
 from parasparse._select import Scratch, Source, check_ranked, chunk_size, masks_of
-from parasparse._tensors import Target, collect
 from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
-from parasparse.cli.folding import computed
-from parasparse.cli.rules import Rule
+from parasparse.cli.reaching import Reached
 from parasparse.patterns import jointly, unstructured
 from parasparse.scores.entries import magnitude
-from parasparse.targets import group_by_rule
 from parasparse.treatments import Prune
-
-
-@dataclass(frozen=True, eq=False)
-class Reached:
-    """A tensor that a rule reaches, or a pair.
-
-    Attributes:
-        name: of the tensor; the joint one of a pair.
-        parts: the names of its tensor, or of its real and imaginary one.
-        rule: the rule.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    rule: Rule
-
-
-def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
-    """Return what each rule that prunes reaches: what it would in a model with these tensors.
-
-    But for buffers: a checkpoint does not tell them from parameters, unless they are integers.
-
-    Raises:
-        CheckpointError: a rule reaches nothing, or what cannot be masked.
-    """
-    _check_plain(source, rules)
-    model, names = _model_of(source)
-    targets = collect(model)
-    # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
-    rules = [rule for rule in rules if not _is_idle(rule, source)]
-    try:
-        groups = group_by_rule({n: rule.target for n, rule in enumerate(rules)}, targets)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    found = []
-    for number, group in groups.items():
-        if rules[number].prune is not None:
-            found.append([_reached(target, names, rules[number]) for target in group])
-    for each in (one for group in found for one in group):
-        dtype = source.infos[each.parts[0]].dtype
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise CheckpointError(
-                f'a pruned tensor must be real or complex; "{each.name}" is {dtype}. Put '
-                f"--rule '{each.name}=none' before its rule."
-            )
-    return found
 
 
 def masks(
@@ -76,7 +25,8 @@ def masks(
     """Yield the mask of each tensor that one rule reaches.
 
     Args:
-        source: read once for each tensor, or three times where all are ranked together.
+        source: each tensor is read once, or entry by entry three times: some, to bracket the
+            threshold; all, to find it; all, to compare.
         group: what the rule reaches.
         see: told of each tensor that is read only to be ranked.
 
@@ -182,85 +132,3 @@ class _Scored:
 def _tensor(source: Checkpoint, each: Reached) -> Tensor:
     parts = [source.read(name) for name in each.parts]
     return parts[0] if len(parts) == 1 else joined(*parts)
-
-
-def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
-    """Raise CheckpointError if a rule prunes what only a model can compute."""
-    for name, keys in computed(source).items():
-        rule = next((r for r in rules if any(_is_in(key, r.target) for key in (name, *keys))), None)
-        if rule is not None and rule.prune is not None:
-            raise CheckpointError(
-                f'a pruned tensor must be plain; "{name}" is masked or parametrized. Fold masks '
-                f"with `parasparse squash` first, or put --rule '{name}=none' before its rule."
-            )
-
-
-def _is_in(name: str, glob: str) -> bool:
-    """Whether `glob` matches `name` or a module around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
-
-
-def _is_idle(rule: Rule, source: Checkpoint) -> bool:
-    """Whether a rule leaves alone what could not be pruned anyhow: vectors, computed tensors."""
-    if rule.prune is not None or rule.target in source.infos:
-        return False
-    left = computed(source)
-    inside = {key for keys in left.values() for key in keys}
-    found = [name for name in source.infos if name not in inside and _is_in(name, rule.target)]
-    dims = [len(source.infos[name].shape) for name in found]
-    return bool(dims or any(_is_in(n, rule.target) for n in left)) and max(dims, default=0) < 2
-
-
-def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:
-    parts = tuple(names[id(part[0].module), part[0].attr] for part in target.parts)
-    return Reached(target.name, parts, rule)
-
-
-def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]]:
-    """Return modules on the meta device that hold what `source` does; place -> its name there."""
-    model = _Place()
-    modules: dict[str, nn.Module] = {"": model}
-    held: dict[str, Tensor] = {}
-    names: dict[tuple[int, str], str] = {}
-    left = {key for keys in computed(source).values() for key in keys}  # see `_check_plain`
-    for name, info in source.infos.items():
-        path, _, attr = name.rpartition(".")
-        if name in left:
-            continue
-        if attr.startswith("_") and hasattr(model, attr):
-            raise CheckpointError(f'a tensor must not be called as a Module\'s own; "{name}" is.')
-        kind: type[nn.Module] = nn.ParameterDict if attr in ("real", "imag") else _Place
-        module = _module_at(path, modules, kind)
-        first = source.same.get(name, name)
-        if first not in held:
-            tensor = torch.empty(info.shape, dtype=info.dtype, device="meta")
-            number = info.dtype.is_floating_point or info.dtype.is_complex
-            held[first] = nn.Parameter(tensor) if number else tensor
-        if isinstance(held[first], nn.Parameter):
-            module._parameters[attr] = held[first]  # type: ignore[assignment]
-        else:
-            module._buffers[attr] = held[first]
-        names[id(module), attr] = first
-    return model, names
-
-
-class _Place(nn.Module):
-    """Holds tensors of any name: those of methods, too."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_"):
-            held = object.__getattribute__(self, "__dict__")
-            for kind in ("_parameters", "_buffers"):
-                if name in held.get(kind, ()):
-                    return held[kind][name]
-        return super().__getattribute__(name)
-
-
-def _module_at(path: str, modules: dict[str, nn.Module], make: type[nn.Module]) -> nn.Module:
-    """Return the module at `path`, made where there is none."""
-    if path not in modules:
-        above, _, own = path.rpartition(".")
-        modules[path] = make()
-        _module_at(above, modules, _Place)._modules[own] = modules[path]
-    return modules[path]

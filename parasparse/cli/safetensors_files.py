@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
@@ -131,8 +130,3 @@ def _index(file: Path) -> dict[str, Any]:
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder, or an index in one."""
     return os.path.isdir(path) or path.endswith(INDEX)
-
-
-def tensor_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of `tensor` as a vector."""
-    return tensor.contiguous().flatten().view(torch.uint8)

@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from parasparse._apply_mask import apply_mask
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
-from parasparse.cli.contents import renewed, tensors_in
-from parasparse.cli.safetensors_files import SafetensorsFolder, tensor_bytes
-from parasparse.cli.torch_files import TorchFile, TorchWriter
-from parasparse.sparse._replacing import replacing, replacing_folder, replacing_path, reserve
+from parasparse.cli.layout import Layout, Put
+from parasparse.cli.safetensors_files import SafetensorsFolder
+from parasparse.cli.torch_writer import torch_writer
+from parasparse.sparse._replacing import replacing, replacing_folder, reserve
 from parasparse.sparse._safetensors import head
 from parasparse.sparse.files import buffer
 
-_PIECE = 1 << 20  # entries
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
-# Takes a tensor by name, as flat pieces, the first entries first.
-Put = Callable[[str, Iterable[Tensor]], None]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a new checkpoint holds.
-
-    Attributes:
-        infos: of each tensor, in order.
-        same: a name that is the same tensor as another one -> that one, which is put for both.
-        origin: a name that the source has not -> the one of the source that it comes from.
-        is_whole: what else the source holds (an optimizer, an index, a configuration) comes along.
-    """
-
-    infos: dict[str, Info]
-    same: dict[str, str] = field(default_factory=dict)
-    origin: dict[str, str] = field(default_factory=dict)
-    is_whole: bool = True
-
-
 _SUFFIXES = (".safetensors", *TORCH)
 
 
@@ -115,7 +89,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
             file = stack.enter_context(replacing(path))
             write = _safetensors_writer(file, layout, source.metadata)
         elif suffix in TORCH:
-            write = stack.enter_context(_torch_writer(path, source, layout))
+            write = stack.enter_context(torch_writer(path, source, layout))
         else:
             assert isinstance(source, SafetensorsFolder)
             write = stack.enter_context(_folder_writer(path, source, layout))
@@ -129,16 +103,6 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
         yield put
         if missing:
             raise RuntimeError(f"{sorted(missing)} were not put.")
-
-
-def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size."""
-    if tensor.dim() == 0 or tensor.numel() <= _PIECE:
-        yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()
-        return
-    for start, piece in enumerate(tensor.flatten().split(_PIECE)):
-        part = None if mask is None else mask.flatten()[start * _PIECE :][: len(piece)]
-        yield piece if part is None else apply_mask(piece, part)
 
 
 def _checked(name: str, info: Info, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -165,65 +129,13 @@ def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, s
     def write(name: str, pieces: Iterable[Tensor]) -> None:
         done = 0
         for piece in pieces:
-            data = tensor_bytes(piece)
+            data = piece.contiguous().view(torch.uint8)
             for each in (name, *ties.get(name, ())):
                 file.seek(offsets[each] + done)
                 file.write(buffer(data))
             done += data.numel()
 
     return write
-
-
-@contextmanager
-def _torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
-    whole = source if isinstance(source, TorchFile) and layout.is_whole else None
-    key = None if whole is None else whole.key
-    made = _content(source, layout, whole)
-    with replacing_path(path) as beside:
-        writer = TorchWriter(os.fspath(beside), made)
-        del made
-
-        def write(name: str, pieces: Iterable[Tensor]) -> None:
-            writer.put(lambda content: (content if key is None else content[key])[name], pieces)
-
-        yield write
-        if whole is not None:
-            _copy_rest(whole, writer)
-        writer.close()
-
-
-def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any:
-    """Return what the new torch file holds, with tensors of any values, which share no memory."""
-    state: OrderedDict[Any, Any] = OrderedDict()
-    for name, info in layout.infos.items():
-        first = layout.same.get(name)
-        state[name] = torch.empty(info.shape, dtype=info.dtype) if first is None else state[first]
-    if not layout.is_whole:
-        return state
-    made: dict[tuple[Any, ...], Tensor] = {}
-    state.update({key: renewed(value, made) for key, value in source.others.items()})
-    state._metadata = _dense_modules(source)  # type: ignore[attr-defined]
-    if whole is None or whole.key is None:
-        return state
-    content = copy.copy(whole.content)
-    for key, value in whole.content.items():
-        content[key] = state if key == whole.key else renewed(value, made)
-    return content
-
-
-def _dense_modules(source: Checkpoint) -> OrderedDict[str, Any]:
-    """Return the versions of modules, without those of parametrizations."""
-    modules = source.modules or {}
-    return OrderedDict((k, v) for k, v in modules.items() if "parametrizations" not in k.split("."))
-
-
-def _copy_rest(source: TorchFile, writer: TorchWriter) -> None:
-    """Copy the tensors that are not in the state dict: an optimizer's, say."""
-    for number in range(len(tensors_in(source.rest()))):
-        writer.put(
-            lambda content, n=number: tensors_in(source.rest(content))[n],  # type: ignore[misc]
-            pieces(source.tensor_of_rest(number)),
-        )
 
 
 @contextmanager
