@@ -10,14 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import parasparse as ps
-from parasparse.cli.main import main
-from tests.test_cli import loaded
+from tests.checkpoints import loaded, run
 
 RULE = ("--rule", "w.weight=0.5")
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

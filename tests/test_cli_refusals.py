@@ -14,13 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parasparse.cli.main import main
+from tests.checkpoints import run
 
 RULE = ("--rule", "*.weight=0.5")
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 class Attack:

@@ -1,0 +1,46 @@
+"""Layers with a gate of each kind."""
+
+import pytest
+import torch
+from torch import nn
+
+import parasparse as ps
+from parasparse import gates
+
+GATES = {
+    "sigmoid": ps.Gate(init=0.2),
+    "hard_concrete": ps.Gate(gates.hard_concrete, init=0.5),
+    "straight_through": ps.Gate(gates.straight_through, sparsity=0.5),
+    "soft_threshold": ps.Gate(gates.soft_threshold, init=-2.0),
+    "variational_dropout": ps.Gate(gates.variational_dropout, init=-3.0),
+    "channels": ps.Gate(init=0.2, pattern=ps.patterns.channel(0)),
+    "blocks": ps.Gate(gates.hard_concrete, pattern=ps.patterns.block((2, 2))),
+    "rows": ps.Gate(gates.soft_threshold, init=-1.0, pattern=ps.patterns.channel(0)),
+    "units": ps.Gate(gates.straight_through, sparsity=0.5, pattern=ps.patterns.channel(1)),
+}
+
+
+DRAWS = {"hard_concrete", "variational_dropout", "blocks"}
+
+
+KINDS = {name: GATES[name] for name in list(GATES)[:5]}  # by entry
+
+
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+all_gates = pytest.mark.parametrize("name", GATES)
+
+
+def gated(name, dtype=torch.double):
+    """A trained-looking layer: its logits differ."""
+    torch.manual_seed(0)
+    model = ps.sparsify(nn.Linear(6, 4, dtype=dtype), GATES[name])
+    with torch.no_grad():
+        logits = mask_of(model).logits
+        logits.add_(torch.randn_like(logits))
+    return model
+
+
+def mask_of(model):
+    return model.parametrizations.weight[-1]
