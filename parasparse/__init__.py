@@ -1,6 +1,6 @@
 """Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
 
-from parasparse import distributions, gates, optim, patterns, schedules, scores
+from parasparse import distributed, distributions, gates, optim, patterns, schedules, scores
 from parasparse.contexts import dense_gradients, frozen
 from parasparse.data.base import BaseDataSparsifier
 from parasparse.data.ready import DataNormSparsifier, DataPruner
@@ -44,6 +44,7 @@ __all__ = [
     "dense_gradients",
     "dense_state_dict",
     "deploy_masks",
+    "distributed",
     "distributions",
     "frozen",
     "gates",

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from parasparse._parts import are_alike, by_part
+
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = (Tensor, nn.Parameter)
 _FEW = 1 << 15
@@ -78,6 +80,8 @@ def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(
             indices, values, weight.shape, is_coalesced=True, check_invariants=False
         )
+    if are_alike(weight, mask):
+        return by_part(_masked_eagerly, weight, mask)
     integer = _INTEGER_OF_SIZE.get(weight.dtype.itemsize)
     plain = type(weight) in _PLAIN and weight.is_cpu and mask.dtype is torch.bool
     if not plain or integer is None:

@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -180,10 +181,22 @@ def _reclass(module: nn.Module) -> None:
         # Not `module.__class__ = new`: a module's own __setattr__ may refuse.
         object.__setattr__(module, "__class__", new)
     else:
-        # Somebody put a class on top (test_a_class_put_on_top_stays): the same, over the new one.
-        bases = tuple(new if issubclass(b, base) else b for b in old.__bases__)
-        on_top = types.new_class(old.__name__, bases, exec_body=lambda ns: ns.update(_own(old)))
-        object.__setattr__(module, "__class__", on_top)
+        object.__setattr__(module, "__class__", _on_top(old, base, new))
+
+
+def _on_top(old: type, base: type, new: type) -> type:
+    """Return the class that somebody put on top, over `new` (test_a_class_put_on_top_stays)."""
+    found = _ON_TOP.get((old, new))
+    if found is None:
+        (under,) = [b for b in old.__bases__ if issubclass(b, base)]
+        bases = tuple(new if b is under else b for b in old.__bases__)
+        name = old.__name__.replace(under.__name__, new.__name__)  # FSDPMaskedLinear
+        found = types.new_class(name, bases, exec_body=lambda ns: ns.update(_own(old)))
+        _ON_TOP[old, new] = found
+    return found
+
+
+_ON_TOP: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()
 
 
 def _own(cls: type) -> dict[str, Any]:
@@ -201,13 +214,6 @@ def _in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]
 def _reorder(held: dict[str, Any], first: list[str]) -> None:
     for name in _in_order(list(held), first):
         held[name] = held.pop(name)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` manages the parameters of any module in `model`."""
-    return any(
-        cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__
-    )
 
 
 def is_accelerated(model: nn.Module) -> bool:

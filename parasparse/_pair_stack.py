@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from parasparse._parts import by_part
 from parasparse._stack import MaskedParametrizationList
 
 
@@ -98,4 +99,4 @@ def join(
 def joined(real: Tensor, imaginary: Tensor) -> Tensor:
     """Return the complex tensor of two parts; of half precision one of 32 bits a part."""
     wide = torch.promote_types(real.dtype, torch.float32)
-    return torch.complex(real.to(wide), imaginary.to(wide))
+    return by_part(torch.complex, real.to(wide), imaginary.to(wide))

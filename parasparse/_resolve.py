@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import _attach
+from parasparse._alike import drawn_alike
 from parasparse._checks import listed
 from parasparse._foreign import legacy_hook, pruned_names
+from parasparse._fsdp import is_sharded, reshard
+from parasparse._parts import is_spread, spread_like, whole
 from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
+from parasparse.patterns import unstructured
 from parasparse.soft_mask import SoftMask
 from parasparse.targets import Spec, group_by_rule
-from parasparse.treatments import Treatment, as_treatment, is_array, keep_nonzero
+from parasparse.treatments import Fixed, Prune, Treatment, as_treatment, is_array, keep_nonzero
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +56,19 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     targets = collect(model, pairs=pairs)
     groups = group_by_rule({n: spec for n, (spec, _) in numbered.items()}, targets)
     users = Counter(id(mask) for target in targets for mask in target.masks())
-    sharded = _attach.is_sharded(model)
+    sharded = is_sharded(model)
+    reshard(model)
     steps = []
     for number, group in groups.items():
         treatment = treatments[number]
         if treatment is None:
             continue
         for target in group:
-            _check_target(target, sharded)
-        results = _results(treatment, group)
+            _check_target(target)
+        with drawn_alike(model):
+            results = _results(treatment, group)
         for target in group:
-            result = _checked(target, results[target.name])
+            result = _checked(target, results[target.name], treatment, sharded=sharded)
             own = [m for m in target.masks() if isinstance(m, Mask) and users[id(m)] == 1]
             steps.append(Step(target, *numbered[number], result, own[0] if own else None))
     return steps
@@ -92,7 +98,7 @@ def _are_pairs(rules: Any) -> bool:
     )
 
 
-def _check_target(target: Target, sharded: bool) -> None:
+def _check_target(target: Target) -> None:
     dtype = target.stored().dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
@@ -126,17 +132,14 @@ def _check_target(target: Target, sharded: bool) -> None:
             f"a tied tensor must not be pruned by torch.nn.utils.prune at one of its places; "
             f'"{target.name}" is. Call torch.nn.utils.prune.remove on it first.'
         )
-    if sharded and not target.masks():
-        raise RuntimeError(
-            f'`model` must be sparsified before `fully_shard`; "{target.name}" has no mask and its '
-            "model is sharded. Call sparsify first (`Fixed(None)` attaches masks to be set later)."
-        )
 
 
 def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     # What is 0 now is what the module sees; scores rank what is stored.
     now = treatment is keep_nonzero
-    tensors = {t.name: _whole(t.effective() if now else t.stored()) for t in group}
+    tensors = {t.name: t.effective() if now else t.stored() for t in group}
+    if not (now or isinstance(treatment, Prune | Fixed)):  # these know parts
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     try:
         with torch.no_grad():
             results = treatment(tensors)
@@ -158,13 +161,9 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     return dict(results)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Return `tensor` gathered from all processes, if it is sharded: each ranks all of it."""
-    whole = getattr(tensor, "full_tensor", None)
-    return tensor if whole is None else whole()
-
-
-def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
+def _checked(
+    target: Target, result: Any, treatment: Treatment, *, sharded: bool
+) -> Tensor | nn.Module | None:
     """Return `result` as what it stands for, if `target` can have it."""
     masks = target.masks()
     soft = any(not isinstance(mask, Mask) for mask in masks)
@@ -178,6 +177,11 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
     if result is None:
         return None
     if isinstance(result, nn.Module):
+        if is_spread(target.stored()):
+            raise RuntimeError(
+                f"{type(result).__name__} must be attached before weights are sharded; "
+                f'"{target.name}" is. Call `sparsify` before `fully_shard` or `parallelize_module`.'
+            )
         if len(target.parts) > 1 and isinstance(result, SoftMask):
             # It was made like the complex tensor, which is wider than parts of half precision.
             site = target.parts[0][0]
@@ -185,9 +189,14 @@ def _checked(target: Target, result: Any) -> Tensor | nn.Module | None:
         _check_module(target, result)
         return result
     try:
-        # A copy: it may be the live mask of another tensor that gets a new one before this.
         tensor = target.stored()
-        return as_mask(result, tensor.shape, tensor.dtype).clone()
+        mask = as_mask(result, tensor.shape, tensor.dtype)
+        if not (isinstance(treatment, Prune) and treatment.pattern is unstructured):
+            mask = mask.clone()  # may be the live mask of another that gets a new one before this
+        held = next((m.mask for m in masks if isinstance(m, Mask)), None)
+        # Weights that `fully_shard` shards are whole where they are masked.
+        like = held if held is not None else None if sharded else tensor
+        return whole(mask) if like is None else spread_like(mask, like)
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f'for the mask of "{target.name}"')
         raise

@@ -12,46 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from parasparse import _histograms
+from parasparse._parts import from_part, part_of
+from parasparse._sources import Cut, Source, as_source, check_ranked, common_dtype
+
 _SAMPLE = 1 << 15
-_NOT_COMPARED = (torch.uint16, torch.uint32, torch.uint64)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Scores of one tensor, which may be computed each time they are wanted.
-
-    Attributes:
-        numel: how many there are.
-        dtype: theirs.
-        chunks: yields them flat and in order, in pieces of any size, which hold until the next is
-            asked for. No NaN.
-        at: returns those at given places, a vector of indices on the CPU.
-    """
-
-    numel: int
-    dtype: torch.dtype
-    chunks: Callable[[], Iterator[Tensor]]
-    at: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where the kept scores begin.
-
-    Attributes:
-        value: the lowest of the kept scores.
-        above: number of scores above `value`.
-        equal: number of scores equal to it.
-    """
-
-    value: float
-    above: int
-    equal: int
 
 
 def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
@@ -73,33 +42,25 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
         [tensor([False,  True]), tensor([ True, False])]
     """
     check_ranked(*scores)
-    masks = masks_of([as_source(score) for score in scores], kept)
-    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
+    return shaped(masks_of([as_source(score) for score in scores], kept), scores)
 
 
-def as_source(score: Tensor) -> Source:
-    """Return a tensor of scores as a source: pieces that stay in a CPU's cache."""
-    size = chunk_size(score)
-    return Source(
-        score.numel(),
-        score.dtype,
-        lambda: iter(score.flatten().split(size)),
-        lambda places: score.flatten()[places.to(score.device)],
-    )
-
-
-def chunk_size(tensor: Tensor) -> int:
-    """Return how many entries of `tensor` to look at in one go."""
-    return torch.get_num_threads() << 16 if tensor.is_cpu else 1 << 26
+def shaped(masks: Iterator[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return flat masks of the parts of `tensors` as masks of these."""
+    pairs = zip(masks, tensors, strict=True)
+    return [from_part(mask.view(part_of(tensor).shape), tensor) for mask, tensor in pairs]
 
 
 def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
-    """Yield the flat masks of `highest`, each when it is asked for."""
+    """Yield the flat masks of `highest`, each when it is asked for; of parts of spread tensors."""
+    if any(source.tensor is not None for source in sources):
+        yield from _histograms.masks_of(sources, kept)
+        return
     total = sum(source.numel for source in sources)
     cut = None if kept in (0, total) else find_cut(sources, kept)
     ties = 0 if cut is None else kept - cut.above
     some = cut is not None and ties < cut.equal  # of the equal ones stay
-    wide, scratch = _common_dtype(sources), Scratch()
+    wide, scratch = common_dtype(sources), Scratch()
     compare = torch.gt if some else torch.ge
     for source in sources:
         mask, start = torch.empty(0, dtype=torch.bool), 0
@@ -145,43 +106,9 @@ def find_cut(scores: Sequence[Source], kept: int) -> Cut:
     raise AssertionError("the widest bracket holds every score")
 
 
-def check_ranked(*scores: Tensor) -> None:
-    """Refuse scores that cannot be ranked.
-
-    Raises:
-        TypeError: complex scores, or unsigned ones of more than a byte.
-        ValueError: NaN among them.
-    """
-    for score in scores:
-        if score.is_complex():
-            raise TypeError(f"scores must be real; got {score.dtype}. Return the modulus, .abs().")
-        if score.dtype in _NOT_COMPARED:
-            raise TypeError(f"scores must not be {score.dtype}: torch compares none. Use int64.")
-        wide = score.float() if score.dtype.itemsize == 1 else score
-        # The maximum is NaN where any entry is, and costs a fifth of `isnan().any()`.
-        if wide.is_floating_point() and wide.numel() and bool(wide.max().isnan()):
-            raise ValueError(
-                f"scores must not be NaN; got {int(wide.isnan().sum())} NaN of {wide.numel()}. "
-                "A weight or a statistic diverged: find it, or map NaN to a number in your score."
-            )
-
-
-def _common_dtype(scores: Sequence[Source]) -> torch.dtype:
-    """Return a dtype to compare all scores in, without loss but for integers beside floats."""
-    dtypes = {score.dtype for score in scores}
-    floats = {torch.float32 if d.itemsize == 1 else d for d in dtypes if d.is_floating_point}
-    if not floats:
-        return torch.int64
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        return torch.float64  # integers of more than 53 bits beside floats: to the nearest
-    if len(floats) == 1:
-        return floats.pop()
-    return torch.float64 if torch.float64 in floats else torch.float32
-
-
 def _bracket(scores: Sequence[Source], share: float, sigmas: float) -> tuple[float, float]:
     """Return two scores that the one with `share` of all below it lies between, almost surely."""
-    dtype = _common_dtype(scores)
+    dtype = common_dtype(scores)
     if dtype.is_floating_point:
         least, most = -math.inf, math.inf
     else:
@@ -209,7 +136,7 @@ def _sample(scores: Sequence[Source]) -> Tensor:
     positions = (starts + drawn).clamp_(max=total - 1)
     ends = torch.tensor([score.numel for score in scores], device="cpu").cumsum(0)
     until = torch.searchsorted(positions, ends).tolist()
-    dtype = _common_dtype(scores)
+    dtype = common_dtype(scores)
     found, start, offset = [], 0, 0
     for score, stop in zip(scores, until, strict=True):
         if stop > start:
@@ -221,7 +148,7 @@ def _sample(scores: Sequence[Source]) -> Tensor:
 def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Tensor]:
     """Return the number of scores <= `low`, and the scores between `low` and `high`."""
     count, inside, one, two = 0, [], Scratch(), Scratch()
-    for chunk in _chunks(scores, _common_dtype(scores)):
+    for chunk in _chunks(scores, common_dtype(scores)):
         # On a CPU compared faster into floats than into bools, whose product is then `and`.
         above = torch.gt(chunk, low, out=one.like(chunk))
         count += chunk.numel() - _number(above)
@@ -232,7 +159,7 @@ def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Te
 
 def _count(scores: Sequence[Source], compare: Callable[..., Tensor], value: float) -> int:
     """Return the number of scores for which `compare(score, value)`."""
-    chunks = _chunks(scores, _common_dtype(scores))
+    chunks = _chunks(scores, common_dtype(scores))
     return sum(int(torch.count_nonzero(compare(chunk, value))) for chunk in chunks)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parasparse._checks import check_sparsity, num_kept
-from parasparse._select import check_ranked, highest
+from parasparse._select import highest
+from parasparse._sources import check_ranked
 
 
 class Units(Protocol):
@@ -97,7 +98,7 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
     norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        sizes = tuple(whole(n, "shape") for n in self.shape)
+        sizes = tuple(whole_number(n, "shape") for n in self.shape)
         object.__setattr__(self, "shape", sizes)
         if not self.shape or not all(n > 0 or n == -1 for n in self.shape):
             raise ValueError(f"`shape` must hold sizes > 0, or -1; got {self.shape}.")
@@ -140,7 +141,7 @@ class channel(_OfUnits):  # noqa: N801
     norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        whole(self.dim, "dim")
+        whole_number(self.dim, "dim")
         _check_norm(self.norm)
 
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
@@ -182,7 +183,7 @@ class head(_OfUnits):  # noqa: N801
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "dim", "fused"):
-            whole(getattr(self, name), name)
+            whole_number(getattr(self, name), name)
         if self.num_heads < 1 or self.fused < 1:
             raise ValueError(f"`num_heads` and `fused` must be >= 1; got {self}.")
         _check_norm(self.norm)
@@ -197,7 +198,7 @@ class head(_OfUnits):  # noqa: N801
         return view, [1 if d == dim + 1 else max(n, 1) for d, n in enumerate(view)]
 
 
-def whole(value: Any, argument: str) -> int:
+def whole_number(value: Any, argument: str) -> int:
     """Return `value`, a whole number.
 
     Raises:

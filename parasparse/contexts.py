@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
+from parasparse._fsdp import reshard, sharded_parameters
+from parasparse._parts import by_part
+from parasparse._reduced import reduced
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tensors import Target
 from parasparse.targets import masked
@@ -51,21 +55,17 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 class DenseGradients(Mapping[str, Tensor | None]):
     """Gradients of effective weights by plain name; None before the first backward."""
 
-    def __init__(self, probes: dict[str, list[Tensor]]) -> None:
+    def __init__(self, probes: dict[str, list[Tensor | _Sum]]) -> None:
         self._probes = probes
 
     def __getitem__(self, name: str) -> Tensor | None:
         grads = [probe.grad for probe in self._probes[name]]
-        if len(grads) == 1:
+        found = [grad for grad in grads if grad is not None]
+        if len(grads) == 1 or not found:
             return grads[0]
-        if all(grad is None for grad in grads):
-            return None
         # A pair: the gradient of one complex weight, as torch.autograd has it.
-        real, imaginary = (
-            torch.zeros_like(probe) if grad is None else grad
-            for probe, grad in zip(self._probes[name], grads, strict=True)
-        )
-        return torch.complex(real, imaginary)
+        real, imaginary = (torch.zeros_like(found[0]) if g is None else g for g in grads)
+        return by_part(torch.complex, real, imaginary)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._probes)
@@ -81,10 +81,12 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     `.grad` stays masked. Gradients accumulate over the backward passes in the block, under a
     GradScaler times its scale. If `model` is, or holds, a DistributedDataParallel, those of what it
     wraps are averaged over its processes once, at the end of the block, which all of them reach;
-    before that each sees its own.
+    before that each sees its own. Where `fully_shard` manages weights, gradients are averaged as it
+    averages `.grad`, and each process holds a part.
 
     Raises:
-        RuntimeError: a block of the same model is open already.
+        RuntimeError: a block of the same model is open already; `fully_shard` manages weights under
+            other than bool masks.
 
     Yields:
         A mapping from plain name to gradient, None where no backward came by.
@@ -106,18 +108,41 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 @contextmanager
 def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradients]:
     """Collect the dense gradients of some masked tensors of `model`, as `dense_gradients` does."""
-    probes = {}
+    reshard(model)
+    sharded, probes = sharded_parameters(model), {}
     with ExitStack() as stack:
         for target in targets:
-            probes[target.name] = [stack.enter_context(probed(p)) for p in part_stacks(target)]
+            probes[target.name] = [_collected(part, sharded, stack) for part in part_stacks(target)]
         yield DenseGradients(probes)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             inside = {id(stack) for stack in _stacks(module)}
             for target in targets:
                 for stacks, probe in zip(part_stacks(target), probes[target.name], strict=True):
-                    if any(id(stack) in inside for stack in stacks):
+                    if isinstance(probe, Tensor) and any(id(s) in inside for s in stacks):
                         _average(probe, module.process_group)
+
+
+@dataclass(eq=False)
+class _Sum:
+    """What the backward passes came to."""
+
+    grad: Tensor | None = None
+
+    def add(self, grad: Tensor) -> None:
+        self.grad = grad if self.grad is None else self.grad + grad
+
+
+def _collected(
+    stacks: list[MaskedParametrizationList], sharded: Mapping[int, Tensor], stack: ExitStack
+) -> Tensor | _Sum:
+    """Arm all places of one tensor, until `stack` ends; return what its gradient is read off."""
+    parameter = sharded.get(id(stacks[0].original)) if stacks[0].is_tensor else None
+    if parameter is None:
+        return stack.enter_context(probed(stacks))
+    total = _Sum()
+    stack.enter_context(reduced(parameter, stacks, total.add))
+    return total
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
+from parasparse._fsdp import reshard
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
 from parasparse.soft_mask import SoftMask
@@ -156,6 +157,7 @@ def deploy_masks(
     if given is None:
         raise TypeError("`masks` must be given, a mask by name; got None.")
     _attach.check_not_accelerated(model)
+    reshard(model)
     targets = masked(model)
     keys = mask_keys(targets)
     if prefix:

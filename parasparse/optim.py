@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
+from parasparse._parts import fill_
 from parasparse._tensors import Target, collect
 
 State = dict[str, dict[str, Any]]
@@ -37,7 +38,7 @@ def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: T
     # `state` is a defaultdict: asking it with [] would make an entry.
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == entries.shape:
-            value.masked_fill_(entries.to(value.device), 0)
+            fill_(value, entries, 0.0)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parasparse._apply_mask import apply_mask, apply_mask_straight_through
 from parasparse._hooks import is_hooked
+from parasparse._parts import is_spread, part_of, spread_like
 
 
 class Mask(nn.Module):
@@ -17,7 +18,8 @@ class Mask(nn.Module):
 
     The mask is the persistent buffer `mask`, of the tensor's shape, device and memory format: bool
     (1 byte an entry) where its entries are all 0 or 1, else real in the tensor's dtype, and then it
-    multiplies. `mask = None` unsets it; an unset mask refuses to be read.
+    multiplies. `mask = None` unsets it; an unset mask refuses to be read. After
+    `distributed.shard_masks` it is a Parameter without gradient, which `fully_shard` shards.
 
     Attributes:
         dense_gradient: masked entries of a bool mask get their gradient too, as dynamic sparse
@@ -48,52 +50,94 @@ class Mask(nn.Module):
             self._like = self._like.contiguous(memory_format=_CHANNELS_LAST[like.ndim])
         self.mask_(mask)
 
-    def mask_(self, mask: object) -> Self:
+    def mask_(self, mask: object, *, copy: bool = True) -> Self:
         """Set the mask to a copy of `mask`, broadcast and converted; return this module.
 
         Args:
             mask: bool, integer or real; tensor, array, nested list or number that broadcasts to the
                 tensor's shape; None unsets.
+            copy: False lets `mask` itself become the mask.
 
         Raises:
-            RuntimeError: the shape does not broadcast.
+            RuntimeError: the shape does not broadcast; or the mask is sharded, and it would be
+                unset, or turn from bool to real.
             TypeError: the mask is complex.
             ValueError: the mask holds NaN, inf, or what the tensor's dtype rounds to inf or 0.
         """
+        held: Any = self._buffers if "mask" in self._buffers else self._parameters
+        now = held["mask"]
         if mask is None:
-            self._buffers["mask"] = None
+            self._check_replaced(now, None)
+            held["mask"] = None
             return self
         with torch.inference_mode(False), torch.no_grad():
-            value = as_mask(mask, self._shape, self._like.dtype).to(self._like.device)
-            now = self.mask
+            value = as_mask(mask, self._shape, self._like.dtype)
+            value = value if now is None else spread_like(value, now)
+            value = value.to(self._like.device)
             if now is not None and now.dtype == value.dtype and now.device == value.device:
-                # In place: compiled graphs and DDP hold this very buffer, which may be the source.
-                same = now.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-                now.copy_(value.clone() if same else value)
-            else:
-                new = torch.empty_like(value, memory_format=torch.contiguous_format)
-                if _is_channels_last(self._like):
-                    new = new.contiguous(memory_format=_CHANNELS_LAST[new.ndim])
-                self._buffers["mask"] = new.copy_(value)
+                # In place: compiled graphs, DDP and FSDP hold this very one, perhaps the source.
+                old, new = part_of(now), part_of(value)
+                same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+                old.copy_(new.clone() if same else new)
+                return self
+            self._check_replaced(now, value.dtype)
+            if copy or not self._fits(value):
+                value = self._copied(value)
+            held["mask"] = nn.Parameter(value, False) if held is self._parameters else value
         return self
+
+    def as_parameter_(self) -> None:
+        """Keep the mask as a Parameter without gradient rather than as a buffer."""
+        if "mask" in self._buffers:
+            mask = self._buffers.pop("mask")
+            assert mask is not None
+            self.register_parameter("mask", nn.Parameter(mask, requires_grad=False))
+
+    def _check_replaced(self, now: Tensor | None, dtype: torch.dtype | None) -> None:
+        if now is not None and "mask" in self._parameters and is_spread(now):
+            kind = "unset" if dtype is None else f"of {dtype}"
+            raise RuntimeError(
+                f"a mask that `fully_shard` has sharded must stay {now.dtype}; it would be {kind}. "
+                "Keep masks whole on each process (no `shard_masks`) to change their kind."
+            )
+
+    def _fits(self, mask: Tensor) -> bool:
+        """Whether `mask` can be the mask itself, laid out in memory as this tensor is."""
+        if mask.is_inference():
+            return False
+        if _is_channels_last(self._like):
+            return mask.is_contiguous(memory_format=_CHANNELS_LAST[mask.ndim])
+        return mask.is_contiguous()
+
+    def _copied(self, mask: Tensor) -> Tensor:
+        if is_spread(mask):
+            return mask.clone()
+        new = torch.empty_like(mask, memory_format=torch.contiguous_format)
+        if _is_channels_last(self._like):
+            new = new.contiguous(memory_format=_CHANNELS_LAST[new.ndim])
+        return new.copy_(mask)
 
     def forget_(self, device: torch.device) -> None:
         """Unset the mask; the next one will be on `device`."""
         self._like = torch.empty_like(self._like, device=device)
-        self._buffers["mask"] = None
+        self.mask_(None)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight` masked."""
-        mask = self._buffers["mask"]  # the tensor itself, also while torch.fx traces
+        # The tensor itself, also while torch.fx traces.
+        held: Any = self._buffers if "mask" in self._buffers else self._parameters
+        mask = held["mask"]
         if mask is None:
             raise RuntimeError(
                 f"this tensor of shape {tuple(self._shape)} has no sparsity mask. Set one "
                 "(`deploy_masks`, `Mask.mask_`; `torch.tensor(1.)` keeps everything), or take the "
                 "masking off with `unsparsify`."
             )
+        if type(weight) not in _PLAIN or type(mask) not in _PLAIN:
+            mask = _laid_out_like(mask, weight)
         if self.dense_gradient:
-            return apply_mask_straight_through(weight, _distributed_like(mask, weight))
-        return apply_mask(weight, _distributed_like(mask, weight))
+            return apply_mask_straight_through(weight, mask)
+        return apply_mask(weight, mask)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return `weight` masked, and run hooks where there are some."""
@@ -104,7 +148,7 @@ class Mask(nn.Module):
         mask = self.mask
         if mask is None:
             raise RuntimeError("a tensor that has no sparsity mask cannot be assigned to.")
-        mask = _distributed_like(mask, stored)
+        mask = spread_like(mask, stored)
         if mask.dtype != torch.bool:
             value = value.to(torch.float32) if value.dtype.itemsize == 1 else value  # no float8 /
             value = value.to(stored.device) / mask
@@ -120,7 +164,8 @@ class Mask(nn.Module):
         return f"{tuple(self._shape)}, {kind}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mask" and "mask" in self.__dict__.get("_buffers", {}):
+        named = name == "mask" and not isinstance(value, nn.Parameter)  # which FSDP swaps
+        if named and "_like" in self.__dict__:
             self.mask_(value)
         else:
             super().__setattr__(name, value)
@@ -216,17 +261,12 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _distributed_like(mask: Tensor, weight: Tensor) -> Tensor:
-    """Return `mask` laid out over processes as `weight` is, when that is a DTensor."""
-    # A plain weight is the only case that is hot, and must import nothing.
-    if type(weight) in (nn.Parameter, Tensor) or not hasattr(weight, "device_mesh"):
+def _laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return `mask` spread over processes as `weight` is; a Proxy of torch.fx is no tensor yet."""
+    if not isinstance(weight, Tensor):
         return mask
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(weight, DTensor) or isinstance(mask, DTensor):
-        return mask
-    # Every process holds the whole mask: each takes its own part, nothing is sent.
-    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
+    return spread_like(mask, weight)

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity, num_kept
-from parasparse._select import check_ranked, highest
-from parasparse._units import block, channel, dimension, has_units, head, whole
+from parasparse._parts import by_part, is_cut, is_spread, spread_like, whole
+from parasparse._select import highest
+from parasparse._sources import check_ranked
+from parasparse._units import block, channel, dimension, has_units, head, whole_number
 
 __all__ = [
     "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
@@ -86,13 +88,16 @@ def jointly(
         if isinstance(pattern, block | channel | head):  # refuses shapes that do not fit
             return {name: pattern(score, sparsity) for name, score in scores.items()}
         return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
-    if has_units(pattern):
-        kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
-        return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
     total = sum(score.numel() for score in scores.values())
     if pattern is unstructured:
         masks = highest(list(scores.values()), num_kept(total, sparsity))
         return dict(zip(scores, masks, strict=True))
+    if any(is_spread(score) for score in scores.values()):
+        found = jointly({n: whole(s) for n, s in scores.items()}, sparsity, pattern=pattern)
+        return {name: spread_like(mask, scores[name]) for name, mask in found.items()}
+    if has_units(pattern):
+        kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
+        return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
     device = next(iter(scores.values())).device
     flat = torch.cat([score.flatten().to(device) for score in scores.values()])
     parts = pattern(flat, sparsity).split([score.numel() for score in scores.values()])
@@ -100,6 +105,18 @@ def jointly(
         name: part.view(score.shape).to(score.device)
         for (name, score), part in zip(scores.items(), parts, strict=True)
     }
+
+
+def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
+    """Return what `pattern` makes of `scores`, which may be spread over processes.
+
+    They are gathered for it where what it compares may lie on different processes.
+    """
+    if not is_spread(scores) or pattern is unstructured:
+        return pattern(scores, *sparsity)
+    if isinstance(pattern, n_of_m) and not is_cut(scores, pattern.dim):
+        return by_part(pattern, scores)
+    return spread_like(pattern(whole(scores), *sparsity), scores)
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,7 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
 
     def __post_init__(self) -> None:
         for name in ("n", "m", "dim"):
-            whole(getattr(self, name), name)
+            whole_number(getattr(self, name), name)
         if not (0 <= self.n <= self.m and self.m >= 1):
             raise ValueError(f"`n` must be in [0, m] and `m` >= 1; got n={self.n}, m={self.m}.")
         if self.remainder not in ("refuse", "keep", "pad"):
@@ -195,7 +212,7 @@ class nearly_diagonal:  # noqa: N801
     takes_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if whole(self.k, "k") < 1 or self.k % 2 == 0:
+        if whole_number(self.k, "k") < 1 or self.k % 2 == 0:
             raise ValueError(f"`k` must be an odd number of diagonals; got {self.k}.")
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -265,7 +282,7 @@ class chain:  # noqa: N801
             if takes_sparsity(pattern):
                 kept = jointly(left, check_sparsity(sparsity), pattern=pattern)
             else:
-                kept = {name: pattern(score) for name, score in left.items()}
+                kept = {name: mask_for(pattern, score) for name, score in left.items()}
             masks = {name: mask & masks.get(name, mask) for name, mask in kept.items()}
             left = {name: _lowered(scores[name], mask) for name, mask in masks.items()}
         return masks

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._held import held
+from parasparse._parts import whole
 from parasparse._tables import as_html, as_text
 from parasparse._tensors import Site, Target, collect_as_masked
 from parasparse.parametrizations import Mask
@@ -169,6 +170,7 @@ def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
     tensor = target.stored()
     module = target.masks()[0]
     mask = target.mask()
+    mask = None if mask is None else whole(mask)
     size = _bytes(target)
     extra = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     parts = len(target.parts)

@@ -37,18 +37,19 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     state = model.state_dict()
     renamed: dict[str, Any] = {}
     tied: dict[tuple[int, ...], Tensor] = {}
-    for _, name, module, _ in named_modules(model):
-        prefix = f"{name}." if name else ""
+    for plain, name, module, _ in named_modules(model):
         for attr, stack in _attach.masked_stacks(module):
             own = (*_attach.originals(module, attr), stack.mask)
             key = tuple(map(id, own))
             if key not in tied:
                 tied[key] = _attach.effective(module, attr).detach()
-            inside = f"{prefix}parametrizations.{attr}."
-            if any(f"{inside}{held}" in state for held in original_names(stack)):
-                renamed[f"{prefix}{attr}"] = tied[key]
-            for gone in [k for k in state if k.startswith(inside)]:
-                del state[gone]
+            for where in dict.fromkeys((name, plain)):  # some wrappers leave their names out
+                prefix = f"{where}." if where else ""
+                inside = f"{prefix}parametrizations.{attr}."
+                if any(f"{inside}{held}" in state for held in original_names(stack)):
+                    renamed[f"{prefix}{attr}"] = tied[key]
+                for gone in [k for k in state if k.startswith(inside)]:
+                    del state[gone]
     every = {**state, **renamed}
     first = [key for key in _dense_order(model) if key in every]
     # What a module's own state_dict hook has added or renamed is not ours to order.
@@ -62,14 +63,14 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 
 
 def _dense_order(model: nn.Module) -> Iterable[str]:
-    for _, name, module, _ in named_modules(model):
-        prefix = f"{name}." if name else ""
+    for plain, name, module, _ in named_modules(model):
         parameters, buffers = _attach.tensor_names(module)
-        held = (*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state")
-        yield from (f"{prefix}{own}" for own in held)
+        held = [*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state"]
         if is_parametrized(module):  # what stays parametrized is a child like any other
             inside = module.get_submodule("parametrizations").state_dict()
-            yield from (f"{prefix}parametrizations.{own}" for own in inside)
+            held += [f"parametrizations.{own}" for own in inside]
+        for own in held:
+            yield from dict.fromkeys(f"{where}.{own}".lstrip(".") for where in (name, plain))
 
 
 def load_state_dict(

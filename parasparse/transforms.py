@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
 from parasparse._foldable import check_foldable, check_writable
+from parasparse._fsdp import follow, is_sharded, reshard
 from parasparse._pair_stack import join
+from parasparse._parts import number, spread_like
 from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
 from parasparse._tables import Plan, PlanRow, described
@@ -45,18 +47,19 @@ def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
         >>> int((model.weight != 0).sum())
         10
     """
-    attach(resolve(model, rules, pairs=pairs))
+    attach(model, resolve(model, rules, pairs=pairs))
     return model
 
 
-def attach(steps: list[Step]) -> None:
-    """Do what `steps` say, all of them or none."""
+def attach(model: nn.Module, steps: list[Step]) -> None:
+    """Do to `model` what `steps` say, all of them or none."""
     with restored_on_error(site.module for step in steps for site in step.target.sites):
         masks = [_attached(step) for step in steps]
     for step, mask in zip(steps, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
-            mask.mask_(step.result)
+            mask.mask_(step.result, copy=False)
             mask.dense_gradient = False  # a controller that wanted it has lost its masks
+    follow(model)
 
 
 def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
@@ -71,7 +74,7 @@ def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
     rows = []
     for step in resolve(model, rules, pairs=pairs):
         known = isinstance(step.result, Tensor) and not step.result.is_meta
-        kept = int(torch.count_nonzero(step.result)) if known else None  # type: ignore[arg-type]
+        kept = number(step.result) if known else None  # type: ignore[arg-type]
         rows.append(
             PlanRow(
                 name=step.target.name,
@@ -96,7 +99,8 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
         targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
 
     Raises:
-        RuntimeError: a mask is not set; `fully_shard` manages the model. The model is as it was.
+        RuntimeError: a mask is not set; `fully_shard` manages the tensors that lie under one. The
+            model is as it was.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -105,6 +109,11 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
         (True, 10)
     """
     chosen = _to_take_off(model, targets)
+    if is_sharded(model) and any(len(s.stack()) > 1 for target in chosen for s in target.sites):
+        raise RuntimeError(
+            "a tensor that is parametrized under its mask must be squashed before `fully_shard`, "
+            "which manages what lies there. `dense_state_dict` gives its values."
+        )
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
     check_foldable(model, chosen)
@@ -120,7 +129,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
                 mask.mask_(mask.mask != 0)
             elif isinstance(mask, SoftMask):
                 mask.fold_()
-    _refresh_ddp(model)
+    _moved(model)
     return model
 
 
@@ -137,7 +146,7 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
     for target in _to_take_off(model, targets):
         for site in target.sites:
             _attach.detach(site.module, site.attr)
-    _refresh_ddp(model)
+    _moved(model)
     return model
 
 
@@ -167,6 +176,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
         [[True, False]]
     """
     _attach.check_not_accelerated(model)
+    reshard(model)
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"`threshold` must be a finite number; got {threshold!r}.")
     work = [target for target in masked(model, targets) if not _is_bool(target)]
@@ -207,14 +217,8 @@ def _attached(step: Step) -> nn.Module:
 
 def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
     _attach.check_not_accelerated(model)
-    chosen = masked(model, targets)
-    if chosen and _attach.is_sharded(model):
-        raise RuntimeError(
-            "masks must be taken off before `fully_shard`, which holds on to the tensors where "
-            "they are. To get plain weights, gather `dense_state_dict(model)` (`full_tensor()`) "
-            "and load it into a dense model."
-        )
-    return chosen
+    reshard(model)
+    return masked(model, targets)
 
 
 @torch.no_grad()
@@ -256,9 +260,10 @@ def _harden(target: Target, threshold: float | None) -> None:
     values = [_values(part)[0] for part in target.parts]  # both parts may go into each
     for part, value in zip(target.parts, values, strict=True):
         original = part[0].stack().original
-        kept = original * scale if isinstance(scale, Tensor) else value
+        kept = original * spread_like(scale, original) if isinstance(scale, Tensor) else value
         subtracts = isinstance(mask, SoftMask) and scale is None  # places elsewhere read it plainly
-        original.copy_(value if subtracts else torch.where(keep, kept, original))
+        kept_there = spread_like(keep, original)
+        original.copy_(value if subtracts else torch.where(kept_there, kept, original))
     hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(values[0], keep)
     for site in target.sites:
         site.stack().replace_mask(hard)
@@ -266,11 +271,12 @@ def _harden(target: Target, threshold: float | None) -> None:
         mask.fold_(keep)  # as in `squash`
 
 
-def _refresh_ddp(model: nn.Module) -> None:
-    """Tell DDP wrappers in `model` that masks are no buffers of theirs any more.
+def _moved(model: nn.Module) -> None:
+    """Tell `fully_shard` and DDP wrappers in `model` that Parameters and masks have moved.
 
-    Else the next forward broadcasts an empty list (ddp_forward_after_squash).
+    Else DDP broadcasts an empty list at the next forward (ddp_forward_after_squash).
     """
+    follow(model)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module._assign_modules_buffers()

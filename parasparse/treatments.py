@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import gates, patterns
-from parasparse._checks import check_sparsity, listed
+from parasparse._checks import check_sparsity, listed, num_kept
+from parasparse._parts import is_spread, spread_like, whole
+from parasparse._select import masks_of, shaped
+from parasparse._sources import check_source, scored
 from parasparse._tables import described
-from parasparse.patterns import Pattern, jointly, takes_sparsity
-from parasparse.scores.entries import Score, magnitude
+from parasparse.patterns import Pattern, jointly, mask_for, takes_sparsity
+from parasparse.scores.entries import Score, is_entrywise, magnitude
 from parasparse.soft_mask import SoftMask
 
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
@@ -94,9 +98,26 @@ class Prune:
         if self.sparsity is None:
             return {n: self._mask({n: self._score(t, n)})[n] for n, t in tensors.items()}
         if self.scope == "global":
-            return self._mask({n: self._score(t, n) for n, t in tensors.items()}, self.sparsity)
+            return self._ranked(tensors, self.sparsity)
         shares = self._shares(tensors, self.sparsity)
-        return {n: self._mask({n: self._score(t, n)}, shares[n])[n] for n, t in tensors.items()}
+        return {n: self._ranked({n: t}, shares[n])[n] for n, t in tensors.items()}
+
+    def _ranked(self, tensors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return the masks of tensors that are ranked together."""
+        by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
+        if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
+            return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
+        # Scored piece by piece, so that no scores are held.
+        sources = {n: scored(t, partial(self._score, name=n)) for n, t in tensors.items()}
+        for name, source in sources.items():
+            try:
+                check_source(source)
+            except (TypeError, ValueError) as error:
+                error.add_note(f"while pruning {listed([name])}")
+                raise
+        kept = num_kept(sum(source.every for source in sources.values()), sparsity)
+        masks = shaped(masks_of(list(sources.values()), kept), list(tensors.values()))
+        return dict(zip(tensors, masks, strict=True))
 
     def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
         """Return the sparsity of each of `tensors`."""
@@ -112,6 +133,8 @@ class Prune:
         return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
 
     def _score(self, tensor: Tensor, name: str) -> Tensor:
+        if is_spread(tensor):  # each process keeps its part of the scores
+            return spread_like(self._score(whole(tensor), name), tensor)
         try:
             result = self.score(tensor, name)
         except Exception as error:
@@ -129,19 +152,19 @@ class Prune:
             )
         return result
 
-    def _mask(self, scored: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
+    def _mask(self, scores: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
         """Return the masks of tensors that are ranked together."""
         try:
             if self.scope == "global":
-                masks = jointly(scored, *sparsity, pattern=self.pattern)
+                masks = jointly(scores, *sparsity, pattern=self.pattern)
             else:
-                masks = {name: self.pattern(scores, *sparsity) for name, scores in scored.items()}
+                masks = {n: mask_for(self.pattern, s, *sparsity) for n, s in scores.items()}
         except (TypeError, ValueError) as error:
-            nan = [n for n, s in scored.items() if s.is_floating_point() and s.isnan().any()]
-            error.add_note(f"while pruning {listed(nan or scored)}")
+            nan = [n for n, s in scores.items() if s.is_floating_point() and s.isnan().any()]
+            error.add_note(f"while pruning {listed(nan or scores)}")
             raise
         for name, mask in masks.items():
-            shape = scored[name].shape
+            shape = scores[name].shape
             if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, shape):
                 got = f" of {mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
                 raise ValueError(

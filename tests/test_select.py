@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse import _select
-from parasparse._select import as_source, find_cut, highest
+from parasparse._select import find_cut, highest
+from parasparse._sources import as_source
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
 VALUES = [0.0, -0.0, 1.0, 1.5, -2.0, 7.0, math.inf, -math.inf]

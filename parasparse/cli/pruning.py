@@ -10,7 +10,8 @@ from torch import Tensor
 
 from parasparse._checks import num_kept
 from parasparse._pair_stack import joined
-from parasparse._select import Scratch, Source, check_ranked, chunk_size, masks_of
+from parasparse._select import Scratch, masks_of
+from parasparse._sources import Source, check_ranked, chunk_size
 from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
 from parasparse.cli.reaching import Reached

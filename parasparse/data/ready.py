@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity
-from parasparse._units import tiled, whole
+from parasparse._units import tiled, whole_number
 from parasparse.data.base import BaseDataSparsifier
 from parasparse.patterns import block
 from parasparse.treatments import Prune
@@ -145,11 +145,11 @@ def _checked(
 ) -> tuple[tuple[int, ...], int]:
     """Return the shape of a block and the zeros in it."""
     check_sparsity(sparsity_level, "sparsity_level")
-    shape = tuple(whole(size, "sparse_block_shape") for size in sparse_block_shape)
+    shape = tuple(whole_number(size, "sparse_block_shape") for size in sparse_block_shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"`sparse_block_shape` must hold sizes > 0; got {shape}.")
     entries = math.prod(shape)
-    zeros = entries if zeros_per_block is None else whole(zeros_per_block, "zeros_per_block")
+    zeros = entries if zeros_per_block is None else whole_number(zeros_per_block, "zeros_per_block")
     if not 0 <= zeros <= entries:
         raise ValueError(
             f"`zeros_per_block` must be between 0 and {entries}, the entries of a block of "

@@ -4,7 +4,7 @@ A score is any callable `(tensor, name) -> scores` whose result is real and has 
 """
 
 from parasparse.scores.collecting import collect
-from parasparse.scores.entries import Score, lamp, magnitude, random, zeros_first
+from parasparse.scores.entries import Score, entrywise, lamp, magnitude, random, zeros_first
 from parasparse.scores.saliency import fisher, grasp, movement, snip, synflow, taylor, wanda
 from parasparse.scores.statistics import Statistics
 
@@ -12,6 +12,7 @@ __all__ = [
     "Score",
     "Statistics",
     "collect",
+    "entrywise",
     "fisher",
     "grasp",
     "lamp",

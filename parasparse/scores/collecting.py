@@ -11,9 +11,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
 from parasparse._checks import listed
+from parasparse._fsdp import data_parallel_groups, reshard, sharded_parameters
+from parasparse._reduced import reduced
 from parasparse._stack import stack_of
 from parasparse._tensors import Target
 from parasparse._tensors import collect as tensors_of
@@ -31,7 +34,9 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
     Gradients are those of the weights as the modules see them, masked entries included as long as
     the masks are there when the block begins, summed over the backward passes; under a GradScaler
     times its scale. `.grad` is as ever. Sums of gradients take three times the memory of the
-    weights, once a backward pass has come by. Of several processes each sees its own batches.
+    weights, once a backward pass has come by. If `model` is a DistributedDataParallel, all
+    processes reach the end of the block, where their sums are added; if `fully_shard` manages its
+    weights, gradients are those that it averages, as if all processes had run one batch.
 
     Args:
         model: dense or masked; run it as it is, not compiled.
@@ -55,12 +60,19 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
         raise RuntimeError("`collect` must not be entered twice at a time for one model.")
     chosen = _chosen(model, targets)
     statistics = Statistics(model, {}, _parts(model))
+    reshard(model)
+    sharded = sharded_parameters(model)
     _watched.add(model)
     try:
         with ExitStack() as stack:
             for target in chosen:
-                _watch(target, statistics, stack)
+                _watch(target, statistics, stack, sharded)
             yield statistics
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                statistics.sum_over(module.process_group)
+        for group in data_parallel_groups(model):
+            statistics.sum_over(group, gradients=False)  # which it has averaged
     finally:
         _watched.discard(model)
         statistics.close()
@@ -92,7 +104,9 @@ def _parts(model: nn.Module) -> dict[str, list[str]]:
     return {t.name: [names[part[0]] for part in t.parts] for t in tensors_of(model)}
 
 
-def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
+def _watch(
+    target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Tensor]
+) -> None:
     site, masks = target.sites[0], target.masks()
     if masks and any(_attach.mask_module(s.module, s.attr) is None for s in target.sites):
         raise RuntimeError(
@@ -103,7 +117,10 @@ def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
     is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
     first = _attach.originals(site.module, site.attr)[0]
     leaf: Tensor | None = None
-    if masks:
+    is_sharded = is_plain and id(first) in sharded
+    if is_sharded:
+        stack.enter_context(reduced(first, part_stacks(target)[0], lambda grad: add(grad)))
+    elif masks:
         leaf = stack.enter_context(probed(part_stacks(target)[0]))
         # Summed here: nobody reads it there.
         stack.callback(leaf.register_post_accumulate_grad_hook(_forget).remove)
@@ -113,12 +130,12 @@ def _watch(target: Target, statistics: Statistics, stack: ExitStack) -> None:
     read = partial(_attach.stored, site.module, site.attr)
     sums = Sums(read, leaf, first if is_known else None)
     statistics.sums[target.name] = sums
+
+    def add(grad: Tensor) -> None:
+        if not statistics.is_paused:
+            sums.add(grad)
+
     if leaf is not None:
-
-        def add(grad: Tensor) -> None:
-            if not statistics.is_paused:
-                sums.add(grad)
-
         stack.callback(leaf.register_hook(add).remove)
     for place in target.sites:
         squares = _squares_of(place.module) if place.attr == "weight" else None

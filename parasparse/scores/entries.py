@@ -5,13 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Score = Callable[[Tensor, str], Tensor]
+_Score = TypeVar("_Score", bound=Callable[..., Tensor])
 
 
+def entrywise(score: _Score) -> _Score:
+    """Say that `score` gives each entry what depends on this entry alone.
+
+    Then it is called with flat pieces of a tensor rather than with the tensor: large ones are
+    scored a piece at a time, and of what is sharded over processes each scores its own part.
+    Without this decorator a sharded tensor is gathered to be scored.
+
+    Examples:
+        >>> @entrywise
+        ... def positive(tensor, name): return tensor
+    """
+    score.entrywise = True  # type: ignore[attr-defined]
+    return score
+
+
+def is_entrywise(score: Callable[..., Tensor]) -> bool:
+    """Whether `score` was said to be."""
+    return getattr(score, "entrywise", False)
+
+
+@entrywise
 def magnitude(tensor: Tensor, name: str = "") -> Tensor:
     """Return |w|, the modulus where the tensor is complex.
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import listed
+from parasparse._fsdp import is_sharded
+from parasparse._parts import by_part, whole
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.synaptic_flow import flows_of
 
@@ -112,7 +114,7 @@ class Statistics:
             loss: a scalar with its graph, which stays. Not one of attention kernels that know no
                 second derivative (`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` does).
         """
-        self._open()
+        self._open_whole()
         tensors = {n: sums.leaf for n, sums in self.sums.items() if sums.leaf is not None}
         leaves = list(tensors.values())
         with self._paused():
@@ -141,7 +143,8 @@ class Statistics:
             RuntimeError: there is no flow, since a layer normalises it away; or a weight is masked
                 or parametrized by other than a bool or real mask.
         """
-        names = {id(parameter): name for name, parameter in self._open().named_parameters()}
+        model = self._open_whole()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         others = [name for name, sums in self.sums.items() if id(sums.parameter) not in names]
         if others:
             raise RuntimeError(
@@ -153,6 +156,21 @@ class Statistics:
             flows = flows_of(self.model, leaves, inputs, keywords)
         for name, values in flows.items():
             self.flows[name] = _plus(self.flows.get(name), values)
+
+    def sum_over(self, group: Any, *, gradients: bool = True) -> None:
+        """Add up what the processes of `group` saw, which all come here."""
+        for name, sums in self.sums.items():
+            if gradients:
+                for what in ("gradient", "squares", "movement"):
+                    value = _summed(getattr(sums, what), sums.read(), group)
+                    setattr(sums, what, value)
+                passes = torch.tensor(sums.passes, device=sums.read().device)
+                torch.distributed.all_reduce(passes, group=group)
+                sums.passes = int(passes)
+            for found in (self.squared_inputs, self.curvatures, self.flows):
+                value = _summed(found.get(name), sums.read(), group)
+                if value is not None:
+                    found[name] = value
 
     def close(self) -> None:
         """Let go of the model: the block ends."""
@@ -167,6 +185,15 @@ class Statistics:
 
     def _paused(self) -> Any:
         return _Paused(self)
+
+    def _open_whole(self) -> Any:
+        model = self._open()
+        if is_sharded(model):
+            raise RuntimeError(
+                "curvature and synaptic flow must be added before `fully_shard`, on a model whose "
+                "weights each process holds."
+            )
+        return model
 
     def _parts(self, name: str) -> list[str]:
         parts = self.parts.get(name, [name])
@@ -189,7 +216,7 @@ class Statistics:
 
     def _joined(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         found = [read(part) for part in self._parts(name)]
-        return found[0] if len(found) == 1 else torch.complex(*found)
+        return found[0] if len(found) == 1 else by_part(torch.complex, *found)
 
 
 class _Paused:
@@ -211,7 +238,21 @@ def _finite(values: Tensor, name: str) -> Tensor:
             f'what was collected of "{name}" must be finite; a loss was not. Collect anew, without '
             "the steps that a GradScaler skips."
         )
-    return values
+    return whole(values)
+
+
+def _summed(value: Tensor | None, like: Tensor, group: Any) -> Tensor | None:
+    """Return the sum over `group`; a process that saw nothing takes part."""
+    shapes: list[Any] = [None] * torch.distributed.get_world_size(group)
+    own = None if value is None else (value.shape, value.dtype)
+    torch.distributed.all_gather_object(shapes, own, group=group)
+    seen = [shape for shape in shapes if shape is not None]
+    if not seen:
+        return None
+    shape, dtype = seen[0]
+    total = torch.zeros(shape, dtype=dtype, device=like.device) if value is None else value.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _plus(total: Tensor | None, value: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse._checks import listed
+from parasparse._parts import number
 from parasparse._resolve import resolve
 from parasparse.soft_mask import SoftMask
 from parasparse.targets import masked
-from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
 from parasparse.transforms import attach
 
@@ -84,7 +84,7 @@ class ContinuousSparsification:
         self.step_in_round, self.rounds = 0, 0
         self.history: list[Update] = []
         self._names = [step.target.name for step in made]
-        attach(made)
+        attach(model, made)
         self._start = self._last = self._hard()
         self._checkpoint: dict[str, Any] | None = None
 
@@ -168,7 +168,7 @@ class ContinuousSparsification:
     def remaining(self) -> float:
         """Return the share of mask entries that are not 0 now."""
         masks = [gate.mask for gate in self._gates()]
-        kept = sum(int(mask.count_nonzero()) for mask in masks)
+        kept = sum(number(mask != 0) for mask in masks)
         return kept / max(1, sum(mask.numel() for mask in masks))
 
     def step(self) -> None:
@@ -184,7 +184,7 @@ class ContinuousSparsification:
             "step_in_round": self.step_in_round,
             "rounds": self.rounds,
             "ticket": self.ticket,
-            "history": [asdict(update) for update in self.history],
+            "history": saved(self.history),
             "start": copied(self._start),
             "last": copied(self._last),
             "checkpoint": self._checkpoint,

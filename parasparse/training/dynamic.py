@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parasparse._alike import drawn_alike
+from parasparse._fsdp import reshard
+from parasparse._parts import number
 from parasparse.contexts import DenseGradients, collecting
 from parasparse.optim import check_held, momentum_of
 from parasparse.schedules import Constant, as_every
-from parasparse.training.history import Update, copied, first_masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.layer import view_of
 from parasparse.training.masking import needs_of
 from parasparse.training.start import Init, check_moves, first_masks
@@ -105,12 +107,12 @@ class DynamicSparsity:
         check_held(optimizer, [step.target for step in steps], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
         self._is_next()  # a function that fails does so before anything has changed
-        attach(steps)
+        attach(model, steps)
         for layer in layers:
             layer.module.dense_gradient = self._is_dense
             layer.zero_masked()
         self._start = copied(self._masks())
-        self.baseline_nonzero = sum(int(layer.seen_mask().count_nonzero()) for layer in layers)
+        self.baseline_nonzero = sum(number(layer.seen_mask()) for layer in layers)
         self._arm()
 
     def step(self) -> None:
@@ -123,6 +125,7 @@ class DynamicSparsity:
             ValueError: the prune rate leaves [0, 1]; a move returns what it must not. Masks, budget
                 and the count of steps are as they were.
         """
+        reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():
                 layer.zero_masked()
@@ -143,6 +146,7 @@ class DynamicSparsity:
             RuntimeError, ValueError: as `step`; a move reads the dense gradient, which is collected
                 for the updates of `step` only.
         """
+        reshard(self.model)
         if self._is_armed:
             raise RuntimeError(
                 "`update` must be left to `step` when a move reads the dense gradient, which is "
@@ -163,9 +167,9 @@ class DynamicSparsity:
         return {
             "steps": self.steps,
             "is_due": self._is_due,
-            "missing": dict(self._missing),
+            "missing": tuple(self._missing.items()),
             "baseline_nonzero": self.baseline_nonzero,
-            "history": [asdict(update) for update in self.history],
+            "history": saved(self.history),
             "start": copied(self._start),
         }
 
@@ -210,7 +214,7 @@ class DynamicSparsity:
             self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
         )
         groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
-        with torch.no_grad():
+        with torch.no_grad(), drawn_alike(self.model):
             masks, missing = next_masks(view, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
         update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
@@ -241,7 +245,9 @@ class DynamicSparsity:
                 "an update must come after a backward and an `optimizer.step()`; the masked "
                 "weights have had no gradient yet."
             )
-        finite = all(bool(_values(probe).isfinite().all()) for probe in probes if probe is not None)
+        finite = not any(
+            number(~_values(probe).isfinite()) for probe in probes if probe is not None
+        )
         return finite and not missing
 
     def _arm(self) -> None:

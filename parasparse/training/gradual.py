@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parasparse._checks import check_sparsity
+from parasparse._fsdp import reshard
 from parasparse._resolve import as_pairs, resolve
 from parasparse._tensors import Target
 from parasparse.optim import check_held, parameters_of, zero_entries
 from parasparse.schedules import as_every
 from parasparse.targets import masked
-from parasparse.training.history import Update, copied, first_masks_of, masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
 from parasparse.training.rules import scaled, with_sparsity, written
 from parasparse.transforms import attach, sparsify
 
@@ -75,7 +75,7 @@ class GradualPruning:
         if optimizer is not None:
             check_held(optimizer, [step.target for step in steps])
         self._names = [step.target.name for step in steps]
-        attach(steps)
+        attach(model, steps)
         self._start = copied(self._masks())
 
     def step(self) -> None:
@@ -86,6 +86,7 @@ class GradualPruning:
         """
         step = self.steps + 1
         if not self._is_over and self.every(step):
+            reshard(self.model)
             self._update(step)
             self._is_over = step >= getattr(self.schedule, "stop", step + 1)
         self.steps = step
@@ -95,7 +96,7 @@ class GradualPruning:
         return {
             "steps": self.steps,
             "is_over": self._is_over,
-            "history": [asdict(update) for update in self.history],
+            "history": saved(self.history),
             "start": copied(self._start),
         }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parasparse._checks import listed
+from parasparse._parts import number, spread_like
 from parasparse._tensors import Target
 
 Masks = Mapping[str, Tensor]
@@ -43,9 +44,9 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
         0.5
     """
     numel = sum(mask.numel() for mask in after.values())
-    kept = {name: int(mask.count_nonzero()) for name, mask in after.items()}
-    changed = sum(int((mask ^ before[name]).count_nonzero()) for name, mask in after.items())
-    stayed = sum(int((mask & start[name]).count_nonzero()) for name, mask in after.items())
+    kept = {name: number(mask) for name, mask in after.items()}
+    changed = sum(number(mask ^ before[name]) for name, mask in after.items())
+    stayed = sum(number(mask & spread_like(start[name], mask)) for name, mask in after.items())
     every = sum(kept.values())
     return Update(
         step=step,
@@ -54,6 +55,14 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
         overlap=stayed / every if every else 1.0,
         missing=missing,
     )
+
+
+def saved(history: Iterable[Update]) -> tuple[dict[str, Any], ...]:
+    """Return `history` as a controller's `state_dict` holds it.
+
+    A tuple, since torch.distributed.checkpoint takes lists apart and fills in only what is there.
+    """
+    return tuple(asdict(update) for update in history)
 
 
 def masks_of(targets: Iterable[Target]) -> dict[str, Tensor]:
@@ -82,4 +91,7 @@ def first_masks_of(state_dict: Mapping[str, Any], own: Masks) -> dict[str, Tenso
             f"`state_dict` must be of the same rules; it has the tensors {listed(theirs)}, this "
             f"controller {listed(ours)}."
         )
-    return {name: mask.to(own[name].device).clone() for name, mask in start.items()}
+    return {
+        name: spread_like(mask, own[name]).to(own[name].device).clone()
+        for name, mask in start.items()
+    }

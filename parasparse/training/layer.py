@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from parasparse._pair_stack import joined
+from parasparse._parts import fill_, spread_like, whole
 from parasparse._tensors import Target
 from parasparse._units import has_units
 from parasparse.optim import momentum_of, parameters_of, zero_entries
@@ -51,15 +53,15 @@ class Layer:
 
     @property
     def mask(self) -> Tensor:
-        """The live mask of all entries."""
+        """The mask of all entries, laid out over processes as the weight is; the live one."""
         mask = self.module.mask
         assert mask is not None
-        return mask
+        return spread_like(mask, self.parameters[0])
 
     def seen_mask(self) -> Tensor:
         """Return a copy of the mask, of units where these count."""
         if has_units(self.pattern):
-            return self.pattern.pool(self.mask.float()) > 0
+            return self.pattern.pool(whole(self.mask).float()) > 0
         return self.mask.clone()
 
     def seen_weight(self) -> Tensor:
@@ -70,8 +72,8 @@ class Layer:
 
     def seen(self, parts: Sequence[Tensor]) -> Tensor:
         """Return values of the Parameters as moves get them: joined, and pooled by unit."""
-        values = parts[0] if len(parts) == 1 else _complex(*parts)
-        return self.pattern.pool(values.abs()) if has_units(self.pattern) else values
+        values = parts[0] if len(parts) == 1 else joined(*parts)
+        return self.pattern.pool(whole(values).abs()) if has_units(self.pattern) else values
 
     def of_each(self, read: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Return what `read` gives of the Parameters as moves get it; None if nothing is there."""
@@ -84,14 +86,16 @@ class Layer:
 
     def entries(self, seen: Tensor) -> Tensor:
         """Return the mask of all entries that has `seen`, as moves give it."""
-        return self.pattern.spread(seen, self.mask.shape) if has_units(self.pattern) else seen
+        if not has_units(self.pattern):
+            return seen
+        return spread_like(self.pattern.spread(seen, self.mask.shape), self.mask)
 
     @torch.no_grad()
     def zero_masked(self) -> None:
         """Set weights to 0 where they are masked."""
         dropped = ~self.mask
         for parameter in self.parameters:
-            parameter.masked_fill_(dropped, 0)
+            fill_(parameter, dropped, 0.0)
 
     @torch.no_grad()
     def set_mask(
@@ -102,7 +106,7 @@ class Layer:
         self.module.mask_(mask)
         changed = before ^ mask
         for parameter in self.parameters:
-            parameter.masked_fill_(changed, 0)
+            fill_(parameter, changed, 0.0)
             zero_entries(optimizer, parameter, changed & before if keep_state_of_grown else changed)
 
 
@@ -149,8 +153,3 @@ def view_of(
         momentum=momentum,
         gradient=gradient,
     )
-
-
-def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
-    wide = torch.float64 if real.dtype == torch.float64 else torch.float32
-    return torch.complex(real.to(wide), imaginary.to(wide))

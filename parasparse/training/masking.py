@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import Tensor, nn
 
 from parasparse._checks import listed
+from parasparse._parts import number
 
 Need = Literal["weights", "gradient", "momentum", "state"]
 _Move = TypeVar("_Move", bound=Callable[..., Any])
@@ -23,6 +24,7 @@ class Masking:
         optimizer: the very one; `optimizer.state[weight]` is the state of a weight.
         weights: 0 where the mask is 0. Each is the Parameter that the optimizer holds; a complex
             tensor for a real/imag pair, the size of each unit where a pattern of units counts.
+            Where processes share weights, DTensors, and so are masks, momentum and gradient.
         masks: bool copies. Moves for all layers at once write new ones here.
         prune_rate: share of its connections that a layer loses now.
         baseline_nonzero: connections of the network, before and after each update.
@@ -51,7 +53,7 @@ class Masking:
     name2removed: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        kept = {name: number(mask) for name, mask in self.masks.items()}
         zeros = {name: mask.numel() - kept[name] for name, mask in self.masks.items()}
         object.__setattr__(self, "name2nonzeros", kept)
         object.__setattr__(self, "name2zeros", zeros)

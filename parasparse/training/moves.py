@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse._parts import number, part_of, spread_like, summed, whole
 from parasparse._select import highest
 from parasparse.training.masking import Masking, needs
 
@@ -35,7 +36,7 @@ def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -
         arXiv:1907.04840, section 3.
     """
     kept = mask != 0
-    return _best(weight.detach().abs(), kept, int(kept.count_nonzero()) - _removed(masking, name))
+    return _best(weight.detach().abs(), kept, number(kept) - _removed(masking, name))
 
 
 @needs("weights")
@@ -51,12 +52,11 @@ def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tens
     size = weight.detach().abs()
     below = torch.zeros_like(kept) if weight.is_complex() else weight < 0
     positive, negative = kept & ~below, kept & below
-    number = _removed(masking, name)
-    of_negative = min(number // 2, int(negative.count_nonzero()))
-    of_positive = min(number - of_negative, int(positive.count_nonzero()))
-    of_negative = number - of_positive
-    return _best(size, positive, int(positive.count_nonzero()) - of_positive) | _best(
-        size, negative, int(negative.count_nonzero()) - of_negative
+    removed, positives, negatives = _removed(masking, name), number(positive), number(negative)
+    of_positive = min(removed - min(removed // 2, negatives), positives)
+    of_negative = removed - of_positive
+    return _best(size, positive, positives - of_positive) | _best(
+        size, negative, negatives - of_negative
     )
 
 
@@ -101,15 +101,15 @@ def momentum_neuron_growth(
 
     Differs: in sparse_learning, what a full output cannot take is lost; here others take it.
     """
-    size = _momentum(masking, weight).reshape(len(weight), -1)
-    free = ~new_mask.reshape(size.shape)
+    size = whole(_momentum(masking, weight)).reshape(len(weight), -1)
+    free = ~whole(new_mask).reshape(size.shape)
     room = free.sum(1).tolist()
     shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
     order = torch.where(free, size, -1.0).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(size.shape[1], device=size.device).expand_as(size)
     rank = torch.empty_like(order).scatter_(1, order, places)
     grown = rank < torch.tensor(shares, device=size.device)[:, None]
-    return new_mask | grown.view_as(new_mask)
+    return new_mask | spread_like(grown.view(new_mask.shape), new_mask)
 
 
 @needs("momentum")
@@ -118,19 +118,19 @@ def momentum_redistribution(masking: Masking, name: str, weight: Tensor, mask: T
 
     Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
     """
-    return _mean(_momentum(masking, weight)[mask != 0])
+    return _mean(_momentum(masking, weight), mask)
 
 
 @needs("weights")
 def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the mean |w| of the connections; 0 if there are none."""
-    return _mean(weight.detach().abs()[mask != 0])
+    return _mean(weight.detach().abs(), mask)
 
 
 @needs("weights")
 def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the number of connections."""
-    return float(mask.count_nonzero())
+    return float(number(mask))
 
 
 @needs("weights")
@@ -143,14 +143,14 @@ def no_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor)
 def global_magnitude_prune(masking: Masking) -> int:
     """Drop ceil(rate * connections) with the smallest |w| of all layers together."""
     every = sum(masking.name2nonzeros.values())
-    number = math.ceil(masking.prune_rate * every)
+    removed = math.ceil(masking.prune_rate * every)
     scores = [
         torch.where(masking.masks[name], weight.detach().abs().double(), -1.0)
         for name, weight in masking.weights.items()
     ]
-    for name, kept in zip(masking.weights, highest(scores, every - number), strict=True):
+    for name, kept in zip(masking.weights, highest(scores, every - removed), strict=True):
         masking.masks[name] = kept
-    return number
+    return removed
 
 
 @needs("momentum")
@@ -162,7 +162,7 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
     ]
     for name, grown in zip(masking.weights, highest(scores, total_regrowth), strict=True):
         masking.masks[name] = masking.masks[name] | grown
-    return sum(int(mask.count_nonzero()) for mask in masking.masks.values())
+    return sum(number(mask) for mask in masking.masks.values())
 
 
 def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
@@ -199,7 +199,9 @@ def shared_out(total: int, importance: list[float], room: list[int]) -> list[int
 
 
 def _draws(masking: Masking, weight: Tensor) -> Tensor:
-    return torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
+    # All of them on each process, whose generators stand alike.
+    draws = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
+    return spread_like(draws, weight)
 
 
 def _momentum(masking: Masking, weight: Tensor) -> Tensor:
@@ -214,16 +216,19 @@ def _removed(masking: Masking, name: str) -> int:
     return math.ceil(masking.name2prune_rate[name] * masking.name2nonzeros[name])
 
 
-def _best(scores: Tensor, among: Tensor, number: int) -> Tensor:
-    """Return the `number` entries of `among` with the highest scores, which are >= 0."""
-    if number <= 0:
+def _best(scores: Tensor, among: Tensor, kept: int) -> Tensor:
+    """Return the `kept` entries of `among` with the highest scores, which are >= 0."""
+    if kept <= 0:
         return torch.zeros_like(among)
-    (best,) = highest([torch.where(among, scores, -1.0)], min(number, int(among.count_nonzero())))
+    (best,) = highest([torch.where(among, scores, -1.0)], min(kept, number(among)))
     return best
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else 0.0
+def _mean(values: Tensor, mask: Tensor) -> float:
+    """Return the mean of `values` where `mask` is not 0; 0 if that is nowhere."""
+    kept = number(mask)
+    inside = part_of(values)[part_of(mask) != 0].sum()
+    return float(summed(inside, values)) / kept if kept else 0.0
 
 
 # What a string stands for.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse._checks import listed
+from parasparse._parts import number, whole
 from parasparse._resolve import Step, as_pairs, resolve
 from parasparse._stack import stack_of
 from parasparse._tables import described
@@ -168,12 +169,13 @@ def _check(step: Step, layer: Layer) -> None:
         )
     shape = step.target.stored().shape
     mask = as_mask(step.result, shape, step.target.stored().dtype)
-    if not bool(mask.any()):
+    if not number(mask):
         raise ValueError(
             f'`rules` must leave each tensor a connection or more; "{name}", {tuple(shape)}, would '
             "have none. Lower its sparsity."
         )
     pattern = layer.pattern
+    mask = mask if pattern is unstructured else whole(mask)
     held = pattern(mask.float()) if isinstance(pattern, n_of_m) else mask
     if has_units(pattern):
         held = pattern.spread(pattern.pool(mask.float()) > 0, shape)

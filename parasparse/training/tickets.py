@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from parasparse._resolve import as_pairs, resolve
 from parasparse.optim import check_held
 from parasparse.scores.entries import Score
 from parasparse.targets import masked
-from parasparse.training.history import Update, copied, first_masks_of, masks_of, update_of
+from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.training.rules import scaled, with_sparsity, written
 from parasparse.transforms import attach
@@ -90,7 +90,7 @@ class LotteryTicket:
         if optimizer is not None:
             check_held(optimizer, [step.target for step in made])
         self._names = {step.target.name for step in made}
-        attach(made)
+        attach(model, made)
         self._start = copied(self._masks())
         self._checkpoint: dict[str, Any] | None = None
         self._remember()
@@ -123,7 +123,7 @@ class LotteryTicket:
                 "the masks of `model` must stay where they are; those of "
                 f"{listed(sorted(self._names - before.keys()))} were taken off."
             )
-        attach(resolve(self.model, self._rules_at(self.round + 1, before), pairs=True))
+        attach(self.model, resolve(self.model, self._rules_at(self.round + 1, before), pairs=True))
         self.round += 1
         self.history.append(update_of(self.steps, before, self._masks(), self._start))
         rewind(self.model, self._checkpoint["model"])
@@ -136,7 +136,7 @@ class LotteryTicket:
         return {
             "steps": self.steps,
             "round": self.round,
-            "history": [asdict(update) for update in self.history],
+            "history": saved(self.history),
             "start": copied(self._start),
             "checkpoint": self._checkpoint,
         }

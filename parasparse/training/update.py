@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import listed
-from parasparse.patterns import n_of_m
+from parasparse._parts import number, spread_like
+from parasparse.patterns import mask_for, n_of_m
 from parasparse.training.masking import Masking, Need, needs_of
 from parasparse.training.moves import (
     GROWTH,
@@ -93,13 +94,13 @@ def next_masks(
     before = {name: mask.clone() for name, mask in view.masks.items()}
     pruned = _pruned(view, moves, before)
     view.masks.update({name: mask.clone() for name, mask in pruned.items()})
-    counts = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
+    counts = {name: number(mask) for name, mask in pruned.items()}
     view.name2removed.update({n: view.name2nonzeros[n] - count for n, count in counts.items()})
     owed = sum(missing.values())
     if moves.grow_globally:
         moves.growth(view, view.total_removed + owed)
         masks = {n: _checked(view.masks[n], pruned[n], "growth", n) for n in pruned}
-        grown = sum(int(mask.count_nonzero()) for mask in masks.values()) - sum(counts.values())
+        grown = sum(number(mask) for mask in masks.values()) - sum(counts.values())
         _check_number(grown, view.total_removed + owed, "all layers")
         return masks, {"": view.total_removed + owed - grown}
     shares = _shares(view, moves, missing, counts)
@@ -109,7 +110,7 @@ def next_masks(
             masks[name] = _grown_in_groups(view, moves, name, mask, groups[name])
             continue
         masks[name] = _grown(view, moves, name, mask, shares[name])
-        grown = int(masks[name].count_nonzero()) - counts[name]
+        grown = number(masks[name]) - counts[name]
         _check_number(grown, shares[name], name)
         left[name] = shares[name] - grown
     return masks, left
@@ -166,13 +167,13 @@ def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str,
     else:
         new = {
             name: _called(moves.prune, name, view, mask.float(), view.weights[name], name)
-            if mask.any()
+            if view.name2nonzeros[name]
             else mask
             for name, mask in before.items()
         }
     masks = {name: _mask(new[name], mask, "prune", name) for name, mask in before.items()}
     for name, mask in masks.items():
-        if bool((mask & ~before[name]).any()):
+        if number(mask & ~before[name]):
             raise ValueError(f'`prune` must keep a part of the mask; it adds entries to "{name}".')
     return masks
 
@@ -209,12 +210,12 @@ def _grown_in_groups(
     view: Masking, moves: Moves, name: str, mask: Tensor, pattern: n_of_m
 ) -> Tensor:
     scores = GROWTH_SCORES[moves.growth](view, view.weights[name])
-    return pattern(torch.where(mask, math.inf, scores))
+    return mask_for(pattern, torch.where(mask, math.inf, scores))
 
 
 def _checked(new: Any, pruned: Tensor, argument: str, name: str) -> Tensor:
     mask = _mask(new, pruned, argument, name)
-    if bool((pruned & ~mask).any()):
+    if number(pruned & ~mask):
         raise ValueError(f'`{argument}` must keep the mask that it gets; it drops from "{name}".')
     return mask
 
@@ -226,7 +227,7 @@ def _mask(new: Any, like: Tensor, argument: str, name: str) -> Tensor:
             f"`{argument}` must return a real or bool mask of shape {tuple(like.shape)} for "
             f'"{name}"; got {got}.'
         )
-    return (new.detach() != 0).to(like.device)
+    return spread_like(new.detach() != 0, like).to(like.device)
 
 
 def _check_number(grown: int, share: int, name: str) -> None:

@@ -1,0 +1,104 @@
+"""Processes that run jobs together over gloo, and tell what went wrong in any of them."""
+
+import os
+import socket
+import traceback
+import warnings
+from multiprocessing import connection
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 120  # for one job
+
+
+class Processes:
+    """A group of processes, kept from job to job: starting one takes seconds."""
+
+    def __init__(self, number):
+        context = _context()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pipes = [context.Pipe() for _ in range(number)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=_work, args=(rank, number, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+
+    def run(self, job, *args):
+        """Run `job(rank, *args)` in all of them; return what each returns."""
+        found = {}
+        for rank, error, result in self._answers(job, args):
+            if error:
+                self.close()  # the others may wait for this one for ever
+                raise AssertionError(f"in process {rank} of {len(self.pipes)}:\n{error}")
+            found[rank] = result
+        return [found[rank] for rank in range(len(self.pipes))]
+
+    def run_to_the_end(self, job, *args):
+        """Run `job(rank, *args)`, which fails in all of them; return the errors."""
+        errors = {rank: error for rank, error, _ in self._answers(job, args)}
+        return [errors[rank] for rank in range(len(self.pipes))]
+
+    def _answers(self, job, args):
+        for pipe in self.pipes:
+            pipe.send((job, args))
+        waiting = dict(enumerate(self.pipes))
+        while waiting:
+            ready = connection.wait(list(waiting.values()), SECONDS)
+            if not ready:
+                self.close()
+                raise AssertionError(f"{job.__name__} hung in processes {list(waiting)}")
+            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                try:
+                    yield rank, *waiting.pop(rank).recv()
+                except EOFError:
+                    yield rank, "the process died", None
+
+    @property
+    def alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _context():
+    """Return how processes are started: forked, where that can be, from one that knows torch."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed.tensor.parallel", "tests.distributed.training"]
+    )
+    return context
+
+
+def _work(rank, number, port, pipe):
+    warnings.simplefilter("ignore")  # torch's own, about gloo and CPU meshes
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number)}
+    dist.init_process_group("gloo", rank=rank, world_size=number)
+    while True:
+        try:
+            job, args = pipe.recv()
+        except EOFError:
+            # Threads of gloo that DDP's cycles keep alive may abort a process that shuts down
+            # ("terminate called without an active exception").
+            os._exit(0)
+        try:
+            result = job(rank, *args)
+            torch._dynamo.reset()
+            pipe.send((None, result))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,164 @@
+"""DistributedDataParallel: wrapped before or after, squashed while it trains."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import parasparse as ps
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def data(rank):
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+
+
+def loss(model, x):
+    return model(x).pow(2).mean()
+
+
+def ddp_wrapped_before_sparsify(rank):
+    model = net()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    ps.sparsify(ddp, 0.5)
+    alone = ps.sparsify(net(), 0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(ddp, data(rank)).backward()
+        alone.zero_grad()
+        ((loss(alone, data(0)) + loss(alone, data(1))) / 2).backward()
+        for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
+        optimizer.step()
+        alone.load_state_dict(model.state_dict())
+
+
+def ddp_forward_after_squash(rank):
+    model = ps.sparsify(net(), 0.5)
+    ddp = DistributedDataParallel(model)
+    loss(ddp, data(rank)).backward()
+    ps.squash(ddp)
+    alone = ps.squash(ps.sparsify(net(), 0.5))
+    ddp.zero_grad()
+    loss(ddp, data(rank)).backward()
+    ((loss(alone, data(0)) + loss(alone, data(1))) / 2).backward()
+    for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+def dense_gradients_are_averaged(rank):
+    ddp = DistributedDataParallel(ps.sparsify(net(), 0.5))
+    alone = ps.squash(ps.sparsify(net(), 0.5))
+    ((loss(alone, data(0)) + loss(alone, data(1))) / 2).backward()
+    with ps.dense_gradients(ddp) as grads:
+        loss(ddp, data(rank)).backward()
+        own = grads["0.weight"].clone()
+    torch.testing.assert_close(grads["0.weight"], alone[0].weight.grad)
+    torch.testing.assert_close(grads["2.weight"], alone[2].weight.grad)
+    assert not torch.allclose(own, grads["0.weight"])
+
+
+def gates_train_alike(rank):
+    model = ps.sparsify(net(), ps.Gate(init=0.1))
+    alone = ps.sparsify(net(), ps.Gate(init=0.1))
+    ddp = DistributedDataParallel(model)
+    (loss(ddp, data(rank)) + 1e-2 * ps.penalty(ddp)).backward()
+    both = (loss(alone, data(0)) + loss(alone, data(1))) / 2
+    (both + 1e-2 * ps.penalty(alone)).backward()
+    for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    ps.squash(ddp)
+    loss(ddp, data(rank)).backward()
+
+
+def statistics_are_summed(rank):
+    """What two processes collect is what one collects of both their batches."""
+    scores = ps.scores
+    for wrap in (lambda model: model, lambda model: ps.sparsify(model, {"0": 0.5})):
+        alone = wrap(net())
+        with scores.collect(alone) as expected:
+            for each in range(2):
+                loss(alone, data(each)).backward()
+        ddp = DistributedDataParallel(wrap(net()))
+        with scores.collect(ddp) as found:
+            loss(ddp, data(rank)).backward()
+        for name in ("0.weight", "2.weight"):
+            for what in ("gradient", "squared_gradient", "movement", "input_norm"):
+                torch.testing.assert_close(
+                    getattr(found, what)(name), getattr(expected, what)(name)
+                )
+
+
+def statistics_of_what_one_process_does_not_reach(rank):
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x, key):
+            return self.layers[key](x)
+
+    ddp = DistributedDataParallel(Switch(), find_unused_parameters=True)
+    with ps.scores.collect(ddp) as found:
+        ddp(torch.ones(2, 4), "ab"[rank]).sum().backward()
+    torch.testing.assert_close(found.gradient("layers.a.weight"), torch.full((4, 4), 2.0))
+    torch.testing.assert_close(found.input_norm("layers.b.weight"), torch.full((1, 4), 2.0**0.5))
+
+
+def draws_are_alike_whatever_the_seeds(rank):
+    torch.manual_seed(rank)
+    ddp = DistributedDataParallel(net())
+    torch.manual_seed(10 + rank)
+    ps.sparsify(ddp, ps.Prune(0.5, score=ps.scores.random))
+    ps.distributed.check(ddp)
+    own = torch.rand(3)
+    every = [torch.empty(3) for _ in range(2)]
+    dist.all_gather(every, own)
+    assert not torch.equal(*every)  # each goes on with a stream of its own
+
+
+def check_names_what_differs(rank):
+    model = ps.sparsify(net(), 0.5)
+    ps.distributed.check(model)
+    if rank == 1:
+        mask = ps.mask_of(model, "2.weight")
+        mask[0, 0] = ~mask[0, 0]
+    with pytest.raises(RuntimeError, match=r'these differ: "2.weight" \(processes \[0\] and \[1\]'):
+        ps.distributed.check(model)
+    ps.deploy_masks(model, {"2": torch.tensor(1.0)})
+    ps.distributed.check(model)
+    if rank == 1:
+        ps.squash(model, "0.weight")
+    with pytest.raises(RuntimeError, match='"0.weight"'):
+        ps.distributed.check(model)
+    if rank == 0:
+        ps.squash(model, "0.weight")
+        ps.deploy_masks(model, {"2": None})
+    with pytest.raises(RuntimeError, match='"2.weight"'):
+        ps.distributed.check(model)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        ddp_wrapped_before_sparsify,
+        ddp_forward_after_squash,
+        dense_gradients_are_averaged,
+        gates_train_alike,
+        statistics_are_summed,
+        statistics_of_what_one_process_does_not_reach,
+        draws_are_alike_whatever_the_seeds,
+        check_names_what_differs,
+    ],
+)
+def test_ddp(run, job):
+    run(2, job)
