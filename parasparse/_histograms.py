@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from parasparse._parts import layout, places_in, summed
-from parasparse._sources import Cut, Source, common_dtype
+from parasparse._sources import Scratch, Source, check_source, common_dtype, has_nan
 
 _DIGIT = 16  # bits
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,12 +30,37 @@ class _Keys:
     """Whole numbers of one tensor on this process.
 
     Attributes:
-        chunks: yields them, flat.
-        tensor: the spread tensor whose parts all processes count; None if each has them all.
+        chunks: yields them flat and in order; each holds until the next.
+        tensor: the spread tensor of which each process counts a part; None if each counts all.
     """
 
     chunks: Callable[[], Iterator[Tensor]]
     tensor: Tensor | None
+
+
+class _Ordered:
+    """The scores of a source as whole numbers in the same order.
+
+    Attributes:
+        has_nan: whether the first pass saw NaN.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self.source, self.dtype, self.has_nan = source, dtype, False
+        self._is_known, self._is_signless = False, True
+
+    def chunks(self) -> Iterator[Tensor]:
+        for chunk in self.source.chunks():
+            scores = chunk.to(self.dtype)
+            if not self.dtype.is_floating_point:
+                yield scores
+                continue
+            bits = scores.view(_INTEGER[self.dtype.itemsize])
+            if not self._is_known and bits.numel():
+                self.has_nan = self.has_nan or has_nan(scores)
+                self._is_signless = self._is_signless and int(bits.amin()) >= 0
+            yield bits if self._is_signless else _in_order(scores)
+        self._is_known = True
 
 
 def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
@@ -42,65 +68,105 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
 
     Of equal scores the one in the earlier tensor is kept, and there the one with the lower flat
     index in the whole.
-    """
-    dtype = common_dtype(sources)
-    every = sum(source.every for source in sources)
-    cut = None if kept in (0, every) else find_cut(sources, kept)
-    limits = [0] * len(sources) if cut is None else _limits(sources, cut, kept - cut.above)
-    for source, limit in zip(sources, limits, strict=True):
-        parts = []
-        for start, chunk in _with_start(source, dtype):
-            if cut is None:
-                parts.append(torch.full_like(chunk, kept > 0, dtype=torch.bool))
-                continue
-            mask = chunk > cut.value
-            if limit:
-                equal = (chunk == cut.value).nonzero().flatten()
-                mask[equal[_places(source, equal + start) < limit]] = True
-            parts.append(mask)
-        yield torch.cat(parts)
-
-
-def find_cut(sources: Sequence[Source], kept: int) -> Cut:
-    """Return the `kept`-th highest of all `sources`, and how many are above and equal to it.
 
     Args:
-        sources: real, without NaN.
-        kept: between 1 and the number of all entries.
+        sources: real scores.
+        kept: how many, between 1 and one less than there are.
+
+    Raises:
+        ValueError: NaN among the scores.
     """
     dtype = common_dtype(sources)
-
-    def keys(source: Source) -> Iterator[Tensor]:
-        for chunk in source.chunks():
-            yield _key(chunk.to(dtype))
-
+    ordered = [_Ordered(source, dtype) for source in sources]
+    keys = [_Keys(each.chunks, each.source.tensor) for each in ordered]
     every = sum(source.every for source in sources)
-    held = [_Keys(lambda s=source: keys(s), source.tensor) for source in sources]  # type: ignore[misc]
-    key, below, equal = _lowest(held, every - kept + 1, dtype.itemsize * 8)
-    return Cut(_score(key, dtype), every - below - equal, equal)
+    cut, below, equal = _lowest(keys, every - kept + 1, dtype.itemsize * 8)
+    if int(
+        _sum([(k.tensor, torch.tensor(int(o.has_nan))) for k, o in zip(keys, ordered, strict=True)])
+    ):
+        for source in sources:  # on all processes, if it is on one
+            check_source(source)
+    ties: int | None = kept - (every - below - equal)
+    if ties == equal:
+        ties = None
+    for source, own in zip(sources, keys, strict=True):
+        take = _whole if source.tensor is None else _part
+        mask, ties = take(source, own, cut, ties)
+        yield mask
 
 
-def _limits(sources: Sequence[Source], cut: Cut, ties: int) -> list[int]:
-    """Return, for each source, the place before which entries equal to the cut are kept."""
-    if ties == cut.equal:
-        return [source.every for source in sources]
-    dtype, limits = common_dtype(sources), []
-    for source in sources:
+def _whole(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
+    """Return the mask of what each process holds, and how many ties are left for others.
 
-        def keys(source: Source = source) -> Iterator[Tensor]:
-            for start, chunk in _with_start(source, dtype):
-                yield _places(source, (chunk == cut.value).nonzero().flatten() + start)
+    Args:
+        source: the scores.
+        keys: theirs.
+        cut: the lowest of the kept ones.
+        ties: how many that equal it are kept; None: all.
+    """
+    scratch, masks = Scratch(), _Filled(source.numel)
+    for chunk in keys.chunks():
+        number = 0
+        if ties:
+            number = int(torch.eq(chunk, cut, out=scratch.like(chunk)).sum(dtype=torch.int32))
+        all_stay = ties is None or 0 < number <= ties
+        part = masks.add(chunk, cut, inclusive=all_stay)
+        if number and not all_stay:
+            part[(chunk == cut).nonzero().flatten()[:ties]] = True
+        ties = None if ties is None else ties - min(number, ties)
+    return masks.mask, ties
 
-        held = _Keys(keys, source.tensor)
-        number = int(_sum({source.tensor: torch.tensor(sum(len(places) for places in keys()))}))
-        if ties >= number:
-            limits.append(source.every)
-        elif ties == 0:
-            limits.append(0)
-        else:
-            limits.append(_lowest([held], ties, source.every.bit_length() + 1)[0] + 1)
-        ties -= min(ties, number)
-    return limits
+
+def _part(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
+    """Return the mask of what this process holds; as `_whole`."""
+    limit, number = source.every, 0  # entries before this place stay
+    if ties == 0:
+        limit = 0
+    elif ties is not None:
+        equal = _Keys(partial(_places, source, keys, cut), source.tensor)
+        found = sum(len(places) for places in equal.chunks())
+        number = int(_sum([(source.tensor, torch.tensor(found))]))
+        if number > ties:
+            limit = _lowest([equal], ties, source.every.bit_length() + 1)[0] + 1
+    masks = _Filled(source.numel)
+    for chunk in keys.chunks():
+        start = masks.filled
+        part = masks.add(chunk, cut, inclusive=limit == source.every)
+        if 0 < limit < source.every:
+            flat = (chunk == cut).nonzero().flatten()
+            part[flat[_in_whole(source, flat + start) < limit]] = True
+    return masks.mask, None if ties is None else ties - min(number, ties)
+
+
+class _Filled:
+    """A mask that is filled in chunk by chunk."""
+
+    def __init__(self, numel: int) -> None:
+        self.mask, self.filled, self._numel = torch.empty(0, dtype=torch.bool), 0, numel
+        self._scratch = Scratch()
+
+    def add(self, chunk: Tensor, cut: int, *, inclusive: bool) -> Tensor:
+        """Fill in what is above `cut`, or equals it; return this part of the mask."""
+        if not self.filled:
+            self.mask = torch.empty(self._numel, dtype=torch.bool, device=chunk.device)
+        part = self.mask[self.filled : self.filled + chunk.numel()]
+        self.filled += chunk.numel()
+        # Compared into numbers, then copied: a third of the time of bools on a CPU.
+        compare = torch.ge if inclusive else torch.gt
+        part.copy_(compare(chunk, cut, out=self._scratch.like(chunk)))
+        return part
+
+
+def _places(source: Source, keys: _Keys, cut: int) -> Iterator[Tensor]:
+    """Yield where in the whole the scores lie that equal the cut."""
+    start = 0
+    for chunk in keys.chunks():
+        yield _in_whole(source, (chunk == cut).nonzero().flatten() + start)
+        start += chunk.numel()
+
+
+def _in_whole(source: Source, flat: Tensor) -> Tensor:
+    return flat if source.tensor is None else places_in(source.tensor, flat)
 
 
 def _lowest(keys: Sequence[_Keys], rank: int, bits: int) -> tuple[int, int, int]:
@@ -128,57 +194,35 @@ def _lowest(keys: Sequence[_Keys], rank: int, bits: int) -> tuple[int, int, int]
 
 def _counts(keys: Sequence[_Keys], prefix: int, shift: int, width: int, *, first: bool) -> Tensor:
     """Return how many keys with this prefix there are for each value of the next digit."""
-    counts: dict[Tensor | None, Tensor] = {}
+    counts, low, half = [], shift - width, 1 << (width - 1)
     for each in keys:
         found = torch.zeros(1 << width, dtype=torch.int64)
         for chunk in each.chunks():
-            low = shift - width
-            if first:
-                digits = (chunk >> low).to(torch.int32) + (1 << (width - 1))
-            else:
+            if not first:
                 inside = chunk[(chunk >> shift) == prefix]
-                digits = (inside >> low) & ((1 << width) - 1)
-            found += torch.bincount(digits, minlength=1 << width).cpu()
-        counts[each.tensor] = counts.get(each.tensor, 0) + found
+                found += torch.bincount((inside >> low) & (2 * half - 1), minlength=2 * half).cpu()
+                continue
+            digits = chunk >> low if low else chunk
+            if digits.numel() and int(digits.amin()) < 0:
+                found += torch.bincount(digits.to(torch.int32) + half, minlength=2 * half).cpu()
+            else:
+                found[half:] += torch.bincount(digits, minlength=half).cpu()
+        counts.append((each.tensor, found))
     return _sum(counts)
 
 
-def _sum(counts: dict[Tensor | None, Tensor]) -> Tensor:
+def _sum(counts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
     """Return the sum over tensors, and over the processes that hold parts of these."""
     groups: dict[object, tuple[Tensor | None, Tensor]] = {}
-    for tensor, number in counts.items():
+    for tensor, number in counts:
         key = layout(tensor)
         groups[key] = (tensor, groups[key][1] + number if key in groups else number)
-    sums = [
-        number if tensor is None else summed(number, tensor) for tensor, number in groups.values()
-    ]
+    sums = [n if tensor is None else summed(n, tensor) for tensor, n in groups.values()]
     return torch.stack(sums).sum(0)
 
 
-def _key(scores: Tensor) -> Tensor:
-    """Return whole numbers in the order of `scores`."""
-    if not scores.is_floating_point():
-        return scores
+def _in_order(scores: Tensor) -> Tensor:
+    """Return whole numbers in the order of `scores`, which may be below 0."""
     bits = (scores + 0.0).view(_INTEGER[scores.dtype.itemsize])  # -0.0 becomes 0.0
     # Those below 0 count backwards.
     return bits ^ ((bits >> (bits.dtype.itemsize * 8 - 1)) & torch.iinfo(bits.dtype).max)
-
-
-def _score(key: int, dtype: torch.dtype) -> float:
-    """Return the score whose key this is."""
-    if not dtype.is_floating_point:
-        return key
-    integer = _INTEGER[dtype.itemsize]
-    bits = torch.tensor([key if key >= 0 else key ^ torch.iinfo(integer).max], dtype=integer)
-    return bits.view(dtype).item()
-
-
-def _places(source: Source, flat: Tensor) -> Tensor:
-    return flat if source.tensor is None else places_in(source.tensor, flat)
-
-
-def _with_start(source: Source, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    start = 0
-    for chunk in source.chunks():
-        yield start, chunk.to(dtype)
-        start += chunk.numel()

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from parasparse._parts import by_part
+from parasparse._parts import by_part, is_spread
 from parasparse._stack import MaskedParametrizationList
 
 
@@ -99,4 +99,7 @@ def join(
 def joined(real: Tensor, imaginary: Tensor) -> Tensor:
     """Return the complex tensor of two parts; of half precision one of 32 bits a part."""
     wide = torch.promote_types(real.dtype, torch.float32)
-    return by_part(torch.complex, real.to(wide), imaginary.to(wide))
+    real, imaginary = real.to(wide), imaginary.to(wide)
+    if is_spread(real) and not (torch.is_grad_enabled() and real.requires_grad):
+        return by_part(torch.complex, real, imaginary)  # which DTensors of torch 2.9 do not know
+    return torch.complex(real, imaginary)

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from parasparse import _histograms
 from parasparse._parts import from_part, part_of
-from parasparse._sources import Cut, Source, as_source, check_ranked, common_dtype
+from parasparse._sources import (
+    Cut,
+    Scratch,
+    Source,
+    as_source,
+    check_kind,
+    check_source,
+    common_dtype,
+    has_nan,
+    refuse_nan,
+)
 
 _SAMPLE = 1 << 15
 
@@ -41,7 +51,6 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
         >>> highest([torch.tensor([1.0, 3.0]), torch.tensor([3.0, 2.0])], 2)
         [tensor([False,  True]), tensor([ True, False])]
     """
-    check_ranked(*scores)
     return shaped(masks_of([as_source(score) for score in scores], kept), scores)
 
 
@@ -52,25 +61,35 @@ def shaped(masks: Iterator[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
-    """Yield the flat masks of `highest`, each when it is asked for; of parts of spread tensors."""
-    if any(source.tensor is not None for source in sources):
+    """Yield the flat masks of `highest`, each when it is asked for; of parts of spread tensors.
+
+    Raises:
+        ValueError, TypeError: as `highest`.
+    """
+    for source in sources:
+        check_kind(source)
+    total = sum(source.every for source in sources)
+    if kept in (0, total):
+        for source in sources:
+            check_source(source)
+            yield torch.full((source.numel,), kept > 0, device=next(source.chunks()).device)
+        return
+    narrow = common_dtype(sources).itemsize == 2 and total > 4 * _SAMPLE  # settled in one round
+    if narrow or any(source.tensor is not None for source in sources):
         yield from _histograms.masks_of(sources, kept)
         return
-    total = sum(source.numel for source in sources)
-    cut = None if kept in (0, total) else find_cut(sources, kept)
-    ties = 0 if cut is None else kept - cut.above
-    some = cut is not None and ties < cut.equal  # of the equal ones stay
+    cut = find_cut(sources, kept)
+    ties = kept - cut.above
+    some = ties < cut.equal  # of the equal ones stay
     wide, scratch = common_dtype(sources), Scratch()
     compare = torch.gt if some else torch.ge
     for source in sources:
         mask, start = torch.empty(0, dtype=torch.bool), 0
         for raw in source.chunks():
             if start == 0:
-                mask = torch.full((source.numel,), kept > 0, dtype=torch.bool, device=raw.device)
+                mask = torch.empty(source.numel, dtype=torch.bool, device=raw.device)
             part, chunk = mask[start : start + raw.numel()], raw.to(wide)
             start += raw.numel()
-            if cut is None:
-                continue
             part.copy_(compare(chunk, cut.value, out=scratch.like(chunk)))
             if some and ties:
                 ties -= _add_first(part, chunk == cut.value, ties)
@@ -81,8 +100,11 @@ def find_cut(scores: Sequence[Source], kept: int) -> Cut:
     """Return the `kept`-th highest of all `scores`, and how many are above and equal to it.
 
     Args:
-        scores: real, without NaN.
+        scores: real.
         kept: between 1 and the number of all entries.
+
+    Raises:
+        ValueError: NaN among the scores.
     """
     total = sum(score.numel for score in scores)
     rank = total - kept + 1  # of the searched score from below
@@ -148,7 +170,10 @@ def _sample(scores: Sequence[Source]) -> Tensor:
 def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Tensor]:
     """Return the number of scores <= `low`, and the scores between `low` and `high`."""
     count, inside, one, two = 0, [], Scratch(), Scratch()
-    for chunk in _chunks(scores, common_dtype(scores)):
+    for source, raw in ((each, raw) for each in scores for raw in each.chunks()):
+        chunk = raw.to(common_dtype(scores))
+        if has_nan(chunk):  # every score comes by here
+            refuse_nan(source)
         # On a CPU compared faster into floats than into bools, whose product is then `and`.
         above = torch.gt(chunk, low, out=one.like(chunk))
         count += chunk.numel() - _number(above)
@@ -168,20 +193,6 @@ def _number(ones: Tensor) -> int:
     # A sum takes a tenth of the time of `count_nonzero` on a CPU, and is exact up to 2^24.
     exact = ones.dtype in (torch.float32, torch.float64) and ones.numel() <= 1 << 24
     return int(ones.sum()) if exact else int(torch.count_nonzero(ones))
-
-
-class Scratch:
-    """A tensor that is used again: fresh memory costs more than what is done to it."""
-
-    def __init__(self) -> None:
-        self._held = torch.empty(0)
-
-    def like(self, chunk: Tensor) -> Tensor:
-        """Return a tensor like `chunk`, which holds until the next call."""
-        held = self._held
-        if (held.dtype, held.device) != (chunk.dtype, chunk.device) or len(held) < len(chunk):
-            self._held = torch.empty_like(chunk)
-        return self._held[: len(chunk)]
 
 
 def _chunks(scores: Sequence[Source], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ class Source:
         numel: how many there are; of a spread tensor on this process.
         dtype: theirs.
         chunks: yields them flat and in order, in pieces of any size, which hold until the next is
-            asked for. No NaN.
+            asked for.
         at: returns those at given places, a vector of indices on the CPU.
         tensor: the spread tensor that these are the scores of a part of; None if they are all.
+        name: for errors.
     """
 
     numel: int
@@ -31,6 +33,7 @@ class Source:
     chunks: Callable[[], Iterator[Tensor]]
     at: Callable[[Tensor], Tensor]
     tensor: Tensor | None = None
+    name: str = ""
 
     @property
     def every(self) -> int:
@@ -66,27 +69,23 @@ def as_source(score: Tensor) -> Source:
     )
 
 
-def scored(tensor: Tensor, score: Callable[[Tensor], Tensor]) -> Source:
-    """Return the scores of `tensor` as a source: each piece is scored when it is wanted.
-
-    Args:
-        tensor: any; of a spread one this process scores its part.
-        score: of each entry by itself, of flat pieces.
-    """
-    part = part_of(tensor)
-    size = chunk_size(part)
-    return Source(
-        part.numel(),
-        score(part.flatten()[:1]).dtype,
-        lambda: map(score, part.flatten().split(size)),
-        lambda places: score(part.flatten()[places.to(part.device)]),
-        tensor if is_spread(tensor) else None,
-    )
-
-
 def chunk_size(tensor: Tensor) -> int:
     """Return how many entries of `tensor` to look at in one go."""
-    return torch.get_num_threads() << 16 if tensor.is_cpu else 1 << 26
+    return (torch.get_num_threads() << 19) // tensor.dtype.itemsize if tensor.is_cpu else 1 << 26
+
+
+class Scratch:
+    """A tensor that is used again: fresh memory costs more than what is done to it."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def like(self, chunk: Tensor) -> Tensor:
+        """Return a tensor like `chunk`, which holds until the next call."""
+        held = self._held
+        if (held.dtype, held.device) != (chunk.dtype, chunk.device) or len(held) < len(chunk):
+            self._held = torch.empty_like(chunk)
+        return self._held[: len(chunk)]
 
 
 def common_dtype(sources: Sequence[Source]) -> torch.dtype:
@@ -120,24 +119,42 @@ def check_source(source: Source) -> None:
         TypeError: complex scores, or unsigned ones of more than a byte.
         ValueError: NaN among them.
     """
+    check_kind(source)
+    found = torch.tensor(sum(has_nan(chunk) for chunk in source.chunks()))
+    if int(found if source.tensor is None else summed(found, source.tensor)):
+        refuse_nan(source)
+
+
+def check_kind(source: Source) -> None:
+    """Raise TypeError if scores are complex, or unsigned ones of more than a byte."""
     dtype = source.dtype
     if dtype.is_complex:
         raise TypeError(f"scores must be real; got {dtype}. Return the modulus, .abs().")
     if dtype in _NOT_COMPARED:
         raise TypeError(f"scores must not be {dtype}: torch compares none. Use int64.")
-    if not dtype.is_floating_point:
-        return
-    found = sum(_number_of_nan(chunk) for chunk in source.chunks())
-    if source.tensor is not None:
-        found = int(summed(torch.tensor(found), source.tensor))
-    if found:
-        raise ValueError(
-            f"scores must not be NaN; got {found} NaN of {source.every}. "
-            "A weight or a statistic diverged: find it, or map NaN to a number in your score."
-        )
 
 
-def _number_of_nan(chunk: Tensor) -> int:
-    wide = chunk.float() if chunk.dtype.itemsize == 1 else chunk
-    # The maximum is NaN where any entry is, and costs a fifth of `isnan().any()`.
-    return int(wide.isnan().sum()) if wide.numel() and bool(wide.max().isnan()) else 0
+def has_nan(scores: Tensor) -> bool:
+    """Whether any of `scores` is NaN."""
+    if not scores.is_floating_point():
+        return False
+    wide = scores.float() if scores.dtype.itemsize == 1 else scores
+    # A sum is NaN where a term is, and the fastest way to know; so is one of inf and -inf.
+    return bool(wide.sum().isnan()) and bool(wide.isnan().any())
+
+
+def refuse_nan(source: Source) -> NoReturn:
+    """Raise the ValueError for NaN, on all processes alike."""
+    found = torch.tensor(sum(int(_isnan(chunk).sum()) for chunk in source.chunks()))
+    number = int(found if source.tensor is None else summed(found, source.tensor))
+    error = ValueError(
+        f"scores must not be NaN; got {number} NaN of {source.every}. "
+        "A weight or a statistic diverged: find it, or map NaN to a number in your score."
+    )
+    if source.name:
+        error.add_note(f'while pruning "{source.name}"')
+    raise error
+
+
+def _isnan(scores: Tensor) -> Tensor:
+    return (scores.float() if scores.dtype.itemsize == 1 else scores).isnan()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import gates, patterns
+from parasparse._by_entry import highest_by_entry
 from parasparse._checks import check_sparsity, listed, num_kept
 from parasparse._parts import is_spread, spread_like, whole
-from parasparse._select import masks_of, shaped
-from parasparse._sources import check_source, scored
 from parasparse._tables import described
 from parasparse.patterns import Pattern, jointly, mask_for, takes_sparsity
 from parasparse.scores.entries import Score, is_entrywise, magnitude
@@ -107,17 +105,9 @@ class Prune:
         by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
         if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
             return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
-        # Scored piece by piece, so that no scores are held.
-        sources = {n: scored(t, partial(self._score, name=n)) for n, t in tensors.items()}
-        for name, source in sources.items():
-            try:
-                check_source(source)
-            except (TypeError, ValueError) as error:
-                error.add_note(f"while pruning {listed([name])}")
-                raise
-        kept = num_kept(sum(source.every for source in sources.values()), sparsity)
-        masks = shaped(masks_of(list(sources.values()), kept), list(tensors.values()))
-        return dict(zip(tensors, masks, strict=True))
+        total = sum(tensor.numel() for tensor in tensors.values())
+        score = magnitude if self.score is magnitude else self._score
+        return highest_by_entry(tensors, score, num_kept(total, sparsity))
 
     def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
         """Return the sparsity of each of `tensors`."""

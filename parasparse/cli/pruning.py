@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from parasparse._by_entry import magnitudes
 from parasparse._checks import num_kept
 from parasparse._pair_stack import joined
-from parasparse._select import Scratch, masks_of
-from parasparse._sources import Source, check_ranked, chunk_size
+from parasparse._select import masks_of
+from parasparse._sources import Source, chunk_size
 from parasparse._units import has_units
 from parasparse.cli.checkpoint import Checkpoint, CheckpointError
 from parasparse.cli.reaching import Reached
@@ -85,7 +86,7 @@ class _Scored:
         self, source: Checkpoint, each: Reached, prune: Prune, see: Callable[[Reached], None]
     ) -> None:
         self._source, self._each, self._prune, self._see = source, each, prune, see
-        self._state, self._is_checked = torch.get_rng_state(), False
+        self._state = torch.get_rng_state()
         if prune.score is not magnitude:  # all are drawn in turn, as in Python, whoever asks first
             torch.rand(source.infos[each.parts[0]].shape)
 
@@ -101,30 +102,25 @@ class _Scored:
         """Return them as what is ranked."""
         info = self._source.infos[self._each.parts[0]]
         if self._prune.score is not magnitude:
-            return Source(
-                info.numel, torch.float32, self._split, lambda at: self.whole().flatten()[at]
-            )
-        like = torch.empty(0, dtype=info.dtype)
-        like = like if len(self._each.parts) == 1 else joined(like, like)
-        return Source(info.numel, magnitude(like).dtype, self._magnitudes, self._magnitudes_at)
+            dtype, chunks, at = torch.float32, self._split, self._at
+        else:
+            like = torch.empty(0, dtype=info.dtype)
+            like = like if len(self._each.parts) == 1 else joined(like, like)
+            dtype, chunks, at = magnitude(like).dtype, self._magnitudes, self._magnitudes_at
+        return Source(info.numel, dtype, chunks, at, name=self._each.name)
 
     def _split(self) -> Iterator[Tensor]:
         scores = self.whole().flatten()
-        check_ranked(scores)
         yield from scores.split(chunk_size(scores))
+
+    def _at(self, places: Tensor) -> Tensor:
+        return self.whole().flatten()[places]
 
     def _magnitudes(self) -> Iterator[Tensor]:
         """Yield the magnitudes of one piece after the other, while it is in the cache."""
-        tensor = _tensor(self._source, self._each).flatten()
+        tensor = _tensor(self._source, self._each)
         self._see(self._each)
-        real = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        scratch = Scratch()
-        for chunk in tensor.split(chunk_size(tensor)):
-            scores = torch.abs(chunk, out=scratch.like(chunk)) if real else magnitude(chunk)
-            if not self._is_checked:
-                check_ranked(scores)
-            yield scores
-        self._is_checked = True
+        yield from magnitudes(tensor)
 
     def _magnitudes_at(self, places: Tensor) -> Tensor:
         return magnitude(_tensor(self._source, self._each).flatten()[places])
