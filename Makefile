@@ -6,13 +6,16 @@ FLOOR := .venv-floor
 # The oldest torch that the suite passes on, with the torchvision of its time.
 FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 
-.PHONY: demo test test-long test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py
 
 test: .venv/ready
 	$(RUN)/python -m pytest
+
+test-distributed: .venv/ready  ## the part of the suite that runs several processes
+	$(RUN)/python -m pytest tests/distributed
 
 test-long: .venv/ready  ## 2,000 hypothesis examples a property instead of 60
 	HYPOTHESIS_PROFILE=long $(RUN)/python -m pytest tests
@@ -37,6 +40,8 @@ bench: .venv/ready  ## about 30 minutes; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks.packing
 	$(RUN)/python -m benchmarks.dynamics
 	$(RUN)/python -m benchmarks.checkpoints
+	$(RUN)/python -m benchmarks.scale
+	$(RUN)/python -m benchmarks.sharding
 
 bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes
 	$(RUN)/python -m benchmarks.mnist $(DATA)

@@ -68,9 +68,10 @@ ALLOWED = {
     },
     "cli.folding": {"_tensors", "cli.checkpoint"},
     "cli.reaching": {"_tensors", "cli.checkpoint", "cli.folding", "cli.rules", "targets"},
+    "_by_entry": {"_parts", "_select", "_sources", "scores.entries"},
     "cli.pruning": {
-        "_checks", "_pair_stack", "_select", "_sources", "_units", "cli.checkpoint", "cli.reaching",
-        "patterns", "scores.entries", "treatments",
+        "_by_entry", "_checks", "_pair_stack", "_select", "_sources", "_units", "cli.checkpoint",
+        "cli.reaching", "patterns", "scores.entries", "treatments",
     },
     "cli.commands": {
         "_tables", "_units", "cli.checkpoint", "cli.folding", "cli.layout", "cli.opening",
@@ -97,7 +98,7 @@ ALLOWED = {
     "_foldable": {"_attach", "_checks", "_tensors"},
     "targets": {"_checks", "_tables", "_tensors"},
     "treatments": {
-        "_checks", "_parts", "_select", "_tables", "gates", "patterns", "scores.entries",
+        "_by_entry", "_checks", "_parts", "_tables", "gates", "patterns", "scores.entries",
         "soft_mask",
     },
     "_alike": {"_parts"},
