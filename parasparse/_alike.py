@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse._parts import is_spread
@@ -24,37 +24,38 @@ def drawn_alike(model: nn.Module) -> Iterator[None]:
     if not groups:
         yield
         return
-    tensor = next(iter(model.parameters()))
-    devices = [tensor.device] if tensor.is_cuda else []
-    is_first = all(torch.distributed.get_rank(group) == 0 for group in groups)
-    own = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-    torch.set_rng_state(_of_first(own[0], groups, tensor.device))
-    for device, state in zip(devices, own[1], strict=True):
-        torch.cuda.set_rng_state(_of_first(state, groups, tensor.device), device)
+    first = next(iter(model.parameters())).device
+    cuda = [first] if first.type == "cuda" else []
+    own = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
+    torch.set_rng_state(_of_first(own[0], groups))
+    for device, state in zip(cuda, own[1], strict=True):
+        torch.cuda.set_rng_state(_of_first(state, groups), device)
     try:
         yield
     finally:
-        if not is_first:
+        if any(torch.distributed.get_rank(group) for group, _ in groups):
             torch.set_rng_state(own[0])
-            for device, state in zip(devices, own[1], strict=True):
+            for device, state in zip(cuda, own[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
 
 
-def _groups(model: nn.Module) -> list[Any]:
-    """Return the process groups that reach all processes that train `model`, one by one."""
-    groups: list[Any] = []
+def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the process groups that reach all that train `model`, and where tensors lie there."""
+    groups: list[tuple[Any, Any]] = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            groups.append(module.process_group)
+            groups.append((module.process_group, next(iter(module.parameters())).device))
     for parameter in model.parameters():
         if is_spread(parameter):
             mesh = parameter.device_mesh  # type: ignore[attr-defined]
-            return [*groups, *(mesh.get_group(dim) for dim in range(mesh.ndim))]
+            meshes = [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
+            return [*groups, *meshes]
     return groups
 
 
-def _of_first(state: torch.Tensor, groups: list[Any], device: torch.device) -> torch.Tensor:
-    sent = state.to(device, copy=True)
-    for group in groups:
+def _of_first(state: Tensor, groups: list[tuple[Any, Any]]) -> Tensor:
+    for group, device in groups:
+        sent = state.to(device, copy=True)
         torch.distributed.broadcast(sent, group=group, group_src=0)
-    return sent.cpu()
+        state = sent.cpu()
+    return state

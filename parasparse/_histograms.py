@@ -81,9 +81,7 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
     keys = [_Keys(each.chunks, each.source.tensor) for each in ordered]
     every = sum(source.every for source in sources)
     cut, below, equal = _lowest(keys, every - kept + 1, dtype.itemsize * 8)
-    if int(
-        _sum([(k.tensor, torch.tensor(int(o.has_nan))) for k, o in zip(keys, ordered, strict=True)])
-    ):
+    if int(_sum([(each.source.tensor, torch.tensor(int(each.has_nan))) for each in ordered])):
         for source in sources:  # on all processes, if it is on one
             check_source(source)
     ties: int | None = kept - (every - below - equal)

@@ -116,13 +116,6 @@ def number(mask: Tensor) -> int:
     return int(summed(counted, mask))
 
 
-def total(values: Tensor) -> float:
-    """Return the sum of all entries of `values`, on all processes."""
-    if not is_spread(values):
-        return float(values.sum())
-    return float(summed(part_of(values).sum(), values))
-
-
 def fill_(tensor: Tensor, entries: Tensor, value: float) -> None:
     """Set `tensor` to `value` where `entries`, a mask of its shape, is True."""
     part = part_of(tensor)

@@ -155,3 +155,28 @@ def test_no_copy_of_all_scores_is_made():
         highest(scores, 1 << 20)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 1 << 20  # the mask of one tensor, a byte an entry
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_is_refused_on_the_road_of_large_tensors(small_sample, dtype, sign):
+    scores = torch.randn(200).to(dtype)
+    scores[150] = sign * math.nan
+    scores[3], scores[4] = math.inf, -math.inf  # their sum is NaN as well
+    for kept in (0, 50, 200):
+        with pytest.raises(ValueError, match="got 1 NaN of 200"):
+            highest([scores], kept)
+    scores[150] = 0
+    assert same(highest([scores], 50), brute([scores], 50))
+
+
+@pytest.mark.parametrize("make", [torch.randn, lambda n: torch.randn(n).abs()])
+def test_large_bfloat16_tensors_are_ranked_exactly(make):
+    torch.manual_seed(0)
+    scores = [make(n).bfloat16() for n in (100_000, 90_000, 10_000)]
+    flat = torch.cat(scores).double()
+    order = flat.argsort(descending=True, stable=True)
+    for kept in (1, 20_000, 199_999):
+        expected = torch.zeros(len(flat), dtype=torch.bool)
+        expected[order[:kept]] = True
+        assert torch.cat(highest(scores, kept)).equal(expected)

@@ -248,3 +248,32 @@ def test_the_threshold_of_binarize_is_that_of_the_logits():
         model.parametrizations.weight[0].logits.copy_(torch.tensor([[-1.0, 0.5, 2.0]]))
     ps.binarize(model, threshold=1.0)
     assert ps.mask_of(model, "weight").tolist() == [[False, False, True]]
+
+
+def test_an_entrywise_score_is_called_with_pieces_and_gives_the_same_masks():
+    shapes = []
+
+    def signed(tensor, name):
+        shapes.append(tensor.shape)
+        return tensor + (1.0 if name == "b" else 0.0)
+
+    tensors = {"a": torch.randn(300, 7), "b": torch.randn(5, 4, 3)}
+    expected = ps.Prune(0.6, score=signed, scope="global")(tensors)
+    assert shapes == [t.shape for t in tensors.values()]
+    shapes.clear()
+    masks = ps.Prune(0.6, score=ps.scores.entrywise(signed), scope="global")(tensors)
+    assert all(len(shape) == 1 for shape in shapes)
+    assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+
+
+def test_an_entrywise_score_is_checked_as_others_are():
+    @ps.scores.entrywise
+    def pooled(tensor, name):
+        return tensor.sum()
+
+    with pytest.raises(ValueError, match="must return a real tensor of shape"):
+        ps.Prune(0.5, score=pooled)({"a": torch.ones(4)})
+    tensors = {"a": torch.ones(4), "b": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(ValueError, match="got 1 NaN of 2") as caught:
+        ps.Prune(0.5, scope="global")(tensors)
+    assert caught.value.__notes__ == ['while pruning "b"']

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import parasparse as ps
-from parasparse._parts import number, total
+from parasparse._parts import number
 from parasparse._select import highest
 from tests.test_select import brute
 
@@ -101,13 +101,12 @@ def patterns_and_scores_choose_as_one_process_does(rank):
         same(masks.values(), prune(tensors).values())
 
 
-def counts_and_sums_are_of_the_whole(rank):
+def counts_are_of_the_whole(rank):
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     values = torch.arange(15.0).view(5, 3)
     for placement in (Shard(0), Replicate()):
         (held,) = spread([values], [[placement]], mesh)
         assert number(held > 4) == 10
-        assert total(held) == 105
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +117,7 @@ def test_the_highest_of_all_processes(run, processes, dtype):
 
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(
-    "job", [patterns_and_scores_choose_as_one_process_does, counts_and_sums_are_of_the_whole]
+    "job", [patterns_and_scores_choose_as_one_process_does, counts_are_of_the_whole]
 )
 def test_parts(run, processes, job):
     run(processes, job)
