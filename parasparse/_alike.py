@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,17 +40,27 @@ def drawn_alike(model: nn.Module) -> Iterator[None]:
                 torch.cuda.set_rng_state(state, device)
 
 
+def warn_if_unknown(model: nn.Module) -> None:
+    """Warn where there are several processes and `model` does not tell which of them train it."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1 and not _groups(model):
+        warnings.warn(
+            "several processes run, and `model` is neither a DistributedDataParallel nor sharded: "
+            "connections move by what this process alone has seen. If DistributedDataParallel "
+            "wraps the model, give the controller the wrapper, or masks come apart.",
+            stacklevel=4,
+        )
+
+
 def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
     """Return the process groups that reach all that train `model`, and where tensors lie there."""
     groups: list[tuple[Any, Any]] = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             groups.append((module.process_group, next(iter(module.parameters())).device))
-    for parameter in model.parameters():
-        if is_spread(parameter):
-            mesh = parameter.device_mesh  # type: ignore[attr-defined]
-            meshes = [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
-            return [*groups, *meshes]
+    spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
+    for mesh in dict.fromkeys(parameter.device_mesh for parameter in spread):
+        groups += [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
     return groups
 
 

@@ -6,10 +6,11 @@ these it puts the gathered one in its place, in the module and under the name th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -22,7 +23,11 @@ def reshard(model: nn.Module) -> None:
 
     The outermost module keeps its gathered ones after a forward without a backward, and what is
     written to them is lost (fsdp2_writes_after_an_evaluation).
+
+    Raises:
+        RuntimeError: a module outside `model` manages Parameters in it.
     """
+    _check_managers(model)
     for module in _managed(model):
         module.reshard()
 
@@ -55,10 +60,9 @@ def follow(model: nn.Module) -> None:
         _renew_hooks(group)
 
 
-def sharded_parameters(model: nn.Module) -> dict[int, Tensor]:
-    """Return the Parameters that `fully_shard` manages in `model`, by identity."""
-    managed = [p.sharded_param for group in _groups(model) for p in group.fsdp_params]
-    return {id(parameter): parameter for parameter in managed}
+def managed_parameters(model: nn.Module) -> dict[int, Any]:
+    """Return what `fully_shard` keeps of each Parameter in `model`, by the Parameter's identity."""
+    return {id(p.sharded_param): p for group in _groups(model) for p in group.fsdp_params}
 
 
 def data_parallel_groups(model: nn.Module) -> list[Any]:
@@ -86,18 +90,47 @@ def _renew_hooks(group: Any) -> None:
     group.lazy_init()
 
 
+def _check_managers(model: nn.Module) -> None:
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    inside, own = set(model.modules()), {id(group) for group in _groups(model)}
+    for module in list(_module_state_mapping):
+        if module in inside or not _is_managed(module):
+            continue
+        for group in _groups_of(module):
+            if id(group) not in own and any(
+                p._module_info.module in inside for p in group.fsdp_params
+            ):
+                raise RuntimeError(
+                    "`model` must be the module that `fully_shard` was called on; one around it, "
+                    f"a {type(module).__name__}, manages its Parameters. Pass that, with the names "
+                    "of the tensors that you want."
+                )
+
+
+def _is_managed(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
 def _managed(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if _is_managed(module):
             yield module
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for module in _managed(model):
-        state = module._get_fsdp_state()
-        several = getattr(state, "_fsdp_param_groups", None)  # newer than torch 2.9
-        for group in [state._fsdp_param_group] if several is None else several:
-            if group is not None and id(group) not in seen:
+        for group in _groups_of(module):
+            if id(group) not in seen:
                 seen.add(id(group))
                 yield group
+
+
+def _groups_of(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # newer than torch 2.9
+    groups = [state._fsdp_param_group] if several is None else several
+    return [group for group in groups if group is not None]

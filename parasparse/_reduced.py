@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,21 @@ from parasparse.parametrizations import Mask
 
 @contextmanager
 def reduced(
-    parameter: Tensor, stacks: list[MaskedParametrizationList], add: Callable[[Tensor], None]
+    managed: Any, stacks: list[MaskedParametrizationList], add: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """Call `add` with what each backward pass adds to `parameter.grad`, as if it had no mask.
+    """Call `add` with what each backward pass adds to `.grad`, as if there were no mask.
 
     Args:
-        parameter: one that `fully_shard` manages.
+        managed: what `fully_shard` keeps of a Parameter, from `managed_parameters`. Of one that
+            requires no gradient, nothing is added.
         stacks: the places where it is masked.
         add: gets a tensor that is its own.
 
     Raises:
-        RuntimeError: what masks it is no plain bool mask.
+        RuntimeError: what masks it is no plain bool mask; it is collected already; backward passes
+            in the block have not been reduced when it ends.
     """
+    parameter = managed.sharded_param
     masks = [stack.mask for stack in stacks]
     plain = [mask for mask in masks if isinstance(mask, Mask) and _is_bool(mask)]
     if len(plain) < len(masks) or any(len(stack) > 1 for stack in stacks):
@@ -39,30 +43,59 @@ def reduced(
             "under `fully_shard` the dense gradient must be collected of weights under plain bool "
             "masks, with nothing else underneath. Collect it before sharding, or `binarize`."
         )
+    if id(parameter) in _collected:
+        raise RuntimeError(COLLECTED_TWICE)
+    if not parameter.requires_grad:
+        yield
+        return
     was_dense = [mask.dense_gradient for mask in plain]
-    held: Tensor | None = None  # .grad as the last backward pass left it
-    values: Tensor | None = None
+    before: Tensor | None = None
+    handles: list[Any] = []
+
+    def keep(_: Tensor) -> None:  # called before the gradient is reduced and added to `.grad`
+        nonlocal before
+        before = None if parameter.grad is None else parameter.grad.clone()
+
+    def watch() -> None:  # what is gathered is made at the first forward: no gradient before it
+        leaf = getattr(managed, "_unsharded_param", None)
+        if leaf is not None and len(handles) < 2:
+            handles.append(leaf.register_post_accumulate_grad_hook(keep))
 
     def split(parameter: Tensor) -> None:
-        nonlocal held, values
         grad = parameter.grad
         assert grad is not None
-        add(grad - values if grad is held and values is not None else grad.clone())
+        add(grad.clone() if before is None else grad - before)
+        watch()
         if plain and not all(was_dense):
             fill_(grad, ~_mask_like(plain[0], grad), 0.0)
-        held, values = grad, grad.clone()
 
-    if parameter.grad is not None:
-        held, values = parameter.grad, parameter.grad.clone()
     for mask in plain:
         mask.dense_gradient = True
-    handle = parameter.register_post_accumulate_grad_hook(split)
+    _collected.add(id(parameter))
+    handles.append(parameter.register_post_accumulate_grad_hook(split))
+    watch()
     try:
         yield
+        if managed.unsharded_accumulated_grad is not None:
+            raise RuntimeError(
+                "the block that collects dense gradients must end after they are reduced; backward "
+                "passes without synchronisation are pending. Let the last one synchronise "
+                "(`set_requires_gradient_sync(True)`) inside it."
+            )
     finally:
-        handle.remove()
+        _collected.discard(id(parameter))
+        for handle in handles:
+            handle.remove()
         for mask, dense in zip(plain, was_dense, strict=True):
             mask.dense_gradient = dense
+
+
+_collected: set[int] = set()  # the Parameters of which it is collected now
+COLLECTED_TWICE = (
+    "the dense gradient of a tensor must not be collected twice at a time: `dense_gradients` or "
+    "`scores.collect` is open for this model, or a controller that grows by gradients is about to "
+    "update."
+)
 
 
 def _is_bool(mask: Mask) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
-from parasparse._fsdp import reshard, sharded_parameters
+from parasparse._fsdp import managed_parameters, reshard
 from parasparse._parts import by_part
-from parasparse._reduced import reduced
+from parasparse._reduced import COLLECTED_TWICE, reduced
 from parasparse._stack import MaskedParametrizationList, stack_of
 from parasparse._tensors import Target
 from parasparse.targets import masked
@@ -109,7 +110,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradients]:
     """Collect the dense gradients of some masked tensors of `model`, as `dense_gradients` does."""
     reshard(model)
-    sharded, probes = sharded_parameters(model), {}
+    sharded, probes = managed_parameters(model), {}
     with ExitStack() as stack:
         for target in targets:
             probes[target.name] = [_collected(part, sharded, stack) for part in part_stacks(target)]
@@ -134,14 +135,14 @@ class _Sum:
 
 
 def _collected(
-    stacks: list[MaskedParametrizationList], sharded: Mapping[int, Tensor], stack: ExitStack
+    stacks: list[MaskedParametrizationList], sharded: Mapping[int, Any], stack: ExitStack
 ) -> Tensor | _Sum:
     """Arm all places of one tensor, until `stack` ends; return what its gradient is read off."""
-    parameter = sharded.get(id(stacks[0].original)) if stacks[0].is_tensor else None
-    if parameter is None:
+    managed = sharded.get(id(stacks[0].original)) if stacks[0].is_tensor else None
+    if managed is None:
         return stack.enter_context(probed(stacks))
     total = _Sum()
-    stack.enter_context(reduced(parameter, stacks, total.add))
+    stack.enter_context(reduced(managed, stacks, total.add))
     return total
 
 
@@ -153,11 +154,7 @@ def probed(stacks: list[MaskedParametrizationList]) -> Iterator[Tensor]:
         RuntimeError: it is armed already.
     """
     if any(stack.probe is not None for stack in stacks):
-        raise RuntimeError(
-            "the dense gradient of a tensor must not be collected twice at a time: "
-            "`dense_gradients` or `scores.collect` is open for this model, or a controller that "
-            "grows by gradients is about to update."
-        )
+        raise RuntimeError(COLLECTED_TWICE)
     try:
         yield _probe(stacks)
     finally:

@@ -71,8 +71,9 @@ def shard_masks(model: nn.Module) -> nn.Module:
     Each process then holds its part of a mask, and gathers it with the weight when a layer runs:
     1 byte an entry, in memory over the number of processes, and sent at each gathering. Otherwise
     every process holds all of it. For this the masks become Parameters that require no gradient, of
-    the same names in `state_dict`; `model.parameters()` yields them too, and `requires_grad_(True)`
-    on all of these fails.
+    the same names in `state_dict`; `model.parameters()` yields them too, `requires_grad_(True)` on
+    all of these fails, and averaged models (EMA) average them: `deploy_masks(average, masks)` puts
+    the masks of the model back.
 
     Args:
         model: with masks that are set, not yet sharded; changed in place.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import check_sparsity
+from parasparse._parts import spread_like, whole
 
 
 def sigmoid(
@@ -117,10 +118,11 @@ def straight_through(scores: Tensor, sparsity: Tensor | float) -> Tensor:
     """
     if not isinstance(sparsity, Tensor):
         sparsity = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
-    flat = scores.detach().flatten()
+    flat = whole(scores.detach()).flatten()
     kept = flat.numel() - (flat.numel() * sparsity.double()).round()  # num_kept, half to even
     places = flat.argsort(descending=True, stable=True).argsort()
     mask = (places < kept.to(places.device)).to(scores.dtype).view(scores.shape)
+    mask = spread_like(mask, scores)
     return mask + (scores - scores.detach())
 
 

@@ -148,7 +148,7 @@ class Mask(nn.Module):
         mask = self.mask
         if mask is None:
             raise RuntimeError("a tensor that has no sparsity mask cannot be assigned to.")
-        mask = spread_like(mask, stored)
+        mask, value = spread_like(mask, stored), spread_like(value, stored)
         if mask.dtype != torch.bool:
             value = value.to(torch.float32) if value.dtype.itemsize == 1 else value  # no float8 /
             value = value.to(stored.device) / mask

@@ -14,6 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from parasparse import _attach
 from parasparse._apply_mask import apply_mask
 from parasparse._checks import listed, nearest
+from parasparse._fsdp import is_sharded
+from parasparse._parts import is_spread, spread_like
 from parasparse._stack import original_names
 from parasparse._tensors import PAIR_ENDINGS, Target, collect, named_modules
 from parasparse.parametrizations import as_mask
@@ -98,6 +100,13 @@ def load_state_dict(
         (<All keys matched successfully>, 2)
     """
     state = dict(state_dict)
+    values = [value for value in state.values() if isinstance(value, Tensor)]
+    if is_sharded(model) and not any(is_spread(value) for value in values):
+        raise RuntimeError(
+            "`state_dict` must be sharded as the model is; this one is whole. Use "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict with "
+            "StateDictOptions(full_state_dict=True), after `sparsify`."
+        )
     found = _found_masks(model, state)
     apart = _pairs_apart(found, state)
     names = [t.name for t in found.values() if not t.masks() and id(t) not in apart]
@@ -208,7 +217,7 @@ def binarize_masks(
         for name in names:
             weight = state_dict[name]
             full = as_mask(mask, weight.shape, weight.dtype).to(weight.device)
-            product = apply_mask(weight.detach(), full)
+            product = apply_mask(weight.detach(), spread_like(full, weight))
             for twin in _twins(name, state_dict):  # the other names of a tied tensor
                 result[twin] = product
                 folded.add(twin)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse import _attach
 from parasparse._checks import listed
-from parasparse._fsdp import data_parallel_groups, reshard, sharded_parameters
+from parasparse._fsdp import data_parallel_groups, managed_parameters, reshard
 from parasparse._reduced import reduced
 from parasparse._stack import stack_of
 from parasparse._tensors import Target
@@ -61,7 +61,7 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
     chosen = _chosen(model, targets)
     statistics = Statistics(model, {}, _parts(model))
     reshard(model)
-    sharded = sharded_parameters(model)
+    sharded, groups = managed_parameters(model), data_parallel_groups(model)
     _watched.add(model)
     try:
         with ExitStack() as stack:
@@ -71,7 +71,7 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
                 statistics.sum_over(module.process_group)
-        for group in data_parallel_groups(model):
+        for group in groups:
             statistics.sum_over(group, gradients=False)  # which it has averaged
     finally:
         _watched.discard(model)
@@ -105,7 +105,7 @@ def _parts(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _watch(
-    target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Tensor]
+    target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Any]
 ) -> None:
     site, masks = target.sites[0], target.masks()
     if masks and any(_attach.mask_module(s.module, s.attr) is None for s in target.sites):
@@ -117,9 +117,9 @@ def _watch(
     is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
     first = _attach.originals(site.module, site.attr)[0]
     leaf: Tensor | None = None
-    is_sharded = is_plain and id(first) in sharded
-    if is_sharded:
-        stack.enter_context(reduced(first, part_stacks(target)[0], lambda grad: add(grad)))
+    managed = sharded.get(id(first)) if is_plain else None
+    if managed is not None:
+        stack.enter_context(reduced(managed, part_stacks(target)[0], lambda grad: add(grad)))
     elif masks:
         leaf = stack.enter_context(probed(part_stacks(target)[0]))
         # Summed here: nobody reads it there.
@@ -127,7 +127,8 @@ def _watch(
     elif is_plain and first.requires_grad:
         leaf = first
     is_known = is_plain and all(isinstance(mask, Mask) for mask in masks)
-    read = partial(_attach.stored, site.module, site.attr)
+    # While it computes, the module itself has what `fully_shard` has gathered.
+    read = first.detach if managed is not None else partial(_attach.stored, site.module, site.attr)
     sums = Sums(read, leaf, first if is_known else None)
     statistics.sums[target.name] = sums
 

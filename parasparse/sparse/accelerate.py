@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parasparse import _attach
 from parasparse._checks import listed, nearest
+from parasparse._parts import is_spread
 from parasparse._tensors import Target, collect_as_masked
 from parasparse.sparse.acceleration import Acceleration
 from parasparse.sparse.choose import measured, weights_of
@@ -49,7 +50,7 @@ def accelerate(
         ValueError: no weight is at least half zeros, or lacks whole channels; a format, or a weight
             of the plan, is not known; masked weights with `keep_dense=False`.
         TypeError: such a weight on a CPU is not float32 or float64.
-        RuntimeError: the model is accelerated already; a mask is not set.
+        RuntimeError: the model is accelerated already; a mask is not set; processes share weights.
 
     Examples:
         >>> from parasparse import sparsify
@@ -60,6 +61,12 @@ def accelerate(
     if _attach.is_accelerated(model):
         raise RuntimeError(
             "`model` must not be accelerated already. Call parasparse.restore(model) first."
+        )
+    if any(is_spread(parameter) for parameter in model.parameters()):
+        raise RuntimeError(
+            "`model` must hold its weights whole; processes share these. Gather them with "
+            "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` into "
+            "a dense model."
         )
     plan = checked_plan(formats)
     names = checked_names(formats if plan is None else plan)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._alike import drawn_alike
+from parasparse._alike import drawn_alike, warn_if_unknown
 from parasparse._fsdp import reshard
 from parasparse._parts import number
 from parasparse.contexts import DenseGradients, collecting
@@ -214,6 +214,7 @@ class DynamicSparsity:
             self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
         )
         groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
+        warn_if_unknown(self.model)
         with torch.no_grad(), drawn_alike(self.model):
             masks, missing = next_masks(view, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parasparse._checks import listed
-from parasparse._parts import number, spread_like
+from parasparse._parts import number, spread_like, whole
 from parasparse.patterns import mask_for, n_of_m
 from parasparse.training.masking import Masking, Need, needs_of
 from parasparse.training.moves import (
@@ -148,6 +148,7 @@ def _called(move: Callable[..., Any], layer: str, *arguments: Any) -> Any:
 def _importance(value: Any, name: str) -> float:
     """Return `value` as a float; what is below 0 has no importance."""
     try:
+        value = whole(value) if isinstance(value, Tensor) else value
         importance = float("nan" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(

@@ -147,9 +147,19 @@ def check_names_what_differs(rank):
         ps.distributed.check(model)
 
 
+def a_controller_that_does_not_know_of_the_others_warns(rank):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dst = ps.rigl(model, 0.5, optimizer, stop=10, every=1)
+    loss(DistributedDataParallel(model), data(rank)).backward()
+    with pytest.warns(UserWarning, match="give the controller the wrapper"):
+        dst.step()
+
+
 @pytest.mark.parametrize(
     "job",
     [
+        a_controller_that_does_not_know_of_the_others_warns,
         ddp_wrapped_before_sparsify,
         ddp_forward_after_squash,
         dense_gradients_are_averaged,

@@ -19,6 +19,7 @@ from tests.distributed.training import (
     net,
     sgd,
     shards_bool,
+    trained,
     weights_of,
     whole,
 )
@@ -233,6 +234,109 @@ def dense_gradients_are_sharded(rank):
         pass
 
 
+def dense_gradients_whatever_is_done_to_grad_between(rank):
+    """Written in place, clipped, collected twice, never reduced."""
+    world = dist.get_world_size()
+    for change in (
+        lambda each, o: o.zero_grad(set_to_none=False),
+        lambda each, o: nn.utils.clip_grad_norm_(each.parameters(), 1e-3),
+    ):
+        alone, model = (ps.sparsify(net(), 0.5) for _ in range(2))
+        fsdp(model)
+        found, optimizers = {}, {each: sgd(each) for each in (alone, model)}
+        for each, args in ((alone, ()), (model, (rank, world))):
+            loss(each, 0, *args).backward()
+            with ps.dense_gradients(each) as grads:
+                for step in range(3):
+                    change(each, optimizers[each])
+                    loss(each, step, *args).backward()
+            found[each] = {name: whole(grad) for name, grad in grads.items()}
+        for name, grad in found[alone].items():
+            torch.testing.assert_close(found[model][name], grad)
+    twice = pytest.raises(RuntimeError, match="collected twice")
+    with ps.dense_gradients(model), twice, ps.dense_gradients(model):
+        pass
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match="pending"), ps.dense_gradients(model):
+        loss(model, 0, rank, world).backward()
+    model.set_requires_gradient_sync(True)
+
+
+def a_part_that_another_module_manages_is_refused(rank):
+    model = fully_shard(ps.sparsify(net(), 0.5))
+    for verb in (
+        lambda: ps.squash(model[2]),
+        lambda: ps.sparsify(model[2], 0.7),
+        lambda: ps.rigl(model[2], 0.7, sgd(model), stop=10, every=2),
+        lambda: ps.dense_gradients(model[2]).__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="manages its Parameters"):
+            verb()
+    ps.squash(model, "2")
+    trains_as(model, ps.squash(ps.sparsify(net(), 0.5), "2"), rank)
+
+
+def frozen_layers_are_passed_over(rank):
+    alone, model = (ps.sparsify(net(), 0.5) for _ in range(2))
+    for each in (alone, model):
+        ps.stored(each, "0.weight").requires_grad_(False)
+    fsdp(model)
+    with ps.scores.collect(model) as found, ps.scores.collect(alone) as expected:
+        loss(model, 0, rank, dist.get_world_size()).backward()
+        loss(alone, 0).backward()
+    torch.testing.assert_close(found.gradient("2.weight"), expected.gradient("2.weight"))
+    controller = ps.rigl(model, 0.5, sgd(model), stop=100, every=1)
+    loss(model, 0, rank, dist.get_world_size()).backward()
+    controller.step()
+    ps.distributed.check(model)
+    fully_shard(kept := ps.sparsify(net(), 0.5))
+    kept.set_reshard_after_backward(False)
+    with ps.scores.collect(kept) as found:
+        loss(kept, 0, rank, dist.get_world_size()).backward()
+    torch.testing.assert_close(found.movement("2.weight"), expected.movement("2.weight"))
+
+
+def other_layouts_are_told_of_or_taken(rank):
+    model = fsdp(ps.sparsify(net(), ps.Gate(ps.gates.straight_through, sparsity=0.5)))
+    alone = ps.sparsify(net(), ps.Gate(ps.gates.straight_through, sparsity=0.5))
+    assert str(ps.summary(model)) == str(ps.summary(alone))
+    trains_as(ps.squash(model), ps.squash(alone), rank)
+    model = fsdp(ps.sparsify(net(), 0.5))
+    with pytest.raises(RuntimeError, match="hold its weights whole"):
+        ps.accelerate(model, torch.ones(1, 8, dtype=torch.double))
+    with pytest.raises(RuntimeError, match="set_model_state_dict"):
+        ps.load_state_dict(model, ps.sparsify(net(), 0.5).state_dict())
+    new = torch.arange(80.0, dtype=torch.double).view(10, 8)
+    alone = ps.sparsify(net(), 0.5)
+    for each in (model, alone):
+        each[0].weight = new
+    trains_as(model, alone, rank, 1)
+    masks = dict(ps.named_masks(model))
+    state, _ = ps.binarize_masks(model.state_dict(), masks)
+    expected, _ = ps.binarize_masks(alone.state_dict(), masks)
+    for name, value in expected.items():
+        torch.testing.assert_close(whole(state[name]), value)
+
+
+def a_redistribution_may_return_a_tensor(rank):
+    def total(masking, name, weight, mask):
+        return weight.detach().abs().sum()
+
+    for world, args in ((1, ()), (dist.get_world_size(), (rank,))):
+        torch.manual_seed(0)
+        model = net() if world == 1 else fsdp(net())
+        optimizer = sgd(model)
+        controller = ps.DynamicSparsity(
+            model, 0.7, optimizer, growth="random", every=2,
+            redistribution=ps.moves.needs("weights")(total),
+        )  # fmt: skip
+        trained(model, optimizer, controller, range(6), *(args or (0,)), world)
+        if world == 1:
+            expected = masks_of(model)
+    for name, mask in masks_of(model).items():
+        assert torch.equal(mask, expected[name])
+
+
 def ties_and_pairs_stay_together(rank):
     class Tied(nn.Module):
         def __init__(self):
@@ -353,6 +457,11 @@ JOBS = [
     fsdp2_ranks_as_one_process_does,
     statistics_are_of_the_averaged_gradient,
     dense_gradients_are_sharded,
+    dense_gradients_whatever_is_done_to_grad_between,
+    a_part_that_another_module_manages_is_refused,
+    frozen_layers_are_passed_over,
+    other_layouts_are_told_of_or_taken,
+    a_redistribution_may_return_a_tensor,
     gates_are_sharded,
 ]
 

@@ -77,6 +77,17 @@ def controllers_choose_as_one_process_does(rank):
         alike(model, alone)
 
 
+def draws_are_alike_on_all_meshes(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(net(), mesh["tp"], {"2": RowwiseParallel()})
+    for index in (0, 2):
+        fully_shard(model[index], mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    torch.manual_seed(rank)
+    ps.sparsify(model, {"0": ps.Prune(0.5, score=ps.scores.random)})
+    ps.distributed.check(model)
+
+
 def fully_sharded_over_it(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     alone, model = net(), parallelize_module(net(), mesh["tp"], PLAN)
@@ -108,3 +119,7 @@ def test_tensor_parallel(run, job):
 )
 def test_fsdp_over_tensor_parallel(run):
     run(4, fully_sharded_over_it)
+
+
+def test_draws_on_two_meshes(run):
+    run(4, draws_are_alike_on_all_meshes)
