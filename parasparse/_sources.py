@@ -82,10 +82,10 @@ class Scratch:
 
     def like(self, chunk: Tensor) -> Tensor:
         """Return a tensor like `chunk`, which holds until the next call."""
-        held = self._held
-        if (held.dtype, held.device) != (chunk.dtype, chunk.device) or len(held) < len(chunk):
-            self._held = torch.empty_like(chunk)
-        return self._held[: len(chunk)]
+        held, size = self._held, chunk.numel()  # `len` of a tensor is slow
+        if held.numel() < size or held.dtype != chunk.dtype or held.device != chunk.device:
+            held = self._held = torch.empty_like(chunk)
+        return held if held.numel() == size else held[:size]
 
 
 def common_dtype(sources: Sequence[Source]) -> torch.dtype:
