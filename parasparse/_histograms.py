@@ -81,7 +81,7 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
     keys = [_Keys(each.chunks, each.source.tensor) for each in ordered]
     every = sum(source.every for source in sources)
     cut, below, equal = _lowest(keys, every - kept + 1, dtype.itemsize * 8)
-    if int(_sum([(each.source.tensor, torch.tensor(int(each.has_nan))) for each in ordered])):
+    if int(_sum([(each.source.tensor, _count(each.has_nan)) for each in ordered])):
         for source in sources:  # on all processes, if it is on one
             check_source(source)
     ties: int | None = kept - (every - below - equal)
@@ -123,7 +123,7 @@ def _part(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Tens
     elif ties is not None:
         equal = _Keys(partial(_places, source, keys, cut), source.tensor)
         found = sum(len(places) for places in equal.chunks())
-        number = int(_sum([(source.tensor, torch.tensor(found))]))
+        number = int(_sum([(source.tensor, _count(found))]))
         if number > ties:
             limit = _lowest([equal], ties, source.every.bit_length() + 1)[0] + 1
     masks = _Filled(source.numel)
@@ -140,7 +140,11 @@ class _Filled:
     """A mask that is filled in chunk by chunk."""
 
     def __init__(self, numel: int) -> None:
-        self.mask, self.filled, self._numel = torch.empty(0, dtype=torch.bool), 0, numel
+        self.mask, self.filled, self._numel = (
+            torch.empty(0, dtype=torch.bool, device="cpu"),
+            0,
+            numel,
+        )
         self._scratch = Scratch()
 
     def add(self, chunk: Tensor, cut: int, *, inclusive: bool) -> Tensor:
@@ -194,7 +198,7 @@ def _counts(keys: Sequence[_Keys], prefix: int, shift: int, width: int, *, first
     """Return how many keys with this prefix there are for each value of the next digit."""
     counts, low, half = [], shift - width, 1 << (width - 1)
     for each in keys:
-        found = torch.zeros(1 << width, dtype=torch.int64)
+        found = torch.zeros(1 << width, dtype=torch.int64, device="cpu")
         for chunk in each.chunks():
             if not first:
                 inside = chunk[(chunk >> shift) == prefix]
@@ -217,6 +221,10 @@ def _sum(counts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
         groups[key] = (tensor, groups[key][1] + number if key in groups else number)
     sums = [n if tensor is None else summed(n, tensor) for tensor, n in groups.values()]
     return torch.stack(sums).sum(0)
+
+
+def _count(number: int) -> Tensor:
+    return torch.tensor(int(number), device="cpu")  # whatever the default device is
 
 
 def _in_order(scores: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ def reduced(
     watch()
     try:
         yield
-        if managed.unsharded_accumulated_grad is not None:
+        leaf = getattr(managed, "_unsharded_param", None)
+        pending = managed.unsharded_accumulated_grad, None if leaf is None else leaf.grad
+        if any(grad is not None for grad in pending):
             raise RuntimeError(
                 "the block that collects dense gradients must end after they are reduced; backward "
                 "passes without synchronisation are pending. Let the last one synchronise "

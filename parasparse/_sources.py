@@ -78,7 +78,7 @@ class Scratch:
     """A tensor that is used again: fresh memory costs more than what is done to it."""
 
     def __init__(self) -> None:
-        self._held = torch.empty(0)
+        self._held = torch.empty(0, device="cpu")
 
     def like(self, chunk: Tensor) -> Tensor:
         """Return a tensor like `chunk`, which holds until the next call."""
@@ -120,8 +120,7 @@ def check_source(source: Source) -> None:
         ValueError: NaN among them.
     """
     check_kind(source)
-    found = torch.tensor(sum(has_nan(chunk) for chunk in source.chunks()))
-    if int(found if source.tensor is None else summed(found, source.tensor)):
+    if _on_all(source, sum(has_nan(chunk) for chunk in source.chunks())):
         refuse_nan(source)
 
 
@@ -145,8 +144,7 @@ def has_nan(scores: Tensor) -> bool:
 
 def refuse_nan(source: Source) -> NoReturn:
     """Raise the ValueError for NaN, on all processes alike."""
-    found = torch.tensor(sum(int(_isnan(chunk).sum()) for chunk in source.chunks()))
-    number = int(found if source.tensor is None else summed(found, source.tensor))
+    number = _on_all(source, sum(int(_isnan(chunk).sum()) for chunk in source.chunks()))
     error = ValueError(
         f"scores must not be NaN; got {number} NaN of {source.every}. "
         "A weight or a statistic diverged: find it, or map NaN to a number in your score."
@@ -154,6 +152,13 @@ def refuse_nan(source: Source) -> NoReturn:
     if source.name:
         error.add_note(f'while pruning "{source.name}"')
     raise error
+
+
+def _on_all(source: Source, number: int) -> int:
+    """Return the sum of `number` over the processes that hold parts of the source."""
+    if source.tensor is None:
+        return number
+    return int(summed(torch.tensor(number, device="cpu"), source.tensor))
 
 
 def _isnan(scores: Tensor) -> Tensor:

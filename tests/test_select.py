@@ -180,3 +180,12 @@ def test_large_bfloat16_tensors_are_ranked_exactly(make):
         expected = torch.zeros(len(flat), dtype=torch.bool)
         expected[order[:kept]] = True
         assert torch.cat(highest(scores, kept)).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16])
+def test_the_default_device_plays_no_part(small_sample, dtype):
+    scores = [torch.randn(200).to(dtype).abs()]
+    for kept in (0, 60, 200):
+        with torch.device("meta"):
+            found = highest(scores, kept)
+        assert same(found, brute(scores, kept))
