@@ -100,6 +100,6 @@ def joined(real: Tensor, imaginary: Tensor) -> Tensor:
     """Return the complex tensor of two parts; of half precision one of 32 bits a part."""
     wide = torch.promote_types(real.dtype, torch.float32)
     real, imaginary = real.to(wide), imaginary.to(wide)
-    if is_spread(real) and not (torch.is_grad_enabled() and real.requires_grad):
-        return by_part(torch.complex, real, imaginary)  # which DTensors of torch 2.9 do not know
-    return torch.complex(real, imaginary)
+    if not is_spread(real) or (torch.is_grad_enabled() and real.requires_grad):
+        return torch.complex(real, imaginary)
+    return by_part(torch.complex, real, imaginary)  # which DTensors of torch 2.9 do not know

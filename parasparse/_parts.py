@@ -124,7 +124,12 @@ def fill_(tensor: Tensor, entries: Tensor, value: float) -> None:
 
 
 def by_part(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return `function` of tensors that are laid out alike, entry by entry."""
+    """Return `function` of tensors that are laid out alike, entry by entry.
+
+    Of spread ones without a graph: few operators are left to DTensor, which does not know all.
+    """
+    if not is_spread(tensors[0]):
+        return function(*tensors)
     return from_part(function(*map(part_of, tensors)), tensors[0])
 
 

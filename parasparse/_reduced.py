@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parasparse._parts import fill_, spread_like
 from parasparse._stack import MaskedParametrizationList
@@ -67,7 +67,9 @@ def reduced(
         add(grad.clone() if before is None else grad - before)
         watch()
         if plain and not all(was_dense):
-            fill_(grad, ~_mask_like(plain[0], grad), 0.0)
+            mask = plain[0].mask
+            assert mask is not None
+            fill_(grad, ~spread_like(mask, grad), 0.0)
 
     for mask in plain:
         mask.dense_gradient = True
@@ -102,7 +104,3 @@ COLLECTED_TWICE = (
 
 def _is_bool(mask: Mask) -> bool:
     return mask.mask is not None and mask.mask.dtype == torch.bool
-
-
-def _mask_like(mask: nn.Module, tensor: Tensor) -> Tensor:
-    return spread_like(mask.mask, tensor)  # type: ignore[arg-type]

@@ -194,9 +194,10 @@ def _checked(
         if not (isinstance(treatment, Prune) and treatment.pattern is unstructured):
             mask = mask.clone()  # may be the live mask of another that gets a new one before this
         held = next((m.mask for m in masks if isinstance(m, Mask)), None)
+        if held is not None:
+            return spread_like(mask, held)
         # Weights that `fully_shard` shards are whole where they are masked.
-        like = held if held is not None else None if sharded else tensor
-        return whole(mask) if like is None else spread_like(mask, like)
+        return whole(mask) if sharded else spread_like(mask, tensor)
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f'for the mask of "{target.name}"')
         raise

@@ -113,7 +113,7 @@ def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradien
     sharded, probes = managed_parameters(model), {}
     with ExitStack() as stack:
         for target in targets:
-            probes[target.name] = [_collected(part, sharded, stack) for part in part_stacks(target)]
+            probes[target.name] = [_armed(part, sharded, stack) for part in part_stacks(target)]
         yield DenseGradients(probes)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -134,7 +134,7 @@ class _Sum:
         self.grad = grad if self.grad is None else self.grad + grad
 
 
-def _collected(
+def _armed(
     stacks: list[MaskedParametrizationList], sharded: Mapping[int, Any], stack: ExitStack
 ) -> Tensor | _Sum:
     """Arm all places of one tensor, until `stack` ends; return what its gradient is read off."""

@@ -246,7 +246,7 @@ def test_every_public_name_is_there_and_documented():
 def test_every_test_that_a_workaround_names_exists():
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py"))
     for path in ROOT.rglob("*.py"):
-        for named in re.findall(r"[( ]((?:test|ddp)_\w+)[),]", path.read_text()):
+        for named in re.findall(r"[( ]((?:test|ddp|fsdp2)_\w+)[),]", path.read_text()):
             assert f"def {named}(" in tests, (path.name, named)
 
 

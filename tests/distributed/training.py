@@ -109,3 +109,25 @@ def masks_of(model):
 
 def weights_of(model):
     return {name: whole(value).clone() for name, value in ps.dense_state_dict(model).items()}
+
+
+def loss(model, step, rank=0, world=1):
+    inputs, labels = batch(step, rank, world)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return nn.functional.cross_entropy(model(inputs.to(dtype)), labels)
+
+
+def trains_as(model, alone, rank, steps=3):
+    """Check that `model` trains as `alone` does."""
+    mine, one = sgd(model), sgd(alone)
+    for step in range(steps):
+        for each, optimizer, args in (
+            (model, mine, (rank, dist.get_world_size())),
+            (alone, one, ()),
+        ):
+            optimizer.zero_grad()
+            loss(each, step, *args).backward()
+            optimizer.step()
+    expected = weights_of(alone)
+    for name, value in weights_of(model).items():
+        torch.testing.assert_close(value, expected[name])
