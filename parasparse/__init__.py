@@ -6,6 +6,7 @@ from parasparse.data.base import BaseDataSparsifier
 from parasparse.data.ready import DataNormSparsifier, DataPruner
 from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
 from parasparse.parametrizations import Mask
+from parasparse.plots import plot
 from parasparse.report import summary
 from parasparse.soft_mask import SoftMask
 from parasparse.sparse.accelerate import accelerate, accelerated, restore
@@ -59,6 +60,7 @@ __all__ = [
     "patterns",
     "penalty",
     "plan",
+    "plot",
     "restore",
     "rigl",
     "save",

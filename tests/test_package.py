@@ -186,6 +186,17 @@ ALLOWED = {
         "_tensors", "sparse.formats", "sparse.layers", "sparse.measure", "sparse.packing",
         "sparse.places", "sparse.weight",
     },
+    "_pictured": {"_parts", "_tensors", "scores.entries", "soft_mask"},
+    "plots": {
+        "_checks", "_fsdp", "_pictured", "_tensors", "scores.entries", "targets",
+        "training.history",
+    },
+    "integrations._metrics": {"training.history"},
+    "integrations._postponed": {"state"},
+    "integrations.lightning": {"integrations._metrics", "integrations._postponed"},
+    "integrations.transformers": {"integrations._postponed", "targets"},
+    "integrations.tensorboard": {"integrations._metrics"},
+    "integrations.peft": {"_checks", "_tensors", "parametrizations", "targets", "transforms"},
     "distributed": {"_checks", "_fsdp", "_parts", "parametrizations", "sparse.files", "targets"},
 }  # fmt: skip
 
@@ -232,7 +243,10 @@ def test_the_pure_row_knows_no_modules():
 
 
 def test_importing_brings_no_extra():
-    extras = ["torchvision", "matplotlib", "safetensors", "rich", "lightning", "transformers"]
+    extras = [
+        "torchvision", "matplotlib", "safetensors", "rich", "lightning", "transformers", "peft",
+        "tensorboard", "onnx",
+    ]  # fmt: skip
     code = f"import sys, parasparse; print([m for m in {extras} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -23,6 +23,7 @@ class Update:
     Attributes:
         step: how many times `step()` had been called.
         sparsity: share of zeros of each tensor, by name.
+        total: share of zeros of all of them together.
         churn: share of all entries whose mask changed.
         overlap: share of what is kept now that was kept at the start.
         missing: connections that growth fell short of; the next update makes up for them.
@@ -30,6 +31,7 @@ class Update:
 
     step: int
     sparsity: dict[str, float]
+    total: float
     churn: float
     overlap: float
     missing: int = 0
@@ -51,6 +53,7 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
     return Update(
         step=step,
         sparsity={n: 1 - kept[n] / m.numel() if m.numel() else 0.0 for n, m in after.items()},
+        total=1 - every / numel if numel else 0.0,
         churn=changed / numel if numel else 0.0,
         overlap=stayed / every if every else 1.0,
         missing=missing,

@@ -1,0 +1,1 @@
+"""One module for each library that parasparse plugs into; each imports its library."""

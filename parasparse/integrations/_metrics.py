@@ -1,0 +1,14 @@
+"""What is logged of an update."""
+
+from __future__ import annotations
+
+from parasparse.training.history import Update
+
+
+def metrics_of(update: Update) -> dict[str, float]:
+    """Return the numbers of `update` that speak of all tensors together."""
+    return {
+        "sparsity/total": update.total,
+        "sparsity/churn": update.churn,
+        "sparsity/overlap": update.overlap,
+    }

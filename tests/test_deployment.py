@@ -1,0 +1,129 @@
+"""Squashed, then exported to ONNX and run by onnxruntime; squashed, then quantized."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
+
+import parasparse as ps
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's, quantization's own
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.body = nn.LSTM(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.embedding(x))[0])
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+
+MODELS = {
+    "convolutions": (convolutions, lambda: torch.randn(2, 3, 8, 8)),
+    "attention": (encoder, lambda: torch.randn(2, 5, 16)),
+    "tied LSTM": (Tied, lambda: torch.randint(20, (2, 5))),
+}
+
+
+def exported(model, x, path):
+    """Write `model` to `path`; return its program as ONNX."""
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    return onnx.load(path)
+
+
+def outputs(path, x):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def zeros(program):
+    return sum(
+        int((numpy_helper.to_array(tensor) == 0).sum())
+        for tensor in program.graph.initializer
+        if len(tensor.dims) >= 2
+    )
+
+
+@pytest.mark.parametrize(("build", "inputs"), MODELS.values(), ids=MODELS)
+def test_squashed_models_give_the_same_outputs_in_onnxruntime(build, inputs, tmp_path):
+    torch.manual_seed(0)
+    model, x = build().eval(), inputs()
+    dense = exported(model, x, tmp_path / "dense.onnx")
+    ps.sparsify(model, 0.8)
+    masked = model(x)
+    dropped = sum(int((~mask).sum()) for _, mask in ps.named_masks(model))
+    ps.squash(model)
+    program = exported(model, x, tmp_path / "sparse.onnx")
+
+    # Rounds of float32 in another order.
+    torch.testing.assert_close(outputs(tmp_path / "sparse.onnx", x), masked, rtol=1e-4, atol=1e-5)
+    counts = [Counter(node.op_type for node in p.graph.node) for p in (program, dense)]
+    assert counts[0] == counts[1]  # no trace of the masks
+    assert zeros(program) - zeros(dense) >= dropped
+
+
+def linear():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    return ps.sparsify(model, 0.8), torch.randn(5, 16)
+
+
+def test_zeros_stay_zero_when_the_onnx_program_is_quantized(tmp_path):
+    model, x = linear()
+    expected = ps.squash(model)(x).detach()
+    exported(model, x, tmp_path / "m.onnx")
+    quant_pre_process(tmp_path / "m.onnx", tmp_path / "p.onnx")
+    quantize_dynamic(tmp_path / "p.onnx", tmp_path / "q.onnx", weight_type=QuantType.QInt8)
+    found = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer
+    }
+    for name, layer in (("0", model[0]), ("2", model[2])):
+        weight, point = found[f"{name}.weight_quantized"], found[f"{name}.weight_zero_point"]
+        assert weight.dtype == np.int8
+        # Small weights may be rounded to 0 as well.
+        assert np.all(weight[(layer.weight.detach() == 0).numpy().T] == point)
+    torch.testing.assert_close(outputs(tmp_path / "q.onnx", x), expected, rtol=0.05, atol=0.02)
+
+
+def test_zeros_stay_zero_when_torch_quantizes():
+    model, x = linear()
+    expected = ps.squash(model)(x).detach()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    for number in (0, 2):
+        assert not quantized[number].weight().dequantize()[model[number].weight == 0].any()
+    torch.testing.assert_close(quantized(x).detach(), expected, rtol=0.05, atol=0.02)
+
+
+def test_the_other_order_is_refused():
+    """Masks first, squash, then quantize: a masked layer is no plain one, a quantized no float."""
+    model, _ = linear()
+    with pytest.raises(AssertionError, match="only works for"):  # torch's own
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    quantized = torch.ao.quantization.quantize_dynamic(ps.squash(model), {nn.Linear})
+    with pytest.raises(ValueError, match="must each reach a tensor"):
+        ps.sparsify(quantized, 0.9)
