@@ -241,7 +241,7 @@ def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
         ValueError: NaN, or with a norm negative ones among the scores.
     """
     check_ranked(scores)
-    values, scale = scores.double(), 1.0  # squares neither overflow nor vanish
+    values, scale = scores.detach().double(), 1.0  # squares neither overflow nor vanish
     if norm is not None:
         if bool((values < 0).any()):
             raise ValueError(

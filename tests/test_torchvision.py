@@ -7,6 +7,7 @@ import torch
 from torchvision import models
 
 import parasparse as ps
+from tests.models.zoo import check
 
 MODELS = {
     "resnet18": (lambda: models.resnet18(weights=None), 64),
@@ -84,3 +85,7 @@ def test_a_detection_model_says_something_to_compare():
         out = ps.sparsify(random(build()).eval(), 0.8)(torch.randn(2, 3, size, size))
     assert len(flat(out)) == 6
     assert flat(out)[0].numel() > 0
+
+
+def test_the_page_of_models_names_the_model():
+    assert check("shufflenet_v2_x0_5").name == "shufflenet_v2_x0_5"

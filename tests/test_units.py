@@ -209,3 +209,11 @@ def test_units_of_ones_own_are_ranked_locally_jointly_and_on_meta():
     assert masks["b"].all()
     assert not masks["a"].any()
     assert BestRow()(scores.to("meta"), 0.5).is_meta
+
+
+def test_scores_that_require_grad_are_ranked_as_they_are():
+    """With a norm torch warned of a scalar that requires grad."""
+    weight = nn.Linear(4, 4).weight
+    for norm in (None, 2):
+        pattern = channel(0, norm=norm)
+        assert torch.equal(pattern(weight.abs(), 0.25), pattern(weight.detach().abs(), 0.25))

@@ -144,9 +144,9 @@ def check(name: str) -> Row:
         assert same(run(model), sparse), "squashing a copy changed the original"
         ps.squash(model)
         assert same(run(model), sparse), "the squashed model differs"
-        for name, original in originals.items():
-            selected = torch.where(masks[name], original, 0.0)
-            assert same([model.get_parameter(name)], [selected]), f"{name}: other bits"
+        for weight, original in originals.items():
+            selected = torch.where(masks[weight], original, 0.0)
+            assert same([model.get_parameter(weight)], [selected]), f"{weight}: other bits"
     assert not ps.is_sparse(model)
     assert [type(module) for module in model.modules()] == classes
     assert list(model.state_dict()) == keys
