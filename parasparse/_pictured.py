@@ -85,14 +85,18 @@ def scores_of(target: Target, score: Score | None) -> Tensor:
 def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | None:
     """Return how the scores of `target` are spread, None where its mask is not set.
 
-    Scores that are not finite are left out.
+    Scores that are not finite are left out, and dropped entries that are stored as 0: dynamic
+    sparse training has nothing else there, and their column would dwarf all others.
     """
     kept = kept_by(target)
     if kept is None:
         return None
     scores = scores_of(target, score).float().cpu()
     finite, kept = scores.isfinite(), kept.cpu()
-    groups = [scores[kept & finite], scores[~kept & finite]]
+    dropped = ~kept
+    if not isinstance(target.masks()[0], SoftMask):
+        dropped &= whole(target.stored()).cpu() != 0
+    groups = [scores[kept & finite], scores[dropped & finite]]
     every = [group for group in groups if group.numel()]
     if not every:
         return Histogram([0.0, 1.0], [0.0], [0.0], None)

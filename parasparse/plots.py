@@ -46,9 +46,10 @@ def plot(
         kind: of a model: "sparsity" (the default), a bar for each tensor; "masks", the mask of each
             as a grey picture: rows are entries of dimension 0, columns all others, a cell the mean
             of its entries; "scores", how the scores of each are spread, kept and dropped, and the
-            lowest that is kept. A learned mask counts as `binarize` would make it; in "masks" it
-            is shown as it is. Of a controller: "history", sparsity of each tensor and of all,
-            churn, and overlap with the first masks, by step; by update where steps start anew.
+            lowest that is kept; dropped entries that are stored as 0 are left out. A learned mask
+            counts as `binarize` would make it; in "masks" it is shown as it is. Of a controller:
+            "history", sparsity of each tensor and of all, churn, and overlap with the first masks,
+            by step; by update where steps start anew.
         targets: which masked tensors, as the left side of a rule or a list of these; None: all.
         score: for "scores"; None: magnitude of what is stored, or the logits of a gate.
         accuracy: for "history", by step (by update, from 1, where steps start anew).

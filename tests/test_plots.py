@@ -86,6 +86,15 @@ def test_scores_are_split_by_the_mask():
     assert edges[-1] == pytest.approx(float(weight.abs().max()))
 
 
+def test_dropped_entries_that_are_stored_as_0_are_no_column_of_the_scores():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    ps.sparse_momentum(model, 0.75, optimizer, stop=10)
+    dropped, both = ps.plot(model, kind="scores").axes[0].patches
+    assert dropped.get_data().values.sum() == 0
+    assert both.get_data().values.sum() == 16
+
+
 def test_scores_may_be_ones_own():
     model = ps.sparsify(nn.Linear(4, 4), 0.5)
     seen = []
