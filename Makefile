@@ -6,7 +6,7 @@ FLOOR := .venv-floor
 # The oldest torch that the suite passes on, with the torchvision of its time.
 FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 
-.PHONY: demo test test-distributed test-long test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long coverage test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py
@@ -19,6 +19,9 @@ test-distributed: .venv/ready  ## the part of the suite that runs several proces
 
 test-long: .venv/ready  ## 2,000 hypothesis examples a property instead of 60
 	HYPOTHESIS_PROFILE=long $(RUN)/python -m pytest tests
+
+coverage: .venv/ready  ## of lines and branches; what several processes run is not counted
+	$(RUN)/python -m pytest --cov --cov-report=term:skip-covered
 
 test-floor: $(FLOOR)/ready
 	$(FLOOR)/$(BIN)/python -m pytest

@@ -100,3 +100,12 @@ def test_what_is_missing_is_said(tmp_path):
     failed = run("mnist_sparse_momentum.py", "--summarize", unfinished, check=False)
     assert failed.returncode == 1
     assert "must be the log of a run that ended" in failed.stderr
+
+
+def test_the_pictures_of_the_documentation_are_drawn(tmp_path):
+    shown = run("pictures.py", tmp_path).stdout
+    accuracies = [float(found) for found in re.findall(r"accuracy (\S+),", shown)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.9  # a tenth by chance
+    names = {path.name for path in (EXAMPLES.parent / "docs" / "images").glob("*.png")}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
