@@ -20,7 +20,7 @@ test-distributed: .venv/ready  ## the part of the suite that runs several proces
 test-long: .venv/ready  ## 2,000 hypothesis examples a property instead of 60
 	HYPOTHESIS_PROFILE=long $(RUN)/python -m pytest tests
 
-coverage: .venv/ready  ## of lines and branches; what several processes run is not counted
+coverage: .venv/ready  ## of lines and branches, in all processes that tests start
 	$(RUN)/python -m pytest --cov --cov-report=term:skip-covered
 
 test-floor: $(FLOOR)/ready
@@ -36,15 +36,8 @@ types: .venv/ready
 docs: .venv/docs
 	$(RUN)/mkdocs build --strict
 
-bench: .venv/ready  ## about 30 minutes; leave the machine alone meanwhile
-	$(RUN)/python -m benchmarks.overhead
-	$(RUN)/python -m benchmarks.selection
-	$(RUN)/python -m benchmarks.payoff
-	$(RUN)/python -m benchmarks.packing
-	$(RUN)/python -m benchmarks.dynamics
-	$(RUN)/python -m benchmarks.checkpoints
-	$(RUN)/python -m benchmarks.scale
-	$(RUN)/python -m benchmarks.sharding
+bench: .venv/bench  ## about 35 minutes on two cores; leave the machine alone meanwhile
+	$(RUN)/python -m benchmarks
 
 bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes
 	$(RUN)/python -m benchmarks.mnist $(DATA)
@@ -68,6 +61,10 @@ clean:
 
 .venv/docs: .venv/ready
 	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[docs]"
+	touch $@
+
+.venv/bench: .venv/ready
+	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[bench]"
 	touch $@
 
 $(FLOOR)/ready: .venv/ready

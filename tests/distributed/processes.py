@@ -67,7 +67,10 @@ class Processes:
         return all(process.is_alive() for process in self.processes)
 
     def close(self):
+        for pipe in self.pipes:
+            pipe.close()  # whoever waits for a job ends by itself, so that coverage is written
         for process in self.processes:
+            process.join(5)
             process.kill()
             process.join()
 
