@@ -13,6 +13,8 @@ from parasparse._tensors import Target
 from parasparse.scores.entries import Score, magnitude
 from parasparse.soft_mask import SoftMask
 
+_PIECE = 1 << 20  # entries that are looked at in one go
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -26,8 +28,8 @@ class Histogram:
     """
 
     edges: list[float]
-    kept: list[float]
-    dropped: list[float]
+    kept: list[int]
+    dropped: list[int]
     lowest_kept: float | None
 
 
@@ -91,19 +93,33 @@ def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | 
     kept = kept_by(target)
     if kept is None:
         return None
-    scores = scores_of(target, score).float().cpu()
-    finite, kept = scores.isfinite(), kept.cpu()
-    dropped = ~kept
+    scores = scores_of(target, score)
+    if scores.shape != kept.shape:
+        raise ValueError(
+            f"`score` must return as many scores as entries; got {tuple(scores.shape)} for "
+            f"{target.name!r} of shape {tuple(kept.shape)}."
+        )
+    finite, dropped = scores.isfinite(), ~kept
     if not isinstance(target.masks()[0], SoftMask):
-        dropped &= whole(target.stored()).cpu() != 0
+        dropped &= whole(target.stored()) != 0
     groups = [scores[kept & finite], scores[dropped & finite]]
     every = [group for group in groups if group.numel()]
     if not every:
-        return Histogram([0.0, 1.0], [0.0], [0.0], None)
+        return Histogram([0.0, 1.0], [0], [0], None)
     low = min(float(group.min()) for group in every)
     high = max(float(group.max()) for group in every)
-    high = high if high > low else low + 1.0
-    edges = torch.linspace(low, high, bins + 1).tolist()
-    counts = [torch.histc(group, bins, low, high).tolist() for group in groups]
+    high = high if high > low else low + max(1.0, abs(low))
+    step = high / bins - low / bins or 1.0
+    edges = [*(low + i * step for i in range(bins)), high]
+    counts = [_counts(group, low, step, bins) for group in groups]
     lowest = float(groups[0].min()) if groups[0].numel() else None
     return Histogram(edges, counts[0], counts[1], lowest)
+
+
+def _counts(values: Tensor, low: float, step: float, bins: int) -> list[int]:
+    """Return how many of `values` lie in each bin: `torch.histc` counts in float32, to 2 ** 24."""
+    total = torch.zeros(bins, dtype=torch.int64, device="cpu")
+    for piece in values.split(_PIECE):
+        places = ((piece.double() - low) / step).long().clamp(0, bins - 1)
+        total += torch.bincount(places.cpu(), minlength=bins)
+    return [int(number) for number in total.tolist()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from parasparse._checks import listed
+from parasparse._digests import digest
 from parasparse._fsdp import is_sharded
-from parasparse._parts import is_spread, part_of, sharding_dims
+from parasparse._parts import is_spread, sharding_dims
 from parasparse.parametrizations import Mask
-from parasparse.sparse.files import buffer
 from parasparse.targets import masked
 
 __all__ = ["check", "shard_masks"]
@@ -41,20 +40,20 @@ def check(model: nn.Module, group: Any = None) -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    own = {key: _digest(mask) for key, mask in _masks(model)}
+    own = {key: digest(mask) for key, mask in _masks(model)}
     every: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(every, own, group=group)
     differing = []
     for name in sorted({name for digests in every for name, _ in digests}):
         parts: dict[tuple[int, ...], dict[str, list[int]]] = {}  # who has which, part by part
         for rank, digests in enumerate(every):
-            found = {part: digest for (of, part), digest in digests.items() if of == name}
-            for part, digest in found.items() or [((), "none")]:
-                parts.setdefault(part, {}).setdefault(digest, []).append(rank)
+            found = {part: told for (of, part), told in digests.items() if of == name}
+            for part, told in found.items() or [((), "none")]:
+                parts.setdefault(part, {}).setdefault(told, []).append(rank)
         for ranks in parts.values():
             if len(ranks) > 1 or "none" in ranks:
-                told = " and ".join(str(some) for some in ranks.values())
-                differing.append(f'"{name}" (processes {told})')
+                where = " and ".join(str(some) for some in ranks.values())
+                differing.append(f'"{name}" (processes {where})')
     if differing:
         rest = len(differing) - _MOST
         raise RuntimeError(
@@ -124,14 +123,3 @@ def _masks(model: nn.Module) -> Iterator[tuple[tuple[str, tuple[int, ...]], Tens
             place = spread.device_mesh.get_coordinate()
             coordinate = (-1, *(place[dim] for dim in sharding_dims(mask)))
         yield (target.name, coordinate), mask
-
-
-def _digest(mask: Tensor | None) -> str:
-    if mask is None:
-        return "unset"
-    data = part_of(mask).cpu().contiguous()
-    digest = hashlib.blake2b(str((data.dtype, tuple(mask.shape))).encode(), digest_size=16)
-    if data.numel():
-        held = data.flatten().view(torch.uint8)
-        digest.update(buffer(held))
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from torch import nn
 
 from parasparse._checks import listed
 from parasparse._fsdp import reshard
+from parasparse._labels import labels
 from parasparse._pictured import cells_of, histogram_of, kept_by
 from parasparse._tensors import Target
 from parasparse.scores.entries import Score
@@ -56,9 +56,9 @@ def plot(
 
     Raises:
         ImportError: matplotlib is not there.
-        TypeError: `subject` is neither.
+        TypeError: `subject` is neither; `accuracy` is no mapping.
         ValueError: it has no masks, or no update yet; there is no such kind; an argument belongs to
-            another kind; the model is on the meta device.
+            another kind; the model is on the meta device; `score` returns another shape.
 
     Examples:
         >>> from parasparse import sparsify
@@ -66,16 +66,21 @@ def plot(
         >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
         [0.9]
     """
-    kinds = _KINDS if isinstance(subject, nn.Module) else {"history": _history}
-    kind = next(iter(kinds)) if kind is None else kind
     if not isinstance(subject, nn.Module) and not hasattr(subject, "history"):
         raise TypeError(f"`subject` must be a model or a controller; got {type(subject).__name__}.")
+    kinds = tuple(_KINDS) if isinstance(subject, nn.Module) else ("history",)
+    kind = kinds[0] if kind is None else kind
     if kind not in kinds:
         raise ValueError(f"`kind` must be one of {listed(kinds)} here; got {kind!r}.")
-    given = {"score": score, "accuracy": accuracy}
-    extra = [name for name, value in given.items() if value is not None and _OF[name] != kind]
-    if extra or (targets is not None and kind == "history"):
-        raise ValueError(f'{listed(extra or ["targets"])} must not be given for kind="{kind}".')
+    given = {"targets": targets, "score": score, "accuracy": accuracy}
+    extra = [name for name, it in given.items() if it is not None and kind not in _OF[name]]
+    if extra:
+        raise ValueError(f'{listed(extra)} must not be given for kind="{kind}".')
+    if accuracy is not None and not isinstance(accuracy, Mapping):
+        raise TypeError(
+            "`accuracy` must map steps to accuracies, such as {100: 0.5}; got "
+            f"{type(accuracy).__name__}."
+        )
     if kind == "history":
         return _history(list(subject.history), accuracy or {})
     reshard(subject)
@@ -84,47 +89,37 @@ def plot(
         raise ValueError("`subject` must have masks; this model has none. Call `sparsify` first.")
     if any(target.stored().is_meta for target in found):
         raise ValueError("`subject` must have values; this model is on the meta device.")
-    draw: Callable[..., Figure] = kinds[kind]
-    return draw(found, score) if kind == "scores" else draw(found)
+    return _scores(found, score) if kind == "scores" else _KINDS[kind](found)
 
 
 def _figure(width: float, height: float) -> Figure:
     try:
-        from matplotlib.figure import Figure
+        from parasparse._picture import Picture
     except ImportError as error:
         error.add_note('`plot` needs matplotlib: pip install "parasparse[plot]"')
         raise
-
-    class Picture(Figure):
-        """A Figure that a notebook shows, pyplot or not."""
-
-        def _repr_png_(self) -> bytes:
-            file = io.BytesIO()
-            self.savefig(file, format="png")
-            return file.getvalue()
-
     return Picture(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def _sparsity(targets: Sequence[Target]) -> Figure:
     """Draw a bar for each tensor, in columns of at most `_ROWS`."""
-    masks = [kept_by(target) for target in targets]
-    kept = [None if mask is None else int(mask.sum()) for mask in masks]
-    sizes = [0 if mask is None else mask.numel() for mask in masks]
+    counts = [_count(target) for target in targets]
+    kept = [number for number, _ in counts]
+    sizes = [0 if number is None else size for number, size in counts]
     shares = [1 - k / n if k is not None and n else 0.0 for k, n in zip(kept, sizes, strict=True)]
-    labels = [_short(t.name, 60) for t in targets]
+    names = labels([target.name for target in targets], 60)
     columns = math.ceil(len(targets) / _ROWS)
     rows = math.ceil(len(targets) / columns)
-    width = columns * (2.8 + 0.062 * max(map(len, labels)))
+    width = columns * (2.8 + 0.062 * max(map(len, names)))
     figure = _figure(max(width, 6.0), 1.0 + 0.17 * max(rows, 6))
     total = 1 - sum(k or 0 for k in kept) / max(1, sum(sizes))
     figure.suptitle(f"{total:.2%} of {sum(sizes):,} masked entries are zero", fontsize=10)
     for column, axes in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
         part = slice(column * rows, (column + 1) * rows)
-        places = range(len(labels[part]))
+        places = range(len(names[part]))
         axes.axvline(total, color=_MARK, linewidth=1, linestyle=":")
         axes.barh(places, shares[part], color=_KEPT, height=0.7)
-        axes.set_yticks(places, labels[part], fontsize=7)
+        axes.set_yticks(places, names[part], fontsize=7)
         for y, share, number in zip(places, shares[part], kept[part], strict=True):
             text = "not set" if number is None else _percent(share)
             box = {"color": "white", "pad": 0.5}  # over the line of the total
@@ -135,6 +130,12 @@ def _sparsity(targets: Sequence[Target]) -> Figure:
         axes.set_xlabel("sparsity", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _count(target: Target) -> tuple[int | None, int]:
+    """Return how many entries are kept, None where the mask is not set, and of how many."""
+    mask = kept_by(target)
+    return (None if mask is None else int(mask.sum())), target.stored().numel()
 
 
 def _masks(targets: Sequence[Target]) -> Figure:
@@ -195,8 +196,8 @@ def _grid(targets: Sequence[Target]) -> tuple[Figure, list[Axes]]:
     names = [target.name for target in targets]
     if all(name.endswith(".weight") for name in names):
         names = [name.removesuffix(".weight") for name in names]
-    for axes, name in zip(places, names, strict=False):
-        axes.set_title(_short(name, 22), fontsize=6)
+    for axes, name in zip(places, labels(names, 22), strict=False):
+        axes.set_title(name, fontsize=6)
         axes.set_xticks([])
         axes.set_yticks([])
     return figure, places[: len(targets)]
@@ -213,13 +214,14 @@ def _history(history: Sequence[Update], accuracy: Mapping[int, float]) -> Figure
     figure = _figure(8.0, 1.0 + 2.1 * panels)
     top, middle, *bottom = figure.subplots(panels, 1, sharex=True)
     names = list(history[0].sparsity)
+    shown = labels(names, 40)
     from matplotlib import colormaps
 
     for number, name in enumerate(names):
         values = [update.sparsity[name] for update in history]
         colour = colormaps["viridis"](number / max(1, len(names) - 1))
         named = len(names) <= 8 or number in (0, len(names) - 1)
-        label = _short(name, 40) if named else None
+        label = shown[number] if named else None
         top.plot(steps, values, color=colour, linewidth=1, alpha=0.8, marker=".", label=label)
     totals = [update.total for update in history]
     top.plot(steps, totals, color="black", linewidth=2, label="all together")
@@ -227,7 +229,8 @@ def _history(history: Sequence[Update], accuracy: Mapping[int, float]) -> Figure
     overlap = [update.overlap for update in history]
     middle.plot(steps, overlap, color=_KEPT, marker=".", label="overlap with the first masks")
     for axes in bottom:
-        axes.plot(accuracy.keys(), accuracy.values(), color="black", marker=".")
+        reached = [float(value) for value in accuracy.values()]
+        axes.plot(list(accuracy), reached, color="black", marker=".")
         axes.set_ylabel("accuracy", fontsize=8)
     top.set_ylabel("sparsity", fontsize=8)
     middle.set_ylabel("share of entries", fontsize=8)
@@ -246,10 +249,7 @@ def _percent(share: float) -> str:
     return "> 99.9%" if text == "100.0%" and share < 1 else text
 
 
-def _short(name: str, most: int) -> str:
-    """Return the end of `name`, which tells layers apart."""
-    return name if len(name) <= most else "\N{HORIZONTAL ELLIPSIS}" + name[-most + 1 :]
-
-
-_KINDS: dict[str, Callable[..., Any]] = {"sparsity": _sparsity, "masks": _masks, "scores": _scores}
-_OF = {"score": "scores", "accuracy": "history"}
+_KINDS: dict[str, Callable[..., Figure]] = {
+    "sparsity": _sparsity, "masks": _masks, "scores": _scores,
+}  # fmt: skip
+_OF = {"targets": tuple(_KINDS), "score": ("scores",), "accuracy": ("history",)}

@@ -107,25 +107,37 @@ def load_state_dict(
             "torch.distributed.checkpoint.state_dict.set_model_state_dict with "
             "StateDictOptions(full_state_dict=True), after `sparsify`."
         )
+    attached = attach_found(model, state)
+    try:
+        return model.load_state_dict(state, strict=strict, assign=assign)
+    except BaseException:
+        if attached:
+            unsparsify(model, attached)
+        raise
+
+
+def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
+    """Attach masks, not yet set, where `state` has some and `model` none; return the names.
+
+    Args:
+        model: changed in place.
+        state: to be loaded next; masks of pairs get the keys that the model has for them.
+    """
     found = _found_masks(model, state)
     apart = _pairs_apart(found, state)
     names = [t.name for t in found.values() if not t.masks() and id(t) not in apart]
     names = list(dict.fromkeys(names))
     parts = [name for t in found.values() if not t.masks() for name in apart.get(id(t), ())]
+    parts = list(dict.fromkeys(parts))
     if names:
         sparsify(model, {name: Fixed(None) for name in names})
     if parts:
-        sparsify(model, {name: Fixed(None) for name in dict.fromkeys(parts)}, pairs=False)
+        sparsify(model, {name: Fixed(None) for name in parts}, pairs=False)
     for key, target in found.items():
         if len(target.parts) == 2 and not _OWN_MASK.fullmatch(key):
             # The mask of a pair hangs at its layer; a stack knows what lies beside it only.
             state[_own_mask_key(target)] = state.pop(key)
-    try:
-        return model.load_state_dict(state, strict=strict, assign=assign)
-    except BaseException:
-        if names or parts:
-            unsparsify(model, [*names, *dict.fromkeys(parts)])
-        raise
+    return [*names, *parts]
 
 
 _OWN_MASK = re.compile(r"(?:(?P<layer>.+)\.)?parametrizations\.(?P<attr>[^.]+)\.\d+\.mask")

@@ -450,3 +450,17 @@ def test_sparse_gradients_of_embeddings_grow_connections():
         dst.step()
     assert len(dst.history) == 2
     assert int(ps.mask_of(model, "weight").sum()) == 30
+
+
+def test_another_controller_takes_over_from_one_that_collects():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    with pytest.raises(RuntimeError, match="about to update"):
+        ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    first.close()
+    second = ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    second.step()
+    assert len(second.history) == 1

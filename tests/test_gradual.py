@@ -138,3 +138,16 @@ def test_a_state_of_other_tensors_is_refused():
     other = ps.GradualPruning(nn.Linear(3, 3), 0.5, schedule=Constant(1.0), every=1)
     with pytest.raises(ValueError, match=r'the tensors "weight \(3, 3\)", this controller "0.w'):
         pruner.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    "take_off", [ps.unsparsify, ps.squash, lambda m, name: ps.deploy_masks(m, {name: None})]
+)
+def test_an_update_without_its_masks_is_refused_before_it_changes_others(take_off):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    pruner = ps.GradualPruning(model, 0.5, schedule=Linear(0.0, 1.0, stop=2), every=1)
+    take_off(model, "1.weight")
+    with pytest.raises(RuntimeError, match=r'those of "1.weight" were taken off or unset'):
+        pruner.step()
+    assert ps.mask_of(model, "0.weight").all()
+    assert pruner.steps == 0

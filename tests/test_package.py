@@ -187,17 +187,22 @@ ALLOWED = {
         "sparse.places", "sparse.weight",
     },
     "_pictured": {"_parts", "_tensors", "scores.entries", "soft_mask"},
+    "_picture": set(),
+    "_labels": set(),
     "plots": {
-        "_checks", "_fsdp", "_pictured", "_tensors", "scores.entries", "targets",
-        "training.history",
+        "_checks", "_fsdp", "_labels", "_picture", "_pictured", "_tensors", "scores.entries",
+        "targets", "training.history",
     },
     "integrations._metrics": {"training.history"},
-    "integrations._postponed": {"state"},
-    "integrations.lightning": {"integrations._metrics", "integrations._postponed"},
-    "integrations.transformers": {"integrations._postponed", "targets"},
+    "integrations._going_on": {"_checks", "_digests", "masks", "optim", "state"},
+    "integrations.lightning": {"integrations._going_on", "integrations._metrics"},
+    "integrations.transformers": {"integrations._going_on", "targets"},
     "integrations.tensorboard": {"integrations._metrics"},
-    "integrations.peft": {"_checks", "_tensors", "parametrizations", "targets", "transforms"},
-    "distributed": {"_checks", "_fsdp", "_parts", "parametrizations", "sparse.files", "targets"},
+    "integrations.peft": {
+        "_attach", "_checks", "_tensors", "parametrizations", "targets", "transforms",
+    },
+    "_digests": {"_parts", "sparse.files"},
+    "distributed": {"_checks", "_digests", "_fsdp", "_parts", "parametrizations", "targets"},
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What the pictures show, read back from their artists."""
 
+import pickle
 import subprocess
 import sys
 
@@ -108,18 +109,32 @@ def test_scores_may_be_ones_own():
     assert axes.patches[0].get_data().edges[-1] == 15
 
 
-def test_scores_that_are_equal_or_not_finite_have_a_picture():
-    model = ps.sparsify(nn.Linear(4, 4), 0.5)
+@pytest.mark.parametrize("value", [2.0, 1e300, 1e-300, float("nan"), float("inf")])
+def test_scores_of_any_size_are_counted_if_they_are_finite(value):
+    model = ps.sparsify(nn.Linear(4, 4, dtype=torch.float64), 0.5)
     with torch.no_grad():
-        ps.stored(model, "weight").fill_(2.0)
-    ps.plot(model, kind="scores")
-    with torch.no_grad():
-        ps.stored(model, "weight")[0] = float("nan")
+        ps.stored(model, "weight").fill_(value)[0] = 3.0
     both = ps.plot(model, kind="scores").axes[0].patches[1]
-    assert both.get_data().values.sum() == 12
-    with torch.no_grad():
-        ps.stored(model, "weight").fill_(float("inf"))
-    ps.plot(model, kind="scores")
+    assert both.get_data().values.sum() == (16 if value < float("inf") else 4)
+
+
+def test_more_scores_than_a_float_counts_are_counted():
+    weight = torch.ones(4097, 4096)
+    weight[0, 0] = 2.0
+    model = nn.Module()
+    model.weight = nn.Parameter(weight)
+    ps.sparsify(model, {"weight": torch.ones_like(weight, dtype=torch.bool)})
+    both = ps.plot(model, kind="scores").axes[0].patches[1]
+    assert both.get_data().values.sum() == 4097 * 4096
+
+
+def test_scores_are_in_the_bins_that_numpy_puts_them_in():
+    model = ps.sparsify(net(), {"2": 0.0})
+    both = ps.plot(model, kind="scores").axes[0].patches[1].get_data()
+    magnitudes = ps.stored(model, "2.weight").detach().abs().double().numpy().ravel()
+    expected, edges = np.histogram(magnitudes, bins=50)
+    np.testing.assert_allclose(both.edges, edges)
+    assert np.abs(both.values - expected).sum() <= 4  # those that lie on an edge
 
 
 @pytest.mark.parametrize("kind", ["sparsity", "masks", "scores"])
@@ -144,6 +159,16 @@ def test_learned_masks_are_shown_as_binarize_makes_them(gate, kind, pattern):
         width = figure.axes[0].patches[0].get_width()
         hard = ps.binarize(model)
         assert width == pytest.approx(float((hard.weight == 0).double().mean()))
+    elif kind == "masks":
+        shown = np.asarray(figure.axes[0].images[0].get_array())
+        soft = model.parametrizations.weight[0]
+        is_value = gate in ("sigmoid", "hard_concrete", "straight_through")
+        expected = soft.eval().mask if is_value else ps.binarize(model).weight != 0
+        np.testing.assert_allclose(shown, expected.detach().float(), rtol=1e-5)
+    else:
+        kept, both = (patch.get_data().values.sum() for patch in figure.axes[0].patches)
+        hard = ps.mask_of(ps.binarize(model), "weight")
+        assert both - kept == int(hard.sum())
 
 
 def test_pairs_complex_and_unset_masks():
@@ -231,6 +256,45 @@ def test_pictures_of_150_layers_are_readable(kind):
         assert not any(box.overlaps(other) for other in (*boxes[i + 1 :], *bars))
 
 
+def test_names_of_a_real_network_stay_apart():
+    names = [f"bert.encoder.layer.{i}.{part}" for i in range(12) for part in (
+        "attention.self.query", "attention.self.key", "attention.output.dense",
+        "intermediate.dense", "output.dense",
+    )]  # fmt: skip
+    model = nn.Module()
+    for name in names:
+        place = model
+        for part in name.split("."):
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.weight = nn.Parameter(torch.randn(2, 2))
+    titles = list(pictured(ps.plot(ps.sparsify(model, 0.5), kind="masks")))
+    assert len(set(titles)) == len(names)
+    assert "b.e.l.11.a.self.query" in titles
+
+
+@pytest.mark.parametrize("kind", ["sparsity", "masks", "scores"])
+def test_names_that_matplotlib_would_read_otherwise_are_drawn(kind):
+    model = nn.ModuleDict({r"$\bad$": nn.Linear(2, 2), "_$": nn.Linear(2, 2)})
+    ps.plot(ps.sparsify(model, 0.5), kind=kind).canvas.draw()
+
+
+def test_names_that_begin_with_a_line_are_in_the_legend():
+    model = nn.ModuleDict({"_net": nn.Linear(2, 2), "$net$": nn.Linear(2, 2)})
+    pruner = ps.GradualPruning(model, 0.5, schedule=ps.schedules.Linear(0.0, 1.0, stop=2), every=2)
+    pruner.step(), pruner.step()
+    figure = ps.plot(pruner)
+    figure.canvas.draw()
+    named = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    assert named == ["_net.weight", r"\$net\$.weight", "all together"]
+
+
+def test_pictures_are_pickled():
+    figure = pickle.loads(pickle.dumps(ps.plot(ps.sparsify(nn.Linear(4, 4), 0.5))))
+    assert figure.axes[0].patches[0].get_width() == 0.5
+
+
 def test_a_history_of_150_layers_names_the_first_and_the_last():
     model = deep(150)
     pruner = ps.GradualPruning(model, 0.5, schedule=ps.schedules.Linear(0.0, 1.0, stop=4), every=2)
@@ -254,6 +318,7 @@ def test_notebooks_show_it_and_pyplot_does_not_hold_it():
 
 def test_without_matplotlib_the_error_says_what_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "parasparse._picture", raising=False)
     with pytest.raises(ImportError) as raised:
         ps.plot(ps.sparsify(nn.Linear(4, 4), 0.5))
     assert 'pip install "parasparse[plot]"' in raised.value.__notes__[0]
@@ -270,6 +335,18 @@ def test_without_matplotlib_the_error_says_what_brings_it(monkeypatch):
             {"score": ps.scores.magnitude},
             ValueError,
             '"score" must not be given for kind="sparsity"',
+        ),
+        (
+            lambda: ps.sparsify(nn.Linear(4, 4), 0.5),
+            {"kind": "scores", "score": lambda tensor, name: tensor.sum(0)},
+            ValueError,
+            "as many scores as entries",
+        ),
+        (
+            lambda: ps.LotteryTicket(nn.Linear(4, 4), 0.5, rounds=1),
+            {"accuracy": [0.5]},
+            TypeError,
+            "must map steps",
         ),
         (
             lambda: ps.sparsify(nn.Linear(4, 4, device="meta"), {"weight": ps.Fixed(None)}),

@@ -5,21 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
+from parasparse.integrations._going_on import (
+    accept_masks,
+    close,
+    going_on,
+    is_of,
+    reorder,
+    state_of,
+)
 from parasparse.integrations._metrics import metrics_of
-from parasparse.integrations._postponed import Postponed
+
+# They copy the module before it has masks, and pair its tensors with the copy's by position.
+_AVERAGING = tuple(
+    getattr(callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(callbacks, name)
+)
 
 
 class Sparsity(Callback):
     """Drives a controller: makes it, steps it, saves it with the checkpoint, and logs its updates.
 
-    Loggers of the Trainer get `sparsity/total`, `sparsity/churn` and `sparsity/overlap` at each
-    update. Checkpoints hold the masked model; `Trainer.fit(..., ckpt_path=)` goes on bit for bit,
-    and `Trainer.test(..., ckpt_path=)` attaches plain masks to a model that has none. Elsewhere
-    `parasparse.load_state_dict(model, checkpoint["state_dict"])` loads it. Strategies that spawn or
-    fork ("ddp_spawn", "ddp_notebook") train copies, and Lightning hands back only what the module
-    in the main process has names for: not the masked layers. Load a checkpoint there.
+    `step()` is called once after each batch in which an optimizer stepped. `sparsity/total`,
+    `sparsity/churn` and `sparsity/overlap` of the last update are logged like the module's own
+    metrics, for loggers and other callbacks. Checkpoints hold the masked model; `fit(ckpt_path=)`
+    goes on bit for bit, and `test(ckpt_path=)` attaches their masks to a model that has none.
+    Elsewhere `parasparse.load_state_dict(model, checkpoint["state_dict"])` loads them. A further
+    `fit` of the same module goes on with its masks; another module starts anew.
+
+    Strategies that spawn or fork ("ddp_spawn", "ddp_notebook") train copies, and Lightning hands
+    back only what the module in the main process has names for: not the masked layers. Load a
+    checkpoint there.
 
     Args:
         factory: `(module, *optimizers) -> controller`, called when fitting starts: the module is
@@ -29,6 +47,10 @@ class Sparsity(Callback):
 
     Attributes:
         controller: None until fitting starts; the last one afterwards, with its `history`.
+
+    Raises:
+        RuntimeError: a callback of the Trainer averages weights; or a checkpoint's controller is
+            another, or is of other masks than the checkpoint's model has.
 
     Examples:
         >>> from parasparse import GradualPruning, schedules
@@ -43,66 +65,69 @@ class Sparsity(Callback):
     def __init__(self, factory: Callable[..., Any]) -> None:
         self.factory = factory
         self.controller: Any = None
-        self._state: dict[str, Any] | None = None
-        self._postponed: Postponed | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._optimizers: list[Any] = []
+        self._module: LightningModule | None = None
+        self._hook: Any = None
         self._seen = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait for the checkpoint, which is loaded before there is an optimizer."""
-        if self._postponed is not None:
-            self._postponed.remove()
-        self._postponed = Postponed(pl_module, strict=pl_module.strict_loading)
+        """Let the module load masks: a checkpoint comes before there is an optimizer."""
+        averaging = [c for c in trainer.callbacks if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
+        if averaging and stage == "fit":
+            raise RuntimeError(
+                f"{type(averaging[0]).__name__} copies the module before it has masks, and would "
+                "average dense weights. Average in a loop of your own, with "
+                "torch.optim.swa_utils.AveragedModel."
+            )
+        self._hook = accept_masks(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take back what `setup` and the controller hung on the module."""
+        if self._hook is not None:
+            self._hook.remove()
+        close(self.controller)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
+        """Take back the same: there is no teardown then."""
+        self.teardown(trainer, pl_module, "")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the controller, and give it back what it was in the checkpoint."""
-        assert self._postponed is not None
-        if self._state is None and self.controller is not None:
-            self._state = self.controller.state_dict()  # a further fit has a further optimizer
-        if self._state is not None:
-            self._postponed.keep()
-        self.controller = self.factory(trainer.model, *trainer.optimizers)
-        self._postponed.load()
-        if self._state is not None:
-            self.controller.load_state_dict(self._state)
-            self._state = None
+        """Make the controller; it goes on where the checkpoint, or the last fit, stood."""
+
+        def make() -> Any:
+            return self.factory(trainer.model, *trainer.optimizers)
+
+        state = self._loaded
+        if state is None and self.controller is not None and is_of(self.controller, pl_module):
+            state = state_of(self.controller, pl_module, ())
+        self.controller = make() if state is None else going_on(pl_module, make, state)
+        self._module, self._optimizers = pl_module, trainer.optimizers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count steps from where training starts."""
+        """Put the optimizers' states, which have been loaded by now, in order."""
+        if self._loaded is not None:
+            for optimizer, order in zip(trainer.optimizers, self._loaded["order"], strict=True):
+                reorder(pl_module, optimizer, order)
+        self._loaded = None
         self._seen = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Step the controller if the optimizer was."""
-        if trainer.global_step == self._seen or self.controller is None:
-            return
-        self._seen = trainer.global_step
-        before = len(self.controller.history)
-        self.controller.step()
-        for update in self.controller.history[before:]:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics_of(update), step=trainer.global_step)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load a checkpoint into a model that is only evaluated."""
-        self._load()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load a checkpoint into a model that is only evaluated."""
-        self._load()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load a checkpoint into a model that is only evaluated."""
-        self._load()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Step the controller if an optimizer was."""
+        if trainer.global_step != self._seen:
+            self._seen = trainer.global_step
+            self.controller.step()
+        if self.controller.history:
+            pl_module.log_dict(metrics_of(self.controller.history[-1]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the controller."""
-        return {} if self.controller is None else {"controller": self.controller.state_dict()}
+        """Return the state of the controller, what its masks are, and the order of parameters."""
+        if self.controller is None or self._module is None:
+            return {}
+        return state_of(self.controller, self._module, self._optimizers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller."""
-        self._state = state_dict.get("controller")
-        if self._state is None:
+        self._loaded = state_dict or None
+        if self._loaded is None:
             self.controller = None
-
-    def _load(self) -> None:
-        if self._postponed is not None:
-            self._postponed.load()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from parasparse import _attach
 from parasparse._checks import listed
-from parasparse._tensors import collect
+from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask
 from parasparse.targets import masked
 from parasparse.transforms import sparsify, squash
@@ -29,36 +30,61 @@ def merge_and_unload(model: Any, **options: Any) -> nn.Module:
         options: for its `merge_and_unload`, such as `adapter_names`.
 
     Raises:
-        ValueError: there are no masks, or some are learned: `binarize` first.
-        RuntimeError: a mask is not set.
+        ValueError: there are no masks, or some are not set, real-valued or learned.
 
     Reference: Hu et al., "LoRA", 2021, arXiv:2106.09685, section 4.1.
     """
     targets = masked(model)
-    masks: dict[tuple[int, str], Tensor] = {}  # by module and name in it, which stay
-    others = []
-    for target in targets:
-        module = target.masks()[0]
-        if not isinstance(module, Mask):
-            others.append(target.name)
-        elif module.mask is not None:
-            site = target.parts[0][0]
-            masks[id(site.module), site.attr] = torch.clone(module.mask)
+    others = [target.name for target in targets if not _is_bool(target)]
     if others or not targets:
+        which = f"those of {listed(others)} are not" if others else "it has none"
         raise ValueError(
-            "the masks of `model` must be plain ones; "
-            f"{listed(others) + ' are learned: `binarize` first' if others else 'it has none'}."
+            f"the masks of `model` must be set, and bool; {which}. `binarize` makes learned and "
+            "real-valued ones bool."
         )
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        model.unmerge_adapter()  # else PEFT skips them, though nothing came of it where masks are
+    tensors = [_Kept(target) for target in targets]
     squash(model)
     base = model
     try:
         base = model.merge_and_unload(**options)
+    except BaseException:
+        for kept in tensors:
+            kept.put_back()
+        raise
     finally:
-        rules = {
-            target.name: masks[id(site.module), site.attr]
-            for target in collect(base)
-            for site in target.sites[:1]
-            if (id(site.module), site.attr) in masks
-        }
-        sparsify(base, rules)
+        masks = {kept.place: kept.mask for kept in tensors}  # modules and names in them stay
+        found = {t.name: masks.get(_place(t)) for t in collect(base)}
+        sparsify(base, {name: mask for name, mask in found.items() if mask is not None})
     return base  # type: ignore[no-any-return]
+
+
+class _Kept:
+    """What a masked tensor was before it was squashed."""
+
+    def __init__(self, target: Target) -> None:
+        self.place, self.mask = _place(target), torch.clone(target.mask())  # type: ignore[arg-type]
+        self._parts = [
+            (site, _attach.stored(site.module, site.attr).detach().clone())
+            for site in (part[0] for part in target.parts)
+        ]
+        self._effective = target.effective().clone()
+        self._target = target
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Store again what was stored, unless something was merged into it."""
+        if torch.equal(self._target.stored(), self._effective):
+            for site, stored in self._parts:
+                _attach.stored(site.module, site.attr).copy_(stored)
+
+
+def _place(target: Target) -> tuple[int, str]:
+    site = target.parts[0][0]
+    return id(site.module), site.attr
+
+
+def _is_bool(target: Target) -> bool:
+    module = target.masks()[0]
+    return isinstance(module, Mask) and module.mask is not None and module.mask.dtype == torch.bool

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from parasparse.integrations._postponed import Postponed
+from parasparse.integrations._going_on import (
+    accept_masks,
+    close,
+    going_on,
+    is_of,
+    reorder,
+    state_of,
+)
 from parasparse.targets import masked
 
 FILE = "parasparse.pt"
@@ -20,11 +27,12 @@ class SparsityCallback(TrainerCallback):
     """Drives a controller: makes it, steps it, and saves it in the Trainer's checkpoints.
 
     Checkpoints hold the masked model; `trainer.train(resume_from_checkpoint=)` goes on bit for bit.
-    After training call `parasparse.squash(model)`, then `model.save_pretrained(...)`: a dense model
-    with zeros, which `from_pretrained` reads.
+    A further `train()` goes on with the masks that the model has. After training call
+    `parasparse.squash(model)`, then `model.save_pretrained(...)`: a dense model with zeros, which
+    `from_pretrained` reads.
 
     Args:
-        factory: `(model, optimizer) -> controller`, called each time that training starts.
+        factory: `(model, optimizer) -> controller`, called when training starts.
         trainer: needed where several processes train, since only the Trainer has the wrapped model,
             which the controller wants: `trainer.add_callback(SparsityCallback(factory,
             trainer=trainer))`.
@@ -42,53 +50,54 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, factory: Callable[..., Any], *, trainer: Trainer | None = None) -> None:
         self.factory, self.trainer = factory, trainer
         self.controller: Any = None
-        self._postponed: Postponed | None = None
         if trainer is not None and trainer.model is not None:  # `on_init_end` is over
-            self._postponed = Postponed(trainer.model, strict=False)
+            accept_masks(trainer.model)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Wait for a checkpoint, which is loaded before there is an optimizer."""
-        self._postponed = Postponed(given["model"], strict=False)
+        """Let the model load masks: a checkpoint comes before there is an optimizer."""
+        accept_masks(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Make the controller, and give it back what it was in the checkpoint.
+        """Make the controller; it goes on where the checkpoint, or the last training, stood.
 
         Raises:
-            RuntimeError: several processes train and `trainer` was not given; or the Trainer has
-                made a model of its own and goes on from a checkpoint.
+            RuntimeError: several processes train and `trainer` was not given; or the controller of
+                the checkpoint is another, or is of other masks than the model has.
             FileNotFoundError: training goes on from a checkpoint that has no state of a controller.
         """
-        model = given["model"] if self.trainer is None else self.trainer.model_wrapped
         if args.world_size > 1 and self.trainer is None:
             raise RuntimeError(
                 "`trainer` must be given where several processes train: "
                 "trainer.add_callback(SparsityCallback(factory, trainer=trainer))."
             )
+        model, optimizer = given["model"], given["optimizer"]
+        wrapped = model if self.trainer is None else self.trainer.model_wrapped
+
+        def make() -> Any:
+            return self.factory(wrapped, optimizer)
+
         saved = _saved(args, state) if state.global_step else None
-        if self._postponed is None or not self._postponed.is_of(given["model"]):
-            if saved is not None:
-                raise RuntimeError(
-                    "`Trainer` must be given the model itself to go on from a checkpoint; got a "
-                    "`model_init`, whose model was loaded before it could have masks."
-                )
-            self._postponed = Postponed(given["model"], strict=False)
-        if saved is not None:
-            self._postponed.keep()
-        self.controller = self.factory(model, given["optimizer"])
-        self._postponed.load()
-        _declare_ties(given["model"])
-        if saved is not None:
-            self.controller.load_state_dict(saved)
+        if saved is None and self.controller is not None and is_of(self.controller, model):
+            saved = state_of(self.controller, model, ())
+        self.controller = make() if saved is None else going_on(model, make, saved)
+        if saved is not None and saved["order"]:
+            reorder(model, optimizer, saved["order"][0])
+        _declare_ties(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Step the controller: the optimizer has been stepped."""
         self.controller.step()
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take back what the controller hung on the model."""
+        close(self.controller)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the controller's state into the checkpoint."""
         if args.should_save:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            torch.save(self.controller.state_dict(), folder / FILE)
+            content = state_of(self.controller, given["model"], [given["optimizer"]])
+            torch.save({"step": state.global_step, **content}, folder / FILE)
 
 
 def _declare_ties(model: nn.Module) -> None:
@@ -104,15 +113,17 @@ def _declare_ties(model: nn.Module) -> None:
                 site.stack()._tied_weights_keys = keys  # type: ignore[assignment]
 
 
-def _saved(args: Any, state: Any) -> Any:
+def _saved(args: Any, state: Any) -> dict[str, Any]:
     """Return the controller's state in the checkpoint that training goes on from."""
     named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
     folders = [*named, Path(args.output_dir, f"checkpoint-{state.global_step}")]
     for folder in folders:
         if (folder / FILE).is_file():
-            return torch.load(folder / FILE, weights_only=True)
+            saved: dict[str, Any] = torch.load(folder / FILE, weights_only=True)
+            if saved["step"] == state.global_step:
+                return saved
     raise FileNotFoundError(
-        f"the controller's state must lie in {' or '.join(str(f / FILE) for f in folders)}; it is "
-        "not there. Where the checkpoint lies elsewhere, name it in TrainingArguments, too: "
-        "resume_from_checkpoint=folder."
+        f"the controller's state at step {state.global_step} must lie in "
+        f"{' or '.join(str(f / FILE) for f in folders)}; it is not there. Where the checkpoint "
+        "lies elsewhere, name it in TrainingArguments, too: resume_from_checkpoint=folder."
     )

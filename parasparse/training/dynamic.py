@@ -162,6 +162,10 @@ class DynamicSparsity:
         """Update the masks now, as `update` does."""
         self.update()
 
+    def close(self) -> None:
+        """Collect no gradients any more: another controller takes over, or none."""
+        self._armed.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs; the masks are in the model's own."""
         return {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._checks import check_sparsity
+from parasparse._checks import check_sparsity, listed
 from parasparse._fsdp import reshard
 from parasparse._resolve import as_pairs, resolve
 from parasparse._tensors import Target
@@ -83,6 +83,7 @@ class GradualPruning:
 
         Raises:
             ValueError: the schedule leaves [0, 1], or a score is NaN. Masks are as they were.
+            RuntimeError: a mask was taken off.
         """
         step = self.steps + 1
         if not self._is_over and self.every(step):
@@ -113,6 +114,12 @@ class GradualPruning:
 
     def _update(self, step: int) -> None:
         before = copied(self._masks())
+        gone = [name for name in self._names if name not in before]
+        if gone:
+            raise RuntimeError(
+                f"the masks of `model` must stay where they are; those of {listed(gone)} were "
+                "taken off or unset. Make a new controller."
+            )
         sparsify(self.model, self._rules_at(step))
         after = self._masks()
         if self.optimizer is not None:

@@ -209,17 +209,114 @@ def test_gates_that_the_module_makes_train(tmp_path):
     assert again.cs.step_in_round == 8
 
 
-def test_loggers_get_the_updates(tmp_path):
+def test_loggers_and_other_callbacks_get_what_the_last_update_was(tmp_path):
     logger = CSVLogger(tmp_path)
     callback = Sparsity(gradual)
-    trainer([callback], tmp_path, logger=logger).fit(Net(), data())
+    run = trainer([callback], tmp_path, logger=logger, log_every_n_steps=1)
+    run.fit(Net(), data())
     rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     head = rows[0].split(",")
     logged = [dict(zip(head, row.split(","), strict=True)) for row in rows[1:]]
-    assert [int(row["step"]) for row in logged] == [3, 6, 9, 12]
-    totals = [update.total for update in callback.controller.history]
-    assert [float(row["sparsity/total"]) for row in logged] == pytest.approx(totals)
-    assert totals[-1] == pytest.approx(0.8, abs=0.01)
+    history = {update.step: update for update in callback.controller.history}
+    last = None
+    for step, row in zip(range(3, 17), logged, strict=True):  # nothing before the first update
+        last = history.get(step, last)
+        assert int(row["step"]) == step - 1
+        assert float(row["sparsity/total"]) == pytest.approx(last.total)
+        assert float(row["sparsity/churn"]) == pytest.approx(last.churn)
+    assert float(run.callback_metrics["sparsity/total"]) == pytest.approx(0.8, abs=0.01)
+
+
+def test_another_module_starts_anew(tmp_path):
+    callback = Sparsity(gradual)
+    for _ in range(2):  # folds of a cross-validation
+        net = Net()
+        trainer([callback], tmp_path).fit(net, data())
+        assert ps.summary(net).masked.sparsity == pytest.approx(0.8, abs=0.01)
+        assert callback.controller.steps == 16
+
+
+def test_a_module_that_was_squashed_starts_anew(tmp_path):
+    callback, net = Sparsity(gradual), Net()
+    trainer([callback], tmp_path).fit(net, data())
+    ps.squash(net)
+    trainer([callback], tmp_path).fit(net, data())
+    assert ps.summary(net).masked.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+class Twins(lightning.LightningModule):
+    """Two weights of one shape in one module: a swap of their states has no other sign."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight_one, self.weight_two = (nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2))
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return nn.functional.cross_entropy((x @ self.weight_one).relu() @ self.weight_two, y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def first_alone(module, optimizer):
+    schedule = ps.schedules.Cubic(0.0, 1.0, stop=12)
+    rules = {"weight_one": 0.5}
+    return ps.GradualPruning(module, rules, optimizer, schedule=schedule, every=3)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same module", "a fresh module"])
+@pytest.mark.parametrize(("build", "factory"), [(Twins, first_alone), (Net, momentum)])
+def test_each_weight_gets_its_own_state_of_the_optimizer(build, factory, same, tmp_path):
+    straight = build()
+    trainer([Sparsity(seeded(factory))], tmp_path, max_epochs=4).fit(straight, data())
+
+    net = build()
+    for epochs in (1, 3):  # the second checkpoint is of an optimizer that was made after the masks
+        path = first_of(tmp_path) if epochs > 1 else None
+        run = trainer([Sparsity(seeded(factory))], tmp_path, max_epochs=epochs)
+        run.fit(net, data(), ckpt_path=path)
+        run.save_checkpoint(first_of(tmp_path))
+        net = net if same else build()
+    trainer([Sparsity(seeded(factory))], tmp_path, max_epochs=4).fit(
+        net, data(), ckpt_path=first_of(tmp_path)
+    )
+    assert_equal(state_of(net), state_of(straight))
+
+
+def test_a_checkpoint_of_another_controller_is_refused(tmp_path):
+    run = trainer([Sparsity(gradual)], tmp_path, max_epochs=1)
+    run.fit(Net(), data())
+    run.save_checkpoint(first_of(tmp_path))
+    with pytest.raises(RuntimeError, match="GradualPruning; it made DynamicSparsity"):
+        trainer([Sparsity(momentum)], tmp_path).fit(Net(), data(), ckpt_path=first_of(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging"])
+def test_averages_of_weights_are_refused(name, tmp_path):
+    if not hasattr(lightning.callbacks, name):
+        pytest.skip("this Lightning has no such callback")
+    averaging = getattr(lightning.callbacks, name)
+    averaging = averaging(1e-2) if name.startswith("Stochastic") else averaging()
+    with pytest.raises(RuntimeError, match="average dense weights"):
+        trainer([Sparsity(gradual), averaging], tmp_path).fit(Net(), data())
+
+
+def test_nothing_is_left_on_the_module(tmp_path):
+    class Broken(Net):
+        def configure_optimizers(self):
+            raise ArithmeticError
+
+    masked = ps.sparsify(Net(), 0.5).state_dict()
+    broken, trained = Broken(), Net()
+    with pytest.raises(ArithmeticError):
+        trainer([Sparsity(rigl)], tmp_path).fit(broken, data())
+    trainer([Sparsity(rigl)], tmp_path).fit(trained, data())
+    for net in (broken, ps.squash(trained)):
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            net.load_state_dict(masked)
+    ps.rigl(trained, {"body.*": 0.5}, torch.optim.SGD(trained.parameters(), 0.1), stop=5, every=1)
 
 
 def test_the_squashed_module_is_what_it_was(tmp_path):

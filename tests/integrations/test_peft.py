@@ -107,16 +107,55 @@ def test_a_language_model_merges_and_is_saved(tmp_path):
     assert float(zeros) == pytest.approx(0.8, abs=0.01)
 
 
-def test_what_cannot_be_merged_is_refused_and_stays():
-    with pytest.raises(ValueError, match="it has none"):
-        merge_and_unload(adapted(Net(), target_modules=["one"]))
-    gated = adapted(ps.sparsify(Net(), ps.Gate()), target_modules=["one"])
-    with pytest.raises(ValueError, match="`binarize` first"):
-        merge_and_unload(gated)
+def test_what_was_merged_before_is_merged_after_all():
+    """PEFT's own merge writes nothing where masks are, and calls the adapter merged."""
+    torch.manual_seed(0)
+    model = adapted(ps.sparsify(Net(), 0.75), target_modules=["one", "two"])
+    ps.squash(model, "*.two.*")  # one is masked, two is not: there PEFT does merge
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    straight = merge_and_unload(model)
+
+    other = adapted(ps.sparsify(Net(), 0.75), target_modules=["one", "two"])
+    ps.squash(other, "*.two.*")
+    other.load_state_dict(state)
+    other.merge_adapter()
+    merged = merge_and_unload(other)
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, straight.state_dict()[name])  # unmerging rounds
+
+
+@pytest.mark.parametrize(
+    ("treatment", "message"),
+    [
+        (None, "it has none"),
+        (ps.Gate(), "`binarize` makes learned"),
+        (ps.Fixed(0.5), "`binarize` makes learned and real-valued"),
+    ],
+)
+def test_other_masks_are_refused(treatment, message):
+    base = Net() if treatment is None else ps.sparsify(Net(), treatment)
+    with pytest.raises(ValueError, match=message):
+        merge_and_unload(adapted(base, target_modules=["one"]))
+
+
+def test_a_failed_merge_leaves_weights_masks_and_outputs():
     model = adapted(ps.sparsify(Net(), 0.75), target_modules=["one"])
-    x = torch.randn(3, 8)
-    before = model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TypeError):
         merge_and_unload(model, no_such_option=1)
-    assert torch.equal(model(x), before)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_a_merge_that_fails_half_way_leaves_what_it_did_not_reach():
+    model = adapted(ps.sparsify(Net(), 0.75), target_modules=["one", "two"])
+    two = model.base_model.model.two
+    stored = ps.stored(two, "base_layer.weight").detach().clone()
+    with torch.no_grad():
+        two.lora_B["default"].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs"):  # PEFT's own
+        merge_and_unload(model, safe_merge=True)
+    assert torch.equal(ps.stored(two, "base_layer.weight"), stored)
     assert len(dict(ps.named_masks(model))) == 2

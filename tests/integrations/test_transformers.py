@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -155,7 +156,7 @@ def test_a_model_of_the_trainers_own_is_refused_where_it_goes_on(tmp_path):
         model_init=bert, args=arguments(tmp_path), train_dataset=data(),
         callbacks=[SparsityCallback(rigl(bert))],
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="model_init"):
+    with pytest.raises(RuntimeError, match="must come with the masks"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
@@ -167,3 +168,61 @@ def test_a_model_of_the_trainers_own_trains(tmp_path):
     trainer.train()
     assert callback.controller.steps == 12
     assert ps.is_sparse(trainer.model)
+
+
+def test_a_further_training_goes_on_with_its_masks(tmp_path):
+    callback = SparsityCallback(gradual(bert))
+    trainer = Trainer(bert(), arguments(tmp_path), train_dataset=data(), callbacks=[callback])
+    trainer.train()
+    masks = {name: mask.clone() for name, mask in ps.named_masks(trainer.model)}
+    trainer.train()
+    assert all(torch.equal(mask, masks[name]) for name, mask in ps.named_masks(trainer.model))
+    assert callback.controller.steps == 24
+    assert len(callback.controller.history) == 3
+
+
+def test_the_controller_of_another_run_is_refused(tmp_path):
+    """Both have a checkpoint of step 6; the one that is meant lies elsewhere."""
+    trained(bert, gradual(bert), tmp_path / "a")
+
+    def other(model, optimizer):
+        schedule = ps.schedules.Linear(0.0, 1.0, stop=12)
+        rules = {EMBEDDINGS[bert]: 0.1, "*.weight": 0.3}
+        return ps.GradualPruning(model, rules, optimizer, schedule=schedule, every=3)
+
+    trained(bert, other, tmp_path / "b")
+    folder = str(tmp_path / "b" / "checkpoint-6")
+    with pytest.raises(RuntimeError, match="must come with the masks that it chose"):
+        trained(bert, other, tmp_path / "a", resume=folder)
+
+
+def test_masked_weights_are_loaded_where_the_trainer_holds_the_model(tmp_path):
+    model = bert()
+    Trainer(model, arguments(tmp_path), callbacks=[SparsityCallback(gradual(bert))])
+    masked = ps.sparsify(bert(), 0.5)
+    model.load_state_dict(masked.state_dict())
+    assert_equal(model, masked)
+
+
+def test_a_base_whose_masks_are_not_saved_is_refused(tmp_path):
+    """Of a PEFT model the Trainer saves the adapters alone."""
+
+    def adapted():
+        return get_peft_model(bert(), LoraConfig(r=2, target_modules=["query"]))
+
+    def factory(model, optimizer):
+        schedule = ps.schedules.Cubic(0.0, 1.0, stop=9)
+        rules = {"*.base_layer.weight": 0.8}
+        return ps.GradualPruning(model, rules, None, schedule=schedule, every=3)
+
+    trained(adapted, factory, tmp_path)
+    with pytest.raises(RuntimeError, match="adapters alone"):
+        trained(adapted, factory, tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
+def test_a_masked_checkpoint_is_read_outside_of_the_trainer(tmp_path):
+    model, _ = trained(gpt2, gradual(gpt2), tmp_path)
+    again = gpt2()
+    state = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
+    ps.load_state_dict(again, state, strict=False)  # ties are in it once
+    assert_equal(again, model)

@@ -1,0 +1,16 @@
+"""The Figure that `plot` returns; imports matplotlib."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib.figure import Figure
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows, whether pyplot has been imported or not."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
