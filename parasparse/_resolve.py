@@ -44,15 +44,26 @@ class Step:
     reuse: Mask | None
 
 
+def _treatment(spec: Spec | None, treatment: Any) -> Any:
+    try:
+        return as_treatment(treatment)
+    except (TypeError, ValueError) as error:
+        if spec is not None:
+            error.add_note(f'in the rule for "{described(spec)}"')
+        raise
+
+
 def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     """Return a step for each tensor of `model` that `rules` change.
 
     Raises:
         TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     _attach.check_not_accelerated(model)
     numbered = dict(enumerate(as_pairs(rules)))
-    treatments = {n: as_treatment(treatment) for n, (_, treatment) in numbered.items()}
+    treatments = {n: _treatment(*rule) for n, rule in numbered.items()}
     targets = collect(model, pairs=pairs)
     groups = group_by_rule({n: spec for n, (spec, _) in numbered.items()}, targets)
     users = Counter(id(mask) for target in targets for mask in target.masks())

@@ -225,4 +225,6 @@ def _find(targets: list[Target], name: str, what: str) -> Target:
         if name in target.names:
             return target
     names = list(dict.fromkeys(n for target in targets for n in target.names))
-    raise ValueError(f'`name` must be that of a {what}; got "{name}"{nearest(name, names)}.')
+    inside = [n for n in names if n.startswith(f"{name}.")]
+    near = f" (in it: {listed(inside)})" if inside else nearest(name, names)
+    raise ValueError(f'`name` must be that of a {what}; got "{name}"{near}.')

@@ -206,7 +206,10 @@ def _grid(targets: Sequence[Target]) -> tuple[Figure, list[Axes]]:
 def _history(history: Sequence[Update], accuracy: Mapping[int, float]) -> Figure:
     """Draw sparsity, churn and overlap, and accuracy if it is given, one above the other."""
     if not history:
-        raise ValueError("`subject` must have made an update; its history is empty.")
+        raise ValueError(
+            "`subject` must have made an update; its history is empty. Call its `step()` after "
+            "each `optimizer.step()`."
+        )
     steps = [update.step for update in history]
     anew = any(b <= a for a, b in itertools.pairwise(steps))
     steps = list(range(1, len(steps) + 1)) if anew else steps

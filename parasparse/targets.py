@@ -77,10 +77,10 @@ def reaches(spec: Spec, target: Target) -> bool:
         return wide and any(spec.fullmatch(name) for name in target.names)
     if _is_types(spec):
         return wide and any(isinstance(owner, spec) for _, owner in target.owners)  # type: ignore[arg-type]
-    if not callable(spec):
+    if not callable(spec) or isinstance(spec, nn.Module):
         raise TypeError(
             "a rule's target must be a name or glob, a compiled regex, a module type or tuple of "
-            f"types, or a predicate (name, module, tensor) -> bool; got {spec!r}."
+            f"types, or a predicate (name, module, tensor) -> bool; got {spec!r:.60}."
         )
     if target.is_buffer:
         return False
@@ -124,7 +124,9 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
         modules = [place for t in targets for place in t.places if place not in t.names]
         ending = re.search(r"\.?[*?\[].*", spec)
         globs = [module + ending[0] for module in modules] if ending else []
+        globs = [glob for glob in globs if any(reaches(glob, target) for target in targets)]
         near = nearest(spec, dict.fromkeys([*globs, *modules, *names]))
+        near = near or (f" (there are: {listed(names, most=4)})" if names else "")
     what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "

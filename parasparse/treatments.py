@@ -274,7 +274,10 @@ def as_treatment(value: Any) -> Treatment | None:
         return None
     if isinstance(value, str):
         if value != "zeros":
-            raise ValueError(f'a treatment that is a string must be "zeros"; got {value!r}.')
+            raise ValueError(
+                f'a treatment that is a string must be "zeros"; got {value!r}. None leaves a '
+                "tensor dense."
+            )
         return keep_nonzero
     if isinstance(value, (nn.Module, type)):
         raise TypeError(

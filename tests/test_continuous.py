@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -302,3 +303,17 @@ def test_temperatures_must_be_over_zero_and_gates_stay():
         cs.step()
     with pytest.raises(ValueError, match="soft or other mask"):
         ps.sparsify(soft(build()).model, ps.Gate())  # two gates on one tensor
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_optimizer_that_does_not_hold_the_gates_is_told_of(before):
+    model = nn.Linear(8, 4)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1)] if before else []
+    cs = ps.ContinuousSparsification(model, ps.Gate(init=0.1), steps=9)
+    optimizers = optimizers or [torch.optim.SGD(model.parameters(), 0.1)]
+    told = pytest.warns(UserWarning, match="have not moved") if before else nullcontext()
+    with told:
+        for _ in range(3):
+            model(torch.randn(2, 8)).square().mean().backward()
+            optimizers[0].step()
+            cs.step()

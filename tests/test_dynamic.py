@@ -464,3 +464,14 @@ def test_another_controller_takes_over_from_one_that_collects():
     optimizer.step()
     second.step()
     assert len(second.history) == 1
+
+
+@pytest.mark.parametrize("make", [ps.rigl, ps.sparse_momentum])
+def test_a_step_without_its_masks_is_refused(make):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    controller = make(model, 0.5, optimizer, stop=9, every=1)
+    ps.squash(model)
+    with pytest.raises(RuntimeError, match="taken off or replaced"):
+        controller.step()
+    assert not ps.is_sparse(model)

@@ -132,3 +132,9 @@ def test_is_sparse():
     assert not ps.is_sparse(ps.unsparsify(model, "0.bias"))
     nn.utils.parametrizations.weight_norm(model[0])
     assert not ps.is_sparse(model)
+
+
+def test_the_name_of_a_layer_says_what_is_in_it():
+    model = ps.sparsify(nn.Sequential(nn.Linear(4, 4)), 0.5)
+    with pytest.raises(ValueError, match=r'in it: "0.weight"'):
+        ps.mask_of(model, "0")

@@ -266,3 +266,31 @@ def test_rules_partition_the_tensors_or_change_nothing(rules):
     wanted = {n: num_kept(16, rules[g]) for n, g in owner.items() if rules[g] is not None}
     assert {n: int(mask.sum()) for n, mask in ps.named_masks(model)} == wanted
     assert set(owner.values()) == set(rules)
+
+
+def test_what_is_nearest_is_there():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r'nearest: "1.bias", "0.bias"'):
+        ps.sparsify(model, {"*.bias": 0.5})
+    with pytest.raises(ValueError, match=r'there are: "0.weight", "0.bias", "1.weight", "1.bias"'):
+        ps.sparsify(model, {"qqq": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: ps.sparsify(0.5, model), "`model` must be a torch.nn.Module; got float"),
+        (lambda model: ps.sparsify(model, {model: 0.5}), "a rule's target must be a name or glob"),
+        (lambda model: ps.load_state_dict(model, "a.pt"), "must be a state dict; got str"),
+    ],
+)
+def test_what_is_no_model_rule_or_state_is_called_so(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(nn.Linear(4, 4))
+
+
+def test_a_treatment_that_is_none_names_its_rule():
+    for treatment in (90, "dense"):
+        with pytest.raises(ValueError) as raised:
+            ps.sparsify(nn.Linear(4, 4), {"weight": treatment})
+        assert raised.value.__notes__ == ['in the rule for "weight"']

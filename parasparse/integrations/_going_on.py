@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from parasparse._checks import listed
 from parasparse._digests import digest
+from parasparse._found_masks import attach_found
 from parasparse.masks import named_masks
 from parasparse.optim import load_named_state, named_state
-from parasparse.state import attach_found
 
 
 def accept_masks(model: nn.Module) -> RemovableHandle:

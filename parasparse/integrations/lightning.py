@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+except ImportError as error:
+    error.add_note('this needs lightning: pip install "parasparse[lightning]"')
+    raise
 
 from parasparse.integrations._going_on import (
     accept_masks,
@@ -49,6 +53,7 @@ class Sparsity(Callback):
         controller: None until fitting starts; the last one afterwards, with its `history`.
 
     Raises:
+        TypeError: `factory` is no function.
         RuntimeError: a callback of the Trainer averages weights; or a checkpoint's controller is
             another, or is of other masks than the checkpoint's model has.
 
@@ -63,6 +68,11 @@ class Sparsity(Callback):
     """
 
     def __init__(self, factory: Callable[..., Any]) -> None:
+        if not callable(factory):
+            raise TypeError(
+                "`factory` must be a function (module, *optimizers) -> controller; got "
+                f"{type(factory).__name__}."
+            )
         self.factory = factory
         self.controller: Any = None
         self._loaded: dict[str, Any] | None = None

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    error.add_note('this needs transformers: pip install "parasparse[transformers]"')
+    raise
 
 from parasparse.integrations._going_on import (
     accept_masks,

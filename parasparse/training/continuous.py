@@ -174,6 +174,8 @@ class ContinuousSparsification:
     def step(self) -> None:
         """Count a step of this round and raise the temperature; call it after the optimizers'."""
         self.step_in_round += 1
+        if (self.rounds, self.step_in_round) == (0, 2):
+            self._warn_if_nothing_trains()
         share = min(1.0, self.step_in_round / (self.steps - 1))
         self.temperature = self.final_temperature**share
 
@@ -216,6 +218,16 @@ class ContinuousSparsification:
         self._start, self._last, self._checkpoint = start, last, checkpoint
         for gate in self._gates():
             gate.hard = ticket
+
+    def _warn_if_nothing_trains(self) -> None:
+        gates = self._gates()
+        moved = any(bool((gate.logits != gate.init).any()) for gate in gates)
+        if not moved and any(bool(g.logits.grad.any()) for g in gates if g.logits.grad is not None):
+            warnings.warn(
+                "the logits of the gates have gradients and have not moved in two steps: an "
+                "optimizer must hold `mask_parameters()`; one that was made before does not.",
+                stacklevel=3,
+            )
 
     def _settings(self) -> list[float]:
         """Return the final temperature, the steps of a round, and s0 of each mask."""

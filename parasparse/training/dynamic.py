@@ -125,6 +125,7 @@ class DynamicSparsity:
             ValueError: the prune rate leaves [0, 1]; a move returns what it must not. Masks, budget
                 and the count of steps are as they were.
         """
+        self._masks()  # raises if one was taken off
         reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():

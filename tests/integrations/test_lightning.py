@@ -1,6 +1,8 @@
 """The callback with the real Trainer of Lightning."""
 
 import copy
+import importlib
+import sys
 
 import lightning.pytorch as lightning
 import pytest
@@ -329,3 +331,18 @@ def test_the_squashed_module_is_what_it_was(tmp_path):
     assert type(net.body[0]) is nn.Linear
     x = torch.randn(4, 8)
     assert torch.equal(net.eval().body(x), copied.eval().body(x))
+
+
+def test_a_controller_is_no_factory():
+    pruner = ps.GradualPruning(Net(), 0.5, schedule=ps.schedules.Constant(1.0), every=1)
+    with pytest.raises(TypeError, match="`factory` must be a function"):
+        Sparsity(pruner)
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_without_its_library_the_error_says_what_brings_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"lightning": "lightning.pytorch"}.get(name, name), None)
+    monkeypatch.delitem(sys.modules, f"parasparse.integrations.{name}", raising=False)
+    with pytest.raises(ImportError) as raised:
+        importlib.import_module(f"parasparse.integrations.{name}")
+    assert f'pip install "parasparse[{name}]"' in raised.value.__notes__[0]
