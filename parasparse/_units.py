@@ -248,8 +248,8 @@ def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
                 f"scores must be >= 0 to take their norm; got {float(values.min()):g}. Use the "
                 "mean, `norm=None`, or scores that are magnitudes."
             )
-        top = float(values.max()) if values.numel() else 0.0
-        scale = top if 0 < top < math.inf else 1.0
+        finite = torch.where(values.isinf(), 0.0, values)
+        scale = (float(finite.max()) if values.numel() else 0.0) or 1.0
         values = values / scale if norm == math.inf else (values / scale) ** norm
     cells = tiled(values, tile)
     inner = list(range(1, cells.ndim, 2))

@@ -227,6 +227,39 @@ def test_a_buffer_that_is_not_persistent_stays_so():
     assert int((model.table != 0).sum()) == 8
 
 
+def test_a_masked_buffer_keeps_its_place_among_the_others():
+    class Buffered(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("first", torch.randn(4, 4))
+            self.register_buffer("second", torch.randn(4, 4))
+
+    model = Buffered()
+    keys = list(model.state_dict())
+    ps.sparsify(model, {"second": 0.5})
+    assert list(ps.dense_state_dict(model)) == keys
+    assert list(ps.squash(model).state_dict()) == keys
+
+
+def test_several_masks_of_a_module_share_what_reads_dense_checkpoints():
+    model = ps.sparsify(nn.Linear(4, 4), {"weight": 0.5, "bias": 0.5})
+    assert len(model._load_state_dict_pre_hooks) == 1
+    ps.squash(model, "bias")
+    assert len(model._load_state_dict_pre_hooks) == 1
+    ps.squash(model)
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_a_masked_rnn_holds_no_second_list_of_its_weights():
+    model = nn.GRU(3, 4)
+    assert "_flat_weights" in vars(model)
+    ps.sparsify(model, 0.5)
+    assert "_flat_weights" not in vars(model)
+    ps.squash(model)
+    weights = vars(model)["_flat_weights"]
+    assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+
+
 def test_a_failure_halfway_puts_everything_back():
     class Stubborn(nn.Linear):
         def add_module(self, name, module):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,24 @@ def integral(function, low, high, steps=200_000):
     """By the midpoint rule."""
     x = (torch.arange(steps, dtype=torch.float64) + 0.5) * (high - low) / steps + low
     return float(function(x).sum() * (high - low) / steps)
+
+
+@given(reals, st.floats(0.1, 50), reals)
+def test_sigmoid_is_its_formula(logit, temperature, init):
+    s = torch.tensor(logit, dtype=torch.double)
+    scale = 1 + math.exp(-init)
+    want = scale / (1 + math.exp(-temperature * logit))
+    assert gates.sigmoid(s, temperature, init=init).item() == pytest.approx(want)
+    want = scale if logit > 0 else 0.0
+    assert gates.sigmoid(s, temperature, init=init, hard=True).item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float, torch.double])
+def test_sigmoid_keeps_its_dtype_and_takes_temperatures_that_half_precision_does_not_hold(dtype):
+    logits = torch.tensor([-1.0, 1e-3, 2.0], dtype=dtype)
+    soft, hard = (gates.sigmoid(logits, 1e6, init=0.5, hard=hard) for hard in (False, True))
+    assert soft.dtype == hard.dtype == dtype
+    assert torch.equal(soft, hard)
 
 
 @given(reals, st.floats(0.01, 0.99))
@@ -45,6 +63,7 @@ def test_hard_concrete_has_gradients():
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.floats(0, 1))
+@example([1] * 10, 0.05)  # half an entry, but a little more in 32 bits
 def test_straight_through_keeps_the_highest_and_passes_the_gradient(values, sparsity):
     scores = torch.tensor(values, dtype=torch.float, requires_grad=True)
     mask = gates.straight_through(scores, sparsity)
@@ -131,6 +150,14 @@ def test_the_real_penalty_is_the_integral_but_for_a_constant():
         assert got == pytest.approx(exact(value) - far, abs=0.02)
 
 
+@given(reals)
+def test_the_real_penalty_is_equation_14_of_its_paper(log_alpha):
+    negative = 0.63576 / (1 + math.exp(-1.87320 - 1.48695 * log_alpha))
+    negative -= math.log1p(math.exp(-log_alpha)) / 2 + 0.63576
+    got = gates.variational_dropout_penalty(torch.tensor(log_alpha, dtype=torch.double))
+    assert got.item() == pytest.approx(-negative)
+
+
 @pytest.mark.parametrize("value", [-4.0, -2.0, -1.4, -1.3, 0.0, 1.0, 5.0])
 def test_the_complex_penalty_is_its_integral(value):
     x = math.exp(-value)
@@ -168,6 +195,20 @@ def test_penalties_have_gradients_fall_and_end_at_zero(is_complex):
     assert (values.diff() < 0).all()
     assert values[-1].item() == pytest.approx(0, abs=1e-5)
     assert penalty(x.detach().float()).dtype == torch.float32
+
+
+def test_the_complex_penalty_goes_on_where_exp_is_infinite():
+    relevance = torch.tensor([-699.0, -701.0, -5000.0, 5000.0], dtype=torch.double)
+    got = gates.variational_dropout_penalty(relevance, is_complex=True)
+    euler = 0.5772156649015329
+    assert got.tolist() == pytest.approx([euler + 699, euler + 701, euler + 5000, 0])
+
+
+def test_the_complex_penalty_has_its_exact_slope_where_it_is_tiny():
+    relevance = torch.linspace(10, 20, 50, dtype=torch.double, requires_grad=True)
+    gates.variational_dropout_penalty(relevance, is_complex=True).sum().backward()
+    want = torch.expm1(-(-relevance.detach()).exp())
+    torch.testing.assert_close(relevance.grad, want, rtol=1e-10, atol=0)
 
 
 def test_the_complex_penalty_knows_torch_func_and_forward_mode():

@@ -124,6 +124,21 @@ def test_synflow_step_by_step_empties_no_layer():
     assert all(mask.any() for _, mask in ps.named_masks(model))
 
 
+def test_what_several_calls_add_is_summed():
+    model, data = build().double(), batches(2)
+    seen = []
+    for inputs in (data, data[:1], data[1:]):
+        with ps.scores.collect(model) as statistics:
+            for x in inputs:
+                statistics.add_curvature(loss_of(model(x)))
+                statistics.add_synaptic_flow(x)
+        seen.append(statistics)
+    both, one, two = seen
+    for read in (type(both).hessian_gradient, type(both).synaptic_flow):
+        want = read(one, "0.weight") + read(two, "0.weight")
+        torch.testing.assert_close(read(both, "0.weight"), want)
+
+
 def test_wanda_is_each_weight_times_the_norm_of_its_input():
     torch.manual_seed(0)
     model, data = nn.Linear(6, 4), batches(3, torch.float32)
@@ -181,6 +196,16 @@ def test_inputs_of_embeddings_and_ties_are_counted():
     torch.testing.assert_close(statistics.input_norm("embedding.weight"), want)
 
 
+def test_a_pair_has_the_inputs_of_both_its_parts():
+    model, (one, two) = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)]), batches(2, torch.float)
+    model.weight_re, model.weight_im = model[0].weight, model[1].weight
+    with torch.no_grad(), ps.scores.collect(model, "weight") as statistics:
+        model[0](one)
+        model[1](two)
+    norm = torch.cat([one, two]).norm(dim=0)
+    torch.testing.assert_close(statistics.input_norm("weight"), norm[None])
+
+
 @pytest.mark.parametrize("kind", ["complex", "pair", "masked pair"])
 def test_complex_weights_change_the_loss_along_both_parts(kind):
     torch.manual_seed(0)
@@ -231,6 +256,19 @@ def test_complex_weights_change_the_loss_along_both_parts(kind):
     assert all(int(mask.sum()) == 12 for _, mask in ps.named_masks(masked))
 
 
+def test_fisher_takes_the_parts_of_a_complex_weight_by_themselves():
+    model, data = nn.Linear(6, 4, dtype=torch.complex128), batches(3, torch.complex128)
+    grads = [torch.autograd.grad(loss_of(model(x)), model.weight)[0] for x in data]
+    with ps.scores.collect(model) as statistics:
+        for x in data:
+            loss_of(model(x)).backward()
+    weight = model.weight.detach()
+    want = sum(
+        (weight.real * g.real).square() / 2 + (weight.imag * g.imag).square() / 2 for g in grads
+    )
+    torch.testing.assert_close(ps.scores.fisher(statistics)(weight, "weight"), want / 3)
+
+
 def test_movement_is_of_the_weights_as_they_were():
     model = build().double()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -258,6 +296,25 @@ def test_a_hessian_of_zero_scores_zero():
     with ps.scores.collect(model) as statistics:
         statistics.add_curvature(model(torch.randn(4, 6)).sum())
     assert not ps.scores.grasp(statistics)(model.weight.detach(), "weight").any()
+
+
+def test_wanda_gives_ranks_from_the_first_of_equals_down():
+    with torch.no_grad():
+        for layer, x in (
+            (nn.Linear(2, 3).double(), torch.tensor([[1.0, 1.0]]).double()),
+            (nn.Embedding(2, 3), torch.tensor([0, 1])),
+        ):
+            layer.weight.fill_(1.0)
+            with ps.scores.collect(layer, "weight") as statistics:
+                layer(x)
+            ranks = ps.scores.wanda(statistics)(layer.weight, "weight")
+            by_output = ranks.T if isinstance(layer, nn.Embedding) else ranks
+            assert by_output.tolist() == [[1.0, 0.5]] * 3
+        wide = nn.Linear(100_000, 1)  # torch sorts few entries stably in any case
+        wide.weight.fill_(1.0)
+        with ps.scores.collect(wide) as statistics:
+            wide(torch.ones(1, 100_000))
+        assert (ps.scores.wanda(statistics)(wide.weight, "weight").diff() < 0).all()
 
 
 def test_what_is_ranked_by_output_depends_on_what_the_outputs_are():

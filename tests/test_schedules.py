@@ -2,11 +2,21 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from parasparse.schedules import Constant, Cosine, Cubic, Every, Exponential, Linear, OneCycle
+from parasparse.schedules import (
+    Constant,
+    Cosine,
+    Cubic,
+    Every,
+    Exponential,
+    Linear,
+    OneCycle,
+    as_every,
+)
 
 RAMPS = [Linear, Cubic, Cosine, Exponential, OneCycle]
 ramp = pytest.mark.parametrize("ramp", RAMPS, ids=lambda ramp: ramp.__name__)
@@ -57,14 +67,31 @@ def test_they_are_the_formulas_of_their_papers(initial, final, stop, step):
     theirs = initial + (final - initial) * (1 + math.exp(-14 + 5)) / (1 + math.exp(-14 * t + 5))
     ours = OneCycle(*arguments, stop=stop)(step)
     assert abs(ours - theirs) <= 0.01 * abs(final - initial) + 1e-12
+    first, here, last = (1 / (1 + math.exp(-14 * p + 5)) for p in (0, t, 1))
+    assert ours == pytest.approx(initial + (final - initial) * (here - first) / (last - first))
 
 
 @given(st.integers(1, 20), steps, st.none() | st.integers(0, 100), steps)
+@example(n=3, start=2, length=0, step=2)
 def test_every_counts_from_its_start_to_its_stop(n, start, length, step):
     stop = None if length is None else start + length
     counted = Every(n, start=start, stop=stop)(step)
     last = step + 1 if stop is None else stop + 1
     assert counted == (step in range(start, last, n))
+
+
+def test_every_may_be_given_as_a_number_or_a_function():
+    def own(step):
+        return step == 4
+
+    assert as_every(own) is own
+    assert as_every(3) == as_every(np.int64(3)) == Every(3)
+    assert [step for step in range(-3, 7) if as_every(3)(step)] == [0, 3, 6]
+    for value in (True, 2.0, "3", None):
+        with pytest.raises(TypeError, match="`every` must be a whole number of steps"):
+            as_every(value)
+    with pytest.raises(ValueError, match="`n` must be at least 1"):
+        as_every(0)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +117,7 @@ def test_they_print_compare_copy_and_pickle(schedule):
         (lambda: Cosine(math.inf, 1.0, stop=4), "`initial` must be a finite number"),
         (lambda: OneCycle(0.0, math.nan, stop=4), "`final` must be a finite number"),
         (lambda: Exponential(0.0, 1.0, stop=4), "must be over 0; got 0.0 and 1.0"),
+        (lambda: Exponential(1.0, 0.0, stop=4), "must be over 0; got 1.0 and 0.0"),
         (lambda: Every(0), "`n` must be at least 1; got 0"),
         (lambda: Every(2, start=3, stop=2), "`stop` must not be before `start`"),
     ],

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse import scores
+from parasparse.scores.entries import is_entrywise
 
 
 def test_magnitude_is_the_modulus_of_complex_entries():
@@ -19,6 +20,16 @@ def test_magnitude_is_the_modulus_of_complex_entries():
 def test_magnitude_ranks_every_dtype(dtype):
     tensor = torch.tensor([-2.0, 0.5, 1.0]).to(dtype)
     assert scores.magnitude(tensor).float().tolist() == [2.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64], ids=str)
+def test_magnitude_ranks_the_lowest_integer_highest(dtype):
+    least = torch.iinfo(dtype).min
+    assert scores.magnitude(torch.tensor([least, 1], dtype=dtype)).tolist() == [-least, 1]
+
+
+def test_magnitude_tells_large_integers_apart():
+    assert scores.magnitude(torch.tensor([-(2**53), 2**53 - 1])).diff().item() == -1
 
 
 def test_magnitude_carries_no_gradient():
@@ -37,6 +48,20 @@ def test_random_is_reproducible_from_its_generator(seed, shape):
     assert not draw().is_complex()
 
 
+def test_random_without_a_generator_draws_from_torchs_own():
+    torch.manual_seed(3)
+    one, two = scores.random(torch.ones(5)), scores.random(torch.ones(5))
+    torch.manual_seed(3)
+    assert torch.equal(scores.random(torch.ones(5)), one)
+    assert not torch.equal(one, two)
+
+
+def test_random_scores_lie_where_the_tensor_does():
+    assert scores.random(torch.ones(3, device="meta"), generator=torch.Generator()).is_meta
+    with torch.device("meta"):
+        assert scores.random(torch.ones(3, device="cpu")).is_cpu
+
+
 def test_lamp_is_its_formula():
     weight = torch.tensor([3.0, -1.0, 0.0, 2.0, 1.0])
     want = []
@@ -50,3 +75,25 @@ def test_lamp_is_its_formula():
     torch.testing.assert_close(scores.lamp(weight), torch.tensor(want, dtype=torch.double))
     assert not scores.lamp(torch.zeros(3)).any()
     assert math.isfinite(float(scores.lamp(torch.full((4,), 1e-30)).sum()))
+
+
+def test_lamp_counts_the_first_of_equal_entries_as_the_largest():
+    n = 100_000  # torch sorts few entries stably in any case
+    want = 1 / torch.arange(1, n + 1, dtype=torch.double)
+    torch.testing.assert_close(scores.lamp(torch.ones(n)), want)
+
+
+def test_zeros_first_takes_scores_of_any_dtype():
+    def zeros_first(found):
+        score = scores.zeros_first(lambda tensor, name: found)
+        return score(torch.tensor([5.0, 0.0, 4.0]), "w")
+
+    large = zeros_first(torch.tensor([2**24 + 1, 9, 2**24]))
+    assert large.tolist() == [2**24 + 1, -math.inf, 2**24]
+    assert zeros_first(torch.ones(3, dtype=torch.half)).dtype == torch.half
+
+
+def test_scores_of_single_entries_say_so():
+    assert is_entrywise(scores.entrywise(lambda tensor, name: tensor)) is True
+    assert is_entrywise(scores.magnitude) is True
+    assert is_entrywise(scores.lamp) is False

@@ -88,6 +88,15 @@ def test_a_sample_that_misleads_costs_time_only(monkeypatch):
             assert same(highest([scores], kept), brute([scores], kept))
 
 
+def test_a_sample_that_misleads_is_compared_with_every_dtype_without_rounding(monkeypatch):
+    near = torch.tensor(0.1, dtype=torch.half).item()
+    scores = [torch.full((90,), near, dtype=torch.half), torch.full((10,), near + 1e-6)]
+    monkeypatch.setattr(_select, "_SAMPLE", 8)
+    monkeypatch.setattr(_select, "_sample", lambda flats: scores[1].repeat(40))
+    for kept in (5, 10, 15):
+        assert same(highest(scores, kept), brute(scores, kept))
+
+
 def test_scores_of_several_dtypes_are_compared_without_rounding():
     near = torch.tensor(0.1, dtype=torch.half).item()
     scores = [torch.tensor([near], dtype=torch.half), torch.tensor([near + 1e-6, near - 1e-6])]

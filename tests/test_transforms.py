@@ -323,12 +323,13 @@ def test_verbs_return_the_model_and_a_copy_made_first_is_the_functional_form():
     ],
     ids=["plan", "summary", "dense_state_dict", "stored", "named_masks"],
 )
-def test_reading_changes_nothing_even_over_spectral_norm_in_training_mode(read):
-    model = ps.sparsify(parametrizations.spectral_norm(nn.Linear(4, 4)), 0.5).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_reading_changes_nothing_even_over_spectral_norm_in_training_mode(read, training):
+    model = ps.sparsify(parametrizations.spectral_norm(nn.Linear(4, 4)), 0.5).train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     read(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert all(module.training for module in model.modules())
+    assert all(module.training is training for module in model.modules())
 
 
 def test_squash_in_training_mode_bakes_what_evaluation_reads():

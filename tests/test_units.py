@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from parasparse._checks import num_kept
+from parasparse._units import has_units
 from parasparse.patterns import block, channel, head, jointly
 
 shares = st.floats(0, 1)
@@ -146,6 +148,22 @@ def test_units_of_several_tensors_are_ranked_together(pattern, shape, units, spa
         assert torch.equal(masks[name], mask_of_units(units, own, shape))
 
 
+@pytest.mark.parametrize("norm", [None, 1, 2, 3.5, math.inf])
+def test_the_score_of_a_unit_is_its_mean_or_its_norm_per_entry(norm):
+    scores = torch.rand(4, 5, dtype=torch.double) * 7
+    want = (scores ** (norm or 1)).mean(1) ** (1 / (norm or 1))
+    found = channel(0, norm=norm).pool(scores).flatten()
+    torch.testing.assert_close(found, scores.amax(1) if norm == math.inf else want)
+
+
+def test_the_score_of_a_unit_has_32_bits():
+    scores = torch.rand(500, 1, dtype=torch.double)
+    found = channel(0).pool(scores).flatten().tolist()
+    for score, rounded in zip(scores.flatten().tolist(), found, strict=True):
+        mantissa, exponent = math.frexp(score)
+        assert rounded == math.ldexp(round(mantissa * 2**32), exponent - 32)
+
+
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.long, torch.bool])
 def test_means_are_taken_in_enough_bits(dtype):
     scores = torch.zeros(2, 4096, dtype=torch.double)
@@ -211,9 +229,22 @@ def test_units_of_ones_own_are_ranked_locally_jointly_and_on_meta():
     assert BestRow()(scores.to("meta"), 0.5).is_meta
 
 
+def test_a_pattern_with_one_of_the_two_methods_is_none_of_units():
+    assert has_units(SimpleNamespace(pool=None, spread=None))
+    assert not has_units(SimpleNamespace(pool=None))
+    assert not has_units(SimpleNamespace(spread=None))
+
+
 def test_scores_that_require_grad_are_ranked_as_they_are():
     """With a norm torch warned of a scalar that requires grad."""
     weight = nn.Linear(4, 4).weight
     for norm in (None, 2):
         pattern = channel(0, norm=norm)
         assert torch.equal(pattern(weight.abs(), 0.25), pattern(weight.detach().abs(), 0.25))
+
+
+def test_an_infinite_score_does_not_flatten_the_norms_of_the_others():
+    scores = torch.tensor([[math.inf, 1.0], [1e7, 1e7], [2e7, 2e7], [4e7, 4e7]])
+    assert channel(0, norm=50)(scores, 0.5)[:, 0].tolist() == [True, False, False, True]
+    wide = torch.tensor([[math.inf], [1e160], [2e160], [4e160]], dtype=torch.float64)
+    assert channel(0, norm=2)(wide, 0.5)[:, 0].tolist() == [True, False, False, True]

@@ -1,0 +1,24 @@
+"""The wording of common errors."""
+
+import pytest
+
+from parasparse._checks import check_sparsity, listed, nearest
+
+
+def test_eight_names_are_listed_and_the_others_counted():
+    assert listed([]) == ""
+    assert listed("abcdefgh") == '"a", "b", "c", "d", "e", "f", "g", "h"'
+    assert listed("abcdefghi") == f"{listed('abcdefgh')} and 1 more"
+    assert listed("abcd", most=2) == '"a", "b" and 2 more'
+
+
+def test_the_three_nearest_names_are_told_if_any_is_like_it():
+    assert nearest("wieght", ["bias", "weight"]) == ' (nearest: "weight")'
+    assert nearest("abcd", ["abxy", "axyz"]) == ' (nearest: "abxy")'  # half alike
+    assert nearest("conv1", [f"conv{n}" for n in range(2, 7)]).count("conv") == 3
+    assert nearest("weight", ["bias"]) == nearest("weight", []) == ""
+
+
+def test_what_is_no_number_is_told_with_its_type():
+    with pytest.raises(TypeError, match="`share` must be a number.*got 'half' of type str"):
+        check_sparsity("half", "share")
