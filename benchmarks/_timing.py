@@ -1,8 +1,13 @@
-"""How the benchmarks time: warm-up, interleaved repeats, median and spread, results as JSON."""
+"""How the benchmarks time: warm-up, interleaved repeats, median and spread, results as JSON.
+
+With BENCH_QUICK=1 in the environment each function is called four times, to see that all runs, and
+results go to `out/benchmarks`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -10,10 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+QUICK = os.environ.get("BENCH_QUICK") == "1"
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "out" / "benchmarks" if QUICK else HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -26,17 +34,37 @@ class Timing:
     ratio: float
 
 
+def elapsed(function: Callable[[], object]) -> float:
+    """Return the milliseconds of one call."""
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def after(prepare: Callable[[], Any], function: Callable[[Any], object]) -> Callable[[], float]:
+    """Return a call of `function` on what `prepare` makes, whose making is not in its time."""
+
+    def call() -> float:
+        prepared = prepare()
+        return elapsed(lambda: function(prepared))
+
+    return call
+
+
 def compare(
     functions: dict[str, Callable[[], object]],
     *,
     repeats: int = 15,
     warm_up: int = 3,
     before: Callable[[], object] = lambda: None,
+    clock: Callable[[Callable[[], Any]], float] = elapsed,
 ) -> dict[str, Timing]:
     """Time `functions` in turn, so that drift hits all alike; ratios are to the first of them.
 
-    `before` is called before each and not timed.
+    `before` is called before each and not timed. `clock=own`: the functions return their time.
     """
+    if QUICK:
+        repeats, warm_up = 3, min(warm_up, 1)
     for _ in range(warm_up):
         for function in functions.values():
             function()
@@ -45,9 +73,7 @@ def compare(
         row = {}
         for name, function in functions.items():
             before()
-            start = time.perf_counter()
-            function()
-            row[name] = (time.perf_counter() - start) * 1e3
+            row[name] = clock(function)
         rounds.append(row)
     first = next(iter(functions))
     results = {}
@@ -57,6 +83,11 @@ def compare(
         ratio = statistics.median(row[name] / row[first] for row in rounds)
         results[name] = Timing(median, low, high, ratio)
     return results
+
+
+def own(function: Callable[[], float]) -> float:
+    """Return the milliseconds that `function` says it took."""
+    return function()
 
 
 @contextmanager
@@ -77,18 +108,19 @@ def show(question: str, timings: dict[str, Timing]) -> None:
         print(f"  {label:<28}{t.median:12.4f} ms [{t.low:.4f}, {t.high:.4f}]  x {t.ratio:.3f}")
 
 
-def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> Path:
-    """Write the results with the machine and the versions they were had on."""
-    content = {
-        "machine": machine(),
-        "unit": "milliseconds; ratio to the first of each question",
-        "results": {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()},
-        **more,
-    }
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> None:
+    """Write timings, with the machine and the versions they were had on."""
+    timings = {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()}
+    unit = "milliseconds; ratio to the first of each question"
+    write_content(name, {"unit": unit, "results": timings, **more})
+
+
+def write_content(name: str, content: dict[str, object]) -> None:
+    """Write anything else, with the same."""
+    RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    return path
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
+    print("written:", path.relative_to(HERE.parent))
 
 
 def machine() -> dict[str, object]:

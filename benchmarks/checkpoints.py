@@ -117,12 +117,11 @@ def run(folder: Path) -> None:
             "prune --scope global": lambda: command(*everywhere),
             "inspect": lambda: command("inspect", source, "--json"),
         },
-        repeats=7, warm_up=1, before=os.sync,
+        repeats=5, warm_up=1, before=os.sync,
     )  # fmt: skip
     show("1 GiB of float32", timings)
     print("Peak memory")
-    path = write("checkpoints", {"1 GiB of float32": timings}, memory=memory(folder))
-    print(path)
+    write("checkpoints", {"1 GiB of float32": timings}, memory=memory(folder))
 
 
 if __name__ == "__main__":

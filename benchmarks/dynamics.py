@@ -120,7 +120,7 @@ def updates() -> Results:
         with threads(number):
             yield (
                 f"one update of {weights.numel():,} weights, {number} thread(s)",
-                compare(functions),
+                compare(functions, repeats=9, warm_up=1),
             )
 
 
@@ -143,7 +143,7 @@ def main() -> None:
         for number in (1, 2):
             with threads(number):
                 question = f"training step, {name}, {number} thread(s)"
-                results[question] = compare(steps(model, x), repeats=12)
+                results[question] = compare(steps(model, x), repeats=9, warm_up=1)
             show(question, results[question])
             shares[question] = amortised(results[question])
             for controller, ratio in shares[question].items():
@@ -151,7 +151,7 @@ def main() -> None:
     for question, timings in updates():
         results[question] = timings
         show(question, timings)
-    print(write("dynamics", results, amortised=shares))
+    write("dynamics", results, amortised=shares)
 
 
 if __name__ == "__main__":

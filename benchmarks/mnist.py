@@ -7,14 +7,13 @@ FOLDER holds MNIST. Runs examples/mnist_sparse_momentum.py for each setting, thr
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks._timing import RESULTS, machine
+from benchmarks._timing import write_content
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist_sparse_momentum.py"
 SETTINGS = {
@@ -47,8 +46,7 @@ def main(folder: Path) -> None:
         means = {kind: statistics.mean(values) for kind, values in found.items()}
         results[name] = {"arguments": arguments, "test errors": found, "means": means}
         print(name, found, means, flush=True)
-    content = {"machine": machine(), "seeds": [17, 18, 19], "results": results}
-    (RESULTS / "mnist.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_content("mnist", {"seeds": [17, 18, 19], "results": results})
 
 
 if __name__ == "__main__":

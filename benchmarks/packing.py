@@ -103,7 +103,7 @@ def speeds(size: int, folder: Path) -> dict[str, dict]:
             }
             for number in (1, 2):
                 with threads(number):
-                    timings = compare(functions, repeats=9, warm_up=1)
+                    timings = compare(functions, repeats=5, warm_up=1)
                 total = sum(tensor.nbytes for tensor in dense.values())
                 question = (
                     f"{mask}, {dtype}, {sparsity:.0%}, {number} thread(s), "
@@ -124,7 +124,7 @@ def main(asked: list[str]) -> None:
         ratios = sizes(size, folder)
         results = speeds(size, folder)
     if not asked:  # a smaller run replaces nothing
-        print("written:", write("packing", results, sizes=ratios).name)
+        write("packing", results, sizes=ratios)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,7 @@ def main() -> None:
         del model
         bytes_each[size] = memory(size)
         print(f"  {bytes_each[size]:.3f} bytes a weight above the model, at the peak")
-    print(
-        "written:",
-        write("scale", results, peak_bytes_per_weight=bytes_each, nanoseconds_per_weight=each).name,
-    )
+    write("scale", results, peak_bytes_per_weight=bytes_each, nanoseconds_per_weight=each)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and the growth of its resident memory since before the model was made.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import socket
 import warnings
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import parasparse as ps
-from benchmarks._timing import RESULTS, machine
+from benchmarks._timing import write_content
 
 WIDTH, LAYERS = 3200, 20
 
@@ -80,9 +79,7 @@ def main() -> None:
             mp.spawn(measure, args=(world, port, shard, found), nprocs=world)
             rows.append(found.get())
             print(rows[-1])
-    path = RESULTS / "sharding.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
-    print("written:", path.name)
+    write_content("sharding", {"rows": rows})
 
 
 if __name__ == "__main__":

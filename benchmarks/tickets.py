@@ -12,7 +12,6 @@ of the same sparsity.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import parasparse as ps
-from benchmarks._timing import RESULTS, machine
+from benchmarks._timing import write_content
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from data import mnist
@@ -147,10 +146,10 @@ def main(folder: Path) -> None:
     means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
     print(chosen, means)
     content = {
-        "machine": machine(), "epochs": EPOCHS, "rounds": ROUNDS, "images": 10_000,
+        "epochs": EPOCHS, "rounds": ROUNDS, "images": 10_000,
         "sparsity": table, "setting": chosen, "runs": runs, "means": means,
     }  # fmt: skip
-    (RESULTS / "tickets.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_content("tickets", content)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""Where parasparse takes longer, or more bytes, than what it is compared with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from benchmarks._markdown import Content, percent, table, times
+
+NOISE = 1.02  # what is less counts as equal
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Of which questions of a file: whose time or bytes, against whose."""
+
+    what: str
+    file: str
+    questions: str
+    ours: str
+    theirs: tuple[str, ...]
+    key: str = "results"
+
+
+PRUNE, FAKE = "torch.nn.utils.prune", "torch.ao FakeSparsity"
+MASKERS = (PRUNE, FAKE, "stock where", "stock product")
+COMPARED = (
+    Compared("one weight", "overhead", r"2\^.*", "parasparse", MASKERS),
+    Compared("reading a small weight", "overhead", "reading.*", "parasparse", MASKERS),
+    Compared("evaluation and training with masks", "overhead", ".*", "masked", ("dense",)),
+    Compared("choosing global masks", "selection", ".*", "parasparse",
+             ("kthvalue", "topk", "global_unstructured")),
+    Compared("masks chosen anew", "updates", ".*", "parasparse",
+             (PRUNE, "torch.ao WeightNormSparsifier")),
+    Compared("compiling blocks", "blocks", ".*", "parasparse",
+             ("dense", PRUNE, FAKE, "stock where")),
+    Compared("one layer, single entries", "payoff", r"\d+ x .*", "accelerated", ("dense", "raw")),
+    Compared("networks, single entries", "payoff", ".* of the ceiling", "accelerated", ("dense",)),
+    Compared("one layer, blocks of 16 x 16", "payoff", ".*", "accelerated, 16 x 16 blocks",
+             ("dense",)),
+    Compared("whole channels, latency", "channels", ".*", "parasparse", ("dense", "Torch-Pruning")),
+    Compared("whole channels, bytes", "channels", ".*", "parasparse", ("dense", "Torch-Pruning"),
+             "bytes"),
+    Compared("masked checkpoint, bytes", "sizes", ".*", "parasparse, masked",
+             ("dense", PRUNE, "torch.ao.pruning"), "bytes"),
+    Compared("packed checkpoint, bytes", "sizes", ".*", "parasparse, packed .pt",
+             ("dense", "gzip -6, squashed"), "bytes"),
+    Compared("packed checkpoint, writing", "sizes", ".*", "parasparse, packed .pt",
+             ("dense", "gzip -6, squashed")),
+    Compared("writing a packed file", "packing", ".*", "save .pt", ("torch.save, dense",)),
+    Compared("reading a packed file", "packing", ".*", "load_packed .pt", ("torch.load, dense",)),
+)  # fmt: skip
+
+
+def losses(contents: dict[str, Content]) -> str:
+    """Return a row for each that was lost at least once: how often, how much at most, and where."""
+    rows = []
+    for compared in COMPARED:
+        for peer in compared.theirs:
+            found = quotients(contents.get(compared.file, {}), compared, peer)
+            lost = {question: by for question, by in found.items() if by > NOISE}
+            if lost:
+                worst = max(lost, key=lambda question: lost[question])
+                often = f"{len(lost)} of {len(found)}"
+                rows.append([compared.what, peer, often, times(lost[worst]), percent(worst)])
+    return table(["what", "against", "lost in", "at most, times", "there"], rows)
+
+
+def quotients(content: Content, compared: Compared, peer: str) -> dict[str, float]:
+    """Return ours over theirs, for each question that has both."""
+    found = {}
+    for question, ways in content.get(compared.key, {}).items():
+        if re.fullmatch(compared.questions, question) and {compared.ours, peer} <= ways.keys():
+            ours, theirs = ways[compared.ours], ways[peer]
+            if isinstance(ours, dict):  # a timing: the medians of ratios within a round
+                ours, theirs = ours["ratio"], theirs["ratio"]
+            found[question] = ours / theirs
+    return found
