@@ -33,6 +33,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         RuntimeError: a mask is not set.
 
     Examples:
+        >>> from parasparse import sparsify
         >>> list(dense_state_dict(sparsify(nn.Linear(2, 2), 0.5)))
         ['weight', 'bias']
     """
@@ -95,6 +96,7 @@ def load_state_dict(
             values that torch had copied by then stay, as they do in its own `load_state_dict`.
 
     Examples:
+        >>> from parasparse import sparsify
         >>> checkpoint = sparsify(nn.Linear(2, 2), 0.5).state_dict()
         >>> model = nn.Linear(2, 2)
         >>> load_state_dict(model, checkpoint), int((model.weight != 0).sum())
