@@ -189,3 +189,28 @@ def test_resuming_from_a_real_mask_is_refused():
     model = ps.sparsify(build(), {"0.weight": torch.rand(30, 12)})
     with pytest.raises(ValueError, match="must find bool masks.*`binarize` the model first"):
         ps.DynamicSparsity(model, {"0.weight": 0.5}, sgd(model), init="resume")
+
+
+def test_another_controller_takes_over_from_one_that_collects():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    with pytest.raises(RuntimeError, match="about to update"):
+        ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    first.close()
+    second = ps.rigl(model, 0.5, optimizer, stop=9, every=1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    second.step()
+    assert len(second.history) == 1
+
+
+@pytest.mark.parametrize("make", [ps.rigl, ps.sparse_momentum])
+def test_a_step_without_its_masks_is_refused(make):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    controller = make(model, 0.5, optimizer, stop=9, every=1)
+    ps.squash(model)
+    with pytest.raises(RuntimeError, match="taken off or replaced"):
+        controller.step()
+    assert not ps.is_sparse(model)

@@ -395,9 +395,3 @@ def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
     monkeypatch.setattr(files, "pack_tensor", spied)
     save({"x": torch.eye(3)}, path)
     assert seen == [0o600]
-
-
-def test_a_packed_file_that_torch_read_is_no_state_dict(tmp_path):
-    ps.save(nn.Linear(4, 4), tmp_path / "packed.pt")
-    with pytest.raises(ValueError, match="load_packed"):
-        ps.load_state_dict(nn.Linear(4, 4), torch.load(tmp_path / "packed.pt"))

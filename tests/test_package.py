@@ -207,7 +207,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
-PACKAGES = ("parasparse", "parasparse.sparse", "parasparse.cli")
+PACKAGES = ("parasparse", "parasparse.sparse", "parasparse.cli", "parasparse.integrations")
 FILES = [path for path in ROOT.rglob("*.py") if path.stem != "__init__"]
 
 

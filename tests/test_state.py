@@ -337,3 +337,9 @@ def test_a_parameter_of_its_own_called_like_a_mask_stays_one():
     dense = Own().state_dict()
     model.load_state_dict(dense)
     assert torch.equal(ps.stored(model, "weight_mask"), dense["weight_mask"])
+
+
+def test_a_packed_file_that_torch_read_is_no_state_dict(tmp_path):
+    ps.save(nn.Linear(4, 4), tmp_path / "packed.pt")
+    with pytest.raises(ValueError, match="load_packed"):
+        ps.load_state_dict(nn.Linear(4, 4), torch.load(tmp_path / "packed.pt"))

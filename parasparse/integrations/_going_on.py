@@ -32,7 +32,7 @@ def _attach(module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
 def state_of(
     controller: Any, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Return what `going_on` and `reorder` need to know of a run."""
+    """Return what `resumed` and `reorder` need to know of a run."""
     return {
         "class": type(controller).__name__,
         "controller": controller.state_dict(),
@@ -42,10 +42,12 @@ def state_of(
 
 
 def is_of(controller: Any, model: nn.Module) -> bool:
-    """Whether `controller` is of this very model, which still has its masks."""
+    """Whether `controller`, if there is one, is of this very model, which still has its masks."""
     own = getattr(controller, "model", None)
     names = {name for name, _ in named_masks(model)}
-    return model in (own, getattr(own, "module", None)) and names >= set(_started(controller))
+    return model in (own, getattr(own, "module", None)) and names >= set(
+        controller.state_dict()["start"]
+    )
 
 
 def close(controller: Any) -> None:
@@ -54,7 +56,7 @@ def close(controller: Any) -> None:
         controller.close()
 
 
-def going_on(model: nn.Module, make: Callable[[], Any], state: Mapping[str, Any]) -> Any:
+def resumed(model: nn.Module, make: Callable[[], Any], state: Mapping[str, Any]) -> Any:
     """Return a controller that stands where `state` says, on the masks that `model` has.
 
     Args:
@@ -122,7 +124,3 @@ def _digests(model: nn.Module) -> dict[str, str]:
         for name, mask in named_masks(model)
         if mask is not None and mask.dtype == torch.bool
     }
-
-
-def _started(controller: Any) -> Any:
-    return controller.state_dict()["start"]
