@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from parasparse._alike import drawn_alike, warn_if_unknown
+from parasparse._checks import listed
 from parasparse._fsdp import reshard
 from parasparse._parts import number
 from parasparse.contexts import DenseGradients, collecting
@@ -18,6 +19,7 @@ from parasparse.schedules import Constant, as_every
 from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.layer import view_of
 from parasparse.training.masking import needs_of
+from parasparse.training.moves import Overflow
 from parasparse.training.start import Init, check_moves, first_masks
 from parasparse.training.update import Moves, next_masks
 from parasparse.transforms import attach
@@ -50,6 +52,8 @@ class DynamicSparsity:
             only `update()` does.
         init: "constant", "linear" (Erdos-Renyi), "erk", "resume" (what is 0 is masked), or masks by
             name.
+        overflow: how other layers share what a full one cannot take: "even", as the original does,
+            or by "importance".
 
     Attributes:
         history: an `Update` for each.
@@ -86,11 +90,16 @@ class DynamicSparsity:
         prune_rate: float | Callable[[int], float] = 0.5,
         every: int | Callable[[int], bool] | None = None,
         init: Init = "constant",
+        overflow: Overflow = "even",
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"`optimizer` must be one of torch's kind; got {optimizer!r:.60}.")
         self.model, self.optimizer = model, optimizer
-        self.moves = Moves.named(prune, growth, redistribution)
+        if overflow not in get_args(Overflow):
+            raise ValueError(
+                f"`overflow` must be one of {listed(get_args(Overflow))}; got {overflow!r:.60}."
+            )
+        self.moves, self.overflow = Moves.named(prune, growth, redistribution), overflow
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
         _rate(self.prune_rate(0), "prune_rate(0)")
         self.every = None if every is None else as_every(every)
@@ -221,7 +230,7 @@ class DynamicSparsity:
         groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
         warn_if_unknown(self.model)
         with torch.no_grad(), drawn_alike(self.model):
-            masks, missing = next_masks(view, self.moves, self._missing, groups)
+            masks, missing = next_masks(view, self.moves, self._missing, groups, self.overflow)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
         update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
         # Growth by momentum goes on with what it grew by.
