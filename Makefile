@@ -1,5 +1,6 @@
 # Every target makes the environment it needs when that is not there.
 PYTHON ?= python3
+SEED ?= 0
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)
 FLOOR := .venv-floor
@@ -9,7 +10,7 @@ FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
 .PHONY: demo test test-distributed test-long coverage test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
-	$(RUN)/python examples/quickstart.py
+	$(RUN)/python examples/quickstart.py --seed $(SEED)
 
 test: .venv/ready
 	$(RUN)/python -m pytest

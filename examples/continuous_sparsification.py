@@ -98,12 +98,14 @@ def train(
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] *= drop
         start, total = time.perf_counter(), 0.0
-        for x, y in DataLoader(fit, batch_size=128, shuffle=True):
+        # A last batch of a few images would be too small for BatchNorm.
+        loader = DataLoader(fit, batch_size=128, shuffle=True, drop_last=True)
+        for x, y in loader:
             for optimizer in optimizers:
                 optimizer.zero_grad()
             x, y = x.to(options.device), y.to(options.device)
             loss = nn.functional.cross_entropy(model(x), y)
-            total += loss.item() * len(y)
+            total += loss.item()
             if soft:
                 loss = loss + options.lmbda * cs.penalty()
             loss.backward()
@@ -112,7 +114,7 @@ def train(
         reached = accuracy(model, held_out, options.device)
         note = "" if cs is None else f", T {cs.temperature:.1f}, remaining {cs.remaining():.4f}"
         print(
-            f"{what}: epoch {epoch + 1}/{options.epochs}, loss {total / len(fit):.4f}, held-out "
+            f"{what}: epoch {epoch + 1}/{options.epochs}, loss {total / len(loader):.4f}, held-out "
             f"accuracy {reached:.4f}{note}, {time.perf_counter() - start:.1f} s",
             flush=True,
         )

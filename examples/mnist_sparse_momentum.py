@@ -108,7 +108,7 @@ def train(
 ) -> dict[str, list]:  # fmt: skip
     """Train, and return accuracy and sparsity by layer, epoch by epoch."""
     fit, held_out = data
-    loader = DataLoader(fit, batch_size=options.batch_size, shuffle=True)
+    loader = DataLoader(fit, batch_size=options.batch_size, shuffle=True, drop_last=True)
     steps = len(loader) * options.epochs
     optimizer = optimizer_for(model, options)
     drops = [round(steps * share) for share in options.lr_drops]
@@ -125,12 +125,12 @@ def train(
             rates.step()
             if dst is not None:
                 dst.step()
-            total += loss.item() * len(y)
+            total += loss.item()
         if dst is not None and options.every is None and epoch < options.epochs:
             dst.at_end_of_epoch()
         accuracy, _ = evaluate(model, held_out)
         curves["accuracy"].append(accuracy)
-        line = f"epoch {epoch}/{options.epochs}: train loss {total / len(fit):.4f}, "
+        line = f"epoch {epoch}/{options.epochs}: train loss {total / len(loader):.4f}, "
         line += f"held-out accuracy {accuracy:.4f}, {time.perf_counter() - start:.1f} s"
         if dst is not None:
             table = ps.summary(model)

@@ -73,16 +73,17 @@ def train(
         model.train()
         start, total = time.perf_counter(), 0.0
         rising = weight * min(1.0, (epoch + 1) / (0.5 * epochs))
-        for x, y in DataLoader(data[0], batch_size=100, shuffle=True):
+        loader = DataLoader(data[0], batch_size=100, shuffle=True, drop_last=True)
+        for x, y in loader:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
-            total += loss.item() * len(y)
+            total += loss.item()
             if gates:
                 loss = loss + rising * ps.penalty(model)
             loss.backward()
             optimizer.step()
         print(
-            f"  {what}: epoch {epoch + 1}/{epochs}, loss {total / len(data[0]):.4f}, test accuracy "
+            f"  {what}: epoch {epoch + 1}/{epochs}, loss {total / len(loader):.4f}, test accuracy "
             f"{accuracy(model, data[1]):.4f}, {time.perf_counter() - start:.1f} s",
             flush=True,
         )

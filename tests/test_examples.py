@@ -1,6 +1,7 @@
 """The examples run as programs, on a few images made here."""
 
 import gzip
+import importlib
 import re
 import statistics
 import struct
@@ -88,6 +89,14 @@ def test_relevance_masks_real_and_complex_networks(mnist):
     shown = run("relevance.py", "--data", mnist, "--train-size", 300, "--epochs", 2).stdout
     found = re.findall(r"^(real|complex) +(.*?) +sparsity (0\.\d+), test", shown, re.MULTILINE)
     assert [kind for kind, *_ in found] == ["real", "real", "complex", "complex"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_demo_prunes_is_as_good_as_dense_after_fine_tuning(seed, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    reached = importlib.import_module("quickstart").recipe(seed)
+    assert reached.dense > 0.9  # a tenth by chance
+    assert reached.fine_tuned >= reached.dense - 0.02
 
 
 def test_what_is_missing_is_said(tmp_path):

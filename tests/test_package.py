@@ -139,8 +139,9 @@ ALLOWED = {
     },
     "training.update": {"_checks", "_parts", "patterns", "training.masking", "training.moves"},
     "training.dynamic": {
-        "_alike", "_fsdp", "_parts", "contexts", "optim", "schedules", "training.history",
-        "training.layer", "training.masking", "training.start", "training.update", "transforms",
+        "_alike", "_checks", "_fsdp", "_parts", "contexts", "optim", "schedules",
+        "training.history", "training.layer", "training.masking", "training.moves",
+        "training.start", "training.update", "transforms",
     },
     "training.methods": {"schedules", "training.dynamic", "training.start"},
     "training.rewinding": {"_attach"},
