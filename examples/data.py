@@ -13,7 +13,8 @@ def read_idx(folder: Path, name: str) -> Tensor:
     """Return what an idx file holds: bytes in the shape that its header gives."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
-            data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
             shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
             values = torch.frombuffer(bytearray(data[4 + 4 * data[3] :]), dtype=torch.uint8)
             return values.reshape(shape)

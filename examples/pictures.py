@@ -56,8 +56,9 @@ def train(kind: str) -> tuple[nn.Module, Controller, dict[int, float]]:
     return model, controller, accuracy
 
 
-def main(folder: Path) -> None:
-    """Draw everything into `folder`."""
+def main(arguments: list[str]) -> None:
+    """Draw everything into the folder that `arguments` name."""
+    folder = Path(arguments[0] if arguments else "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     pruned, _, _ = train("gradual")
     model, controller, accuracy = train("dynamic")
@@ -72,4 +73,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "pictures"))
+    main(sys.argv[1:])

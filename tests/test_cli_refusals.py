@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import run
+from tests.processes import Program
 
 RULE = ("--rule", "*.weight=0.5")
 
@@ -157,19 +158,6 @@ def test_gates_are_sent_to_their_model(tmp_path, capsys):
     assert "only its model can compute" in capsys.readouterr().err
 
 
-def heed_interrupts():
-    """A shell has what it starts in the background ignore them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def program(*arguments, **keywords):
-    keywords.setdefault("preexec_fn", heed_interrupts)
-    return subprocess.Popen(
-        [sys.executable, "-m", "parasparse", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **keywords,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
@@ -179,6 +167,7 @@ def large(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
     ("suffix", "number", "old"),
     [
@@ -186,51 +175,60 @@ def large(tmp_path_factory):
         ("safetensors", signal.SIGKILL, True), ("pt", signal.SIGKILL, False),
     ],
 )  # fmt: skip
-def test_interrupted_it_leaves_the_old_file_or_none(large, tmp_path, suffix, number, old):
+def test_interrupted_it_leaves_the_old_file_or_none(
+    large, tmp_path, tmp_path_factory, suffix, number, old
+):
     out = tmp_path / f"out.{suffix}"
     if old:
         out.write_text("the old one")
     slowly = (*RULE, "--pattern", "block:4x4", "--force")
-    process = program("prune", large / f"in.{suffix}", out, *slowly)
-    while process.poll() is None and not any(p.suffix == ".tmp" for p in tmp_path.iterdir()):
+    program = Program(
+        tmp_path_factory.mktemp("captured"), run, "prune", large / f"in.{suffix}", out, *slowly
+    )
+    while program.is_running and not any(p.suffix == ".tmp" for p in tmp_path.iterdir()):
         time.sleep(0.001)
     time.sleep(0.05)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0, "it was done before the signal came"
+    program.send(number)
+    code, _, error = program.finished()
+    assert code != 0, "it was done before the signal came"
     assert out.exists() == old
     assert not old or out.read_text() == "the old one"
     if number == signal.SIGINT:
-        assert process.returncode == 130
+        assert code == 130
         assert "interrupted; nothing was written" in error
         assert "Traceback" not in error
         assert [path.name for path in tmp_path.iterdir()] == ([out.name] if old else [])
 
 
+def run_with_a_quota(*arguments):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    return run(*arguments)
+
+
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(large, tmp_path, suffix):
-    resource = pytest.importorskip("resource")
-
-    def quota():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-    process = program("prune", large / f"in.{suffix}", tmp_path / f"out.{suffix}", *RULE,
-                      preexec_fn=quota)  # fmt: skip
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_a_full_disk_is_one_line_and_leaves_nothing(large, tmp_path, tmp_path_factory, suffix):
+    pytest.importorskip("resource")
+    paths = large / f"in.{suffix}", tmp_path / f"out.{suffix}"
+    captured = tmp_path_factory.mktemp("captured")
+    code, _, error = Program(captured, run_with_a_quota, "prune", *paths, *RULE).finished()
+    assert code == 1
     assert "Traceback" not in error
     assert "parasparse: error: " in error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_process_does_the_whole_round(tmp_path):
+def test_the_whole_round(tmp_path, monkeypatch, capfd):
     torch.manual_seed(0)
-    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    monkeypatch.chdir(tmp_path)
+    save_file({"a.weight": torch.randn(64, 64)}, "in.safetensors")
 
     def done(*arguments, code=0):
-        process = program(*arguments, cwd=tmp_path)
-        out, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (code, "")
+        assert run(*arguments) == code
+        out, error = capfd.readouterr()
+        assert error == ""
         return out
 
     assert "would be masked" in done("prune", "in.safetensors", "p.safetensors", *RULE, "--dry-run")
@@ -243,6 +241,14 @@ def test_a_real_process_does_the_whole_round(tmp_path):
     assert torch.equal(
         *(load_file(tmp_path / f"{n}.safetensors")["a.weight"] for n in ("p", "back"))
     )
+
+
+def test_a_real_process_tells_how_it_ended(tmp_path):
+    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "in.safetensors")
+    command = [sys.executable, "-m", "parasparse", "prune", "in.safetensors", "out.gif", *RULE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("parasparse: error: ")
 
 
 def test_a_terminal_gets_a_bar(tmp_path):

@@ -1,17 +1,16 @@
 """What holds for each controller: it goes with any model, and goes on where it was left."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import parasparse as ps
-from parasparse.schedules import Linear
+from parasparse.schedules import Cubic, Every, Linear
 from tests.cases import PairLinear, Tied
+from tests.processes import Program
 
 
 def gradual(model, optimizer, rules):
@@ -128,17 +127,13 @@ def test_compiled_training_is_eager_training(controller, backend):
         torch.testing.assert_close(ps.stored(plain, name), ps.stored(compiled, name))
 
 
-PROGRAM = """
-import sys, torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-import parasparse as ps
-from parasparse.schedules import Cubic, Every
+def noisy(tensor, name):
+    return tensor.abs() + 1e-3 * torch.rand_like(tensor)
 
-def made(kind, model, optimizer):
+
+def every_third(kind, model, optimizer):
     if kind == "gradual":
-        score = lambda t, n: t.abs() + 1e-3 * torch.rand_like(t)
-        rules, every = {"*": ps.Prune(0.9, score=score)}, Every(3, start=1)
+        rules, every = {"*": ps.Prune(0.9, score=noisy)}, Every(3, start=1)
         schedule = Cubic(0.0, 1.0, stop=12)
         return ps.GradualPruning(model, rules, optimizer, schedule=schedule, every=every)
     if kind == "evolutionary":
@@ -147,45 +142,41 @@ def made(kind, model, optimizer):
         return ps.rigl(model, 0.8, optimizer, stop=16, every=3)
     return ps.sparse_momentum(model, 0.8, optimizer, stop=20, every=3)
 
-first, last, read, write = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-states = {}
-for kind in ("gradual", "evolutionary", "rigl", "momentum"):
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(64, 12), torch.randint(4, (64,)))
-    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    controller = made(kind, model, optimizer)
-    if read != "-":
-        saved = torch.load(read, weights_only=True)[kind]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        controller.load_state_dict(saved["controller"])
-        torch.set_rng_state(saved["rng"])
-    for epoch in range(first, last):
-        for x, y in DataLoader(data, batch_size=16, shuffle=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            controller.step()
-    states[kind] = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-        "controller": controller.state_dict(), "rng": torch.get_rng_state(),
-    }
-torch.save(states, write)
-"""
+
+def trained(first, last, read, write):
+    """Train under each controller from epoch `first` to `last`, from what is in a file, to one."""
+    states = {}
+    for kind in (controller.__name__ for controller in CONTROLLERS):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(64, 12), torch.randint(4, (64,)))
+        model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        controller = every_third(kind, model, optimizer)
+        if read is not None:
+            saved = torch.load(read, weights_only=True)[kind]
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            controller.load_state_dict(saved["controller"])
+            torch.set_rng_state(saved["rng"])
+        for _ in range(first, last):
+            for x, y in DataLoader(data, batch_size=16, shuffle=True):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                controller.step()
+        states[kind] = {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "controller": controller.state_dict(), "rng": torch.get_rng_state(),
+        }  # fmt: skip
+    torch.save(states, write)
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
-    def run(*arguments):
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-            check=True,
-            cwd=Path(__file__).parent.parent,
-        )
-
-    run(0, 5, "-", tmp_path / "whole.pt")
-    run(0, 2, "-", tmp_path / "half.pt")
-    run(2, 5, tmp_path / "half.pt", tmp_path / "rest.pt")
+    trained(0, 5, None, tmp_path / "whole.pt")
+    trained(0, 2, None, tmp_path / "half.pt")
+    program = Program(tmp_path, trained, 2, 5, tmp_path / "half.pt", tmp_path / "rest.pt")
+    assert program.finished() == (0, "", "")
     whole, rest = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "rest"))
     # Gradual pruning: at step 13, past its stop, for the last time.
     at = {"gradual": [1, 4, 7, 10, 13], "rigl": [3, 6, 9, 12, 15]}

@@ -4,8 +4,8 @@ import json
 import os
 import signal
 import stat
-import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import parasparse as ps
 from parasparse.sparse import files
 from parasparse.sparse.files import load_packed, save
 from tests.cases import Tied
+from tests.processes import Program
 from tests.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 
 SUFFIXES = [".safetensors", ".pt"]
@@ -197,35 +198,36 @@ def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
     assert same_states(load_packed(path), old)
 
 
-KILLED = """
-import os, sys, time, torch
-from parasparse.sparse import files
+def killed(path, moment):
+    """Save, and stand still while the third tensor is packed, or before the file is renamed."""
 
-def stop(*args):
-    print("here", flush=True)
-    time.sleep(600)
+    def stop(*args):
+        print("here", flush=True)
+        time.sleep(600)
 
-pack_tensor, count = files.pack_tensor, iter(range(9))
-if sys.argv[2] == "writing":
-    files.pack_tensor = lambda t: pack_tensor(t) if next(count) < 2 else stop()
-else:
-    os.replace = stop
-files.save({f"w{i}": torch.eye(500) for i in range(3)}, sys.argv[1])
-"""
+    count = iter(range(9))
+    if moment == "writing":
+        pack = files.pack_tensor
+        files.pack_tensor = lambda tensor: pack(tensor) if next(count) < 2 else stop()
+    else:
+        os.replace = stop
+    save({f"w{i}": torch.eye(500) for i in range(3)}, path)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
-def test_a_killed_save_leaves_the_old_file(path, moment):
+def test_a_killed_save_leaves_the_old_file(path, moment, tmp_path_factory):
     old = small()
     save(old, path)
     before = path.read_bytes()
-    command = [sys.executable, "-c", KILLED, str(path), moment]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "here\n"
-        assert len(list(path.parent.iterdir())) == 2  # it was at it
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    captured = tmp_path_factory.mktemp("captured")
+    program = Program(captured, killed, path, moment)
+    while program.is_running and "here\n" not in "".join(p.read_text() for p in captured.iterdir()):
+        time.sleep(0.01)
+    assert len(list(path.parent.iterdir())) == 2  # it was at it
+    program.send(signal.SIGKILL)
+    assert program.finished() == (-signal.SIGKILL, "here\n", "")
     assert path.read_bytes() == before
     assert same_states(load_packed(path), old)
     save(some(), path)  # what was left beside is in nobody's way
@@ -264,28 +266,28 @@ def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
     assert same_states(load_packed(tmp_path / "x.safetensors"), state)
 
 
-PEAK = """
-import resource, sys, torch
-from parasparse.sparse.files import save
-
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
-state = {f"w{i}": torch.zeros(2048, 2048) for i in range(24)}
-for tensor in state.values():
-    tensor.fill_(1.0)[::2, ::2] = 0.0  # three of four stay
-save({"w": state["w0"]}, sys.argv[1])
-before = peak()
-save(state, sys.argv[1])
-print((peak() - before) / state["w0"].nbytes)
-"""
+
+def print_the_peak_of_saving(path):
+    """Print how much more memory saving 24 tensors takes than saving one, in tensors."""
+    state = {f"w{i}": torch.zeros(2048, 2048) for i in range(24)}
+    for tensor in state.values():
+        tensor.fill_(1.0)[::2, ::2] = 0.0  # three of four stay
+    save({"w": state["w0"]}, path)
+    before = peak()
+    save(state, path)
+    print((peak() - before) / state["w0"].nbytes)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_saving_many_tensors_takes_the_memory_of_saving_one(tmp_path):
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    program = Program(tmp_path, print_the_peak_of_saving, tmp_path / "x.safetensors")
+    code, out, _ = program.finished()
+    assert code == 0
     assert float(out) < 3  # all of them packed are 19 tensors
 
 

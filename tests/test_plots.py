@@ -1,7 +1,6 @@
 """What the pictures show, read back from their artists."""
 
 import pickle
-import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import parasparse as ps
+from tests.processes import Program
 
 
 def net():
@@ -306,14 +306,16 @@ def test_a_history_of_150_layers_names_the_first_and_the_last():
     assert named == ["0.weight", "149.weight", "all together"]
 
 
-def test_notebooks_show_it_and_pyplot_does_not_hold_it():
-    code = (
-        "import sys, parasparse as ps; from torch import nn\n"
-        "figure = ps.plot(ps.sparsify(nn.Linear(4, 4), 0.5))\n"
-        "assert figure._repr_png_().startswith(b'\\x89PNG')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def draw_without_pyplot():
+    assert "matplotlib.pyplot" not in sys.modules
+    figure = ps.plot(ps.sparsify(nn.Linear(4, 4), 0.5))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.xdist_group("processes")
+def test_notebooks_show_it_and_pyplot_does_not_hold_it(tmp_path):
+    assert Program(tmp_path, draw_without_pyplot).finished() == (0, "", "")
 
 
 def test_without_matplotlib_the_error_says_what_brings_it(monkeypatch):

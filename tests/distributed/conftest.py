@@ -1,9 +1,18 @@
 """One group of processes of each size for all tests."""
 
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.processes import Processes
+from tests.processes import Processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import parasparse as ps
-from tests.distributed.processes import Processes
 from tests.distributed.training import (
     alone,
     fsdp,
@@ -26,6 +25,7 @@ from tests.distributed.training import (
     weights_of,
     whole,
 )
+from tests.processes import Processes
 
 SAVED, STEPS = 15, 30
 

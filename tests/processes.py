@@ -1,7 +1,13 @@
-"""Processes that run jobs together over gloo, and tell what went wrong in any of them."""
+"""Processes of their own: programs that tests start, and groups that work together over gloo.
+
+They are forked, where that can be, from a process that has imported torch: on a slow machine a new
+one needs nine seconds for that.
+"""
 
 import os
+import signal
 import socket
+import sys
 import traceback
 import warnings
 from multiprocessing import connection
@@ -10,7 +16,41 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120  # for one job
+SECONDS = 120  # for one job, or one program
+
+
+class Program:
+    """`function(*args)` in a process of its own, what it prints in two files of `folder`."""
+
+    def __init__(self, folder, function, *args):
+        self._streams = [folder / "stdout", folder / "stderr"]
+        self.process = _context().Process(
+            target=_captured, args=(self._streams, function, args), daemon=True
+        )
+        self.process.start()
+
+    @property
+    def is_running(self):
+        return self.process.is_alive()
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def finished(self):
+        """Wait; return the exit code and what was printed on both streams."""
+        self.process.join(SECONDS)
+        assert not self.is_running, "it hung"
+        return self.process.exitcode, *(path.read_text() for path in self._streams)
+
+
+def _captured(streams, function, args):
+    if hasattr(signal, "SIGXFSZ"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as the interpreter has it
+    # A shell has what it starts in the background ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+    sys.exit(function(*args))
 
 
 class Processes:
@@ -76,12 +116,16 @@ class Processes:
 
 
 def _context():
-    """Return how processes are started: forked, where that can be, from one that knows torch."""
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "torch.distributed.tensor.parallel", "tests.distributed.training"]
+        [
+            "torch._dynamo",
+            "torch.distributed.tensor.parallel",
+            "parasparse.cli.main",
+            "tests.distributed.training",
+        ]
     )
     return context
 
