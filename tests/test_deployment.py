@@ -92,21 +92,24 @@ def linear():
     return ps.sparsify(model, 0.8), torch.randn(5, 16)
 
 
+def quantized_weight(program, layer):
+    """Return the weight of `layer`, by what it is: names change between quantizers."""
+    tensors = [numpy_helper.to_array(tensor) for tensor in program.graph.initializer]
+    shape = (layer.in_features, layer.out_features)
+    (weight,) = (tensor for tensor in tensors if tensor.dtype == np.int8 and tensor.shape == shape)
+    return weight
+
+
 def test_zeros_stay_zero_when_the_onnx_program_is_quantized(tmp_path):
     model, x = linear()
     expected = ps.squash(model)(x).detach()
     exported(model, x, tmp_path / "m.onnx")
     quant_pre_process(tmp_path / "m.onnx", tmp_path / "p.onnx")
     quantize_dynamic(tmp_path / "p.onnx", tmp_path / "q.onnx", weight_type=QuantType.QInt8)
-    found = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer
-    }
-    for name, layer in (("0", model[0]), ("2", model[2])):
-        weight, point = found[f"{name}.weight_quantized"], found[f"{name}.weight_zero_point"]
-        assert weight.dtype == np.int8
+    for layer in (model[0], model[2]):
+        weight = quantized_weight(onnx.load(tmp_path / "q.onnx"), layer)
         # Small weights may be rounded to 0 as well.
-        assert np.all(weight[(layer.weight.detach() == 0).numpy().T] == point)
+        assert len(np.unique(weight[(layer.weight.detach() == 0).numpy().T])) == 1
     torch.testing.assert_close(outputs(tmp_path / "q.onnx", x), expected, rtol=0.05, atol=0.02)
 
 
