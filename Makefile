@@ -3,29 +3,42 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)
-FLOOR := .venv-floor
-# The oldest torch that the suite passes on, with the torchvision of its time.
-FLOOR_PACKAGES := "torch==2.9.0" "torchvision==0.24.0"
+UV := $(RUN)/uv pip
+# Two workers, each with one thread, are the fastest on two cores. Tests that start groups of
+# processes go to one of them, so that each group is started once.
+SUITE := -m pytest -n 2 --dist loadgroup
+EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench
+LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: demo test test-distributed test-long coverage test-floor test-models test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py --seed $(SEED)
 
 test: .venv/ready
-	$(RUN)/python -m pytest
+	$(RUN)/python $(SUITE)
 
 test-distributed: .venv/ready  ## the part of the suite that runs several processes
 	$(RUN)/python -m pytest tests/distributed
 
 test-long: .venv/ready  ## 2,000 hypothesis examples a property instead of 60
-	HYPOTHESIS_PROFILE=long $(RUN)/python -m pytest tests
+	HYPOTHESIS_PROFILE=long $(RUN)/python $(SUITE) tests
 
 coverage: .venv/ready  ## of lines and branches, in all processes that tests start
-	$(RUN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(RUN)/python $(SUITE) --cov --cov-report=term:skip-covered
 
-test-floor: $(FLOOR)/ready
-	$(FLOOR)/$(BIN)/python -m pytest
+test-floor: .venv-floor/ready  ## the oldest versions that pyproject.toml allows
+	.venv-floor/$(BIN)/python $(SUITE)
+
+test-newest: .venv/ready  ## whatever is newest today, in an environment made anew
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(UV) install --quiet --python .venv-newest/$(BIN)/python --editable ".[test,demo]"
+	.venv-newest/$(BIN)/python $(SUITE)
+
+lock: .venv/ready  ## the newest versions into constraints.txt, the oldest into constraints-floor.txt
+	$(LOCK) --upgrade $(EXTRAS) pyproject.toml --output-file constraints.txt
+	$(LOCK) --upgrade --resolution lowest-direct --extra test pyproject.toml --output-file constraints-floor.txt
 
 lint: .venv/ready
 	$(RUN)/ruff check .
@@ -51,24 +64,24 @@ test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruptio
 	$(RUN)/python -m tests.large_checkpoints
 
 clean:
-	rm -rf .venv .venv-floor site out
+	rm -rf .venv .venv-floor .venv-newest site out
 
 # uv installs torch several times faster than pip; pip brings it from the same registry.
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[test,demo,lint]"
+	$(UV) install --quiet --python $(RUN)/python --constraint constraints.txt --editable ".[test,demo,lint]"
 	touch $@
 
 .venv/docs: .venv/ready
-	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[docs]"
+	$(UV) install --quiet --python $(RUN)/python --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 .venv/bench: .venv/ready
-	$(RUN)/uv pip install --quiet --python $(RUN)/python --editable ".[bench]"
+	$(UV) install --quiet --python $(RUN)/python --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
-$(FLOOR)/ready: .venv/ready
-	$(PYTHON) -m venv $(FLOOR)
-	$(RUN)/uv pip install --quiet --python $(FLOOR)/$(BIN)/python $(FLOOR_PACKAGES) --editable ".[test]"
+.venv-floor/ready: .venv/ready constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	$(UV) install --quiet --python .venv-floor/$(BIN)/python --constraint constraints-floor.txt --editable ".[test]"
 	touch $@

@@ -19,16 +19,10 @@ from benchmarks._timing import write_content
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist_sparse_momentum.py"
 THREE, FOUR = range(17, 20), range(17, 21)
 LENET300, LENET5 = ["--model", "lenet300-100"], ["--model", "lenet5"]
-BY_IMPORTANCE = ["--overflow", "importance"]
 SETTINGS = {
     "LeNet-300-100, 20 epochs": (THREE, [*LENET300, "--dense"]),
-    "LeNet-300-100, 20 epochs, overflow by importance": (THREE, [*LENET300, *BY_IMPORTANCE]),
     "LeNet-5, 20 epochs": (FOUR, [*LENET5, "--dense"]),
     "LeNet-300-100, 100 epochs": (THREE, [*LENET300, "--epochs", "100", "--dense"]),
-    "LeNet-300-100, 100 epochs, overflow by importance": (
-        THREE, [*LENET300, "--epochs", "100", *BY_IMPORTANCE],
-    ),
-    "LeNet-5, 20 epochs, overflow by importance": (FOUR, [*LENET5, *BY_IMPORTANCE]),
     "LeNet-5, 20 epochs, learning rate 0.05": (THREE, [*LENET5, "--lr", "0.05", "--dense"]),
 }  # fmt: skip
 DIVERGED = 0.5  # of the test images wrong

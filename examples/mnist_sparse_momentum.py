@@ -98,7 +98,7 @@ def controller_for(
     return ps.DynamicSparsity(
         model, 1 - options.density, optimizer, prune=move(options.prune),
         growth=move(options.growth), redistribution=move(options.redistribution), prune_rate=rate,
-        every=options.every, init=options.init, overflow=options.overflow,
+        every=options.every, init=options.init,
     )  # fmt: skip
 
 
@@ -236,8 +236,6 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     add("--prune-rate", type=float, default=0.5)
     add("--decay-schedule", choices=[*SCHEDULES, "constant"], default="cosine")
     add("--every", type=int, help="steps from update to update; else at the end of each epoch")
-    add("--overflow", choices=["even", "importance"], default="even",
-        help="how others share what a full layer cannot take")  # fmt: skip
     add("--init", choices=["constant", "linear", "erk"], default="constant")
     add("--optimizer", choices=["sgd", "adam"], default="sgd")
     add("--lr", type=float, default=0.1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from parasparse._parts import are_alike, by_part
+from parasparse._parts import are_alike, by_part, is_spread, part_of
 
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = (Tensor, nn.Parameter)
@@ -37,12 +37,26 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     return _ApplyMask.apply(weight, mask)  # type: ignore[no-any-return]
 
 
-def apply_mask_straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+def apply_mask_(weight: Tensor, mask: Tensor) -> None:
+    """Set `weight` to +0.0 where the bool mask of its shape is False, in place and without a graph.
+
+    Of tensors that processes share, which are laid out alike, each process sets its part.
+    """
+    part, kept = part_of(weight), part_of(mask).to(weight.device)
+    integer = _INTEGER_OF_SIZE.get(part.dtype.itemsize)
+    if integer is None or not part.is_cpu:
+        part.masked_fill_(~kept, 0.0)
+    else:  # a fifth of that time on a CPU
+        part.view(integer).mul_(kept.to(integer))
+
+
+def apply_mask_straight_through(weight: Tensor, mask: Tensor, *, in_place: bool = False) -> Tensor:
     """Return what `apply_mask` does, but let the gradient pass as if there were no mask.
 
     Args:
         weight: real or complex, any shape.
         mask: bool, same shape.
+        in_place: `weight` itself may get the zeros, and be what is returned.
     """
     if not torch.is_grad_enabled() and not is_tracing():  # which compares with grad mode off
         return apply_mask(weight, mask)
@@ -56,6 +70,10 @@ def apply_mask_straight_through(weight: Tensor, mask: Tensor) -> Tensor:
     if plain:  # 0 with a derivative of 1, also of inf and NaN
         finite = weight.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(mask, weight, finite - finite.detach())
+    if in_place and weight.is_cpu and not is_spread(weight):
+        # By `.data`: what autograd has saved of it is 0 in those entries as well.
+        apply_mask_(weight.data, mask)
+        return weight
     return _ApplyMaskStraightThrough.apply(weight, mask)  # type: ignore[no-any-return]
 
 

@@ -91,12 +91,10 @@ def _renew_hooks(group: Any) -> None:
 
 
 def _check_managers(model: nn.Module) -> None:
-    if "torch.distributed.fsdp" not in sys.modules:
+    if not _states():
         return
-    from torch.distributed._composable_state import _module_state_mapping
-
     inside, own = set(model.modules()), {id(group) for group in _groups(model)}
-    for module in list(_module_state_mapping):
+    for module in list(_states()):
         if module in inside or not _is_managed(module):
             continue
         for group in _groups_of(module):
@@ -110,14 +108,20 @@ def _check_managers(model: nn.Module) -> None:
                 )
 
 
+def _states() -> Any:
+    """Return what torch remembers of modules that `fully_shard` and its like were called on."""
+    remembering = sys.modules.get("torch.distributed._composable_state")
+    return () if remembering is None else remembering._module_state_mapping
+
+
 def _is_managed(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def _managed(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if _is_managed(module):
-            yield module
+    # Controllers ask at each step: where nobody has called it, no module is looked at.
+    if _states():
+        yield from (module for module in model.modules() if _is_managed(module))
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

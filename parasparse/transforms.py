@@ -58,7 +58,8 @@ def attach(model: nn.Module, steps: list[Step]) -> None:
     for step, mask in zip(steps, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
             mask.mask_(step.result, copy=False)
-            mask.dense_gradient = False  # a controller that wanted it has lost its masks
+            # A controller that wanted these has lost its masks.
+            mask.dense_gradient, mask.zeroed_in_place = False, ()
     follow(model)
 
 

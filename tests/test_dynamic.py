@@ -450,3 +450,82 @@ def test_sparse_gradients_of_embeddings_grow_connections():
         dst.step()
     assert len(dst.history) == 2
     assert int(ps.mask_of(model, "weight").sum()) == 30
+
+
+def trained_by_momentum():
+    torch.manual_seed(0)
+    model = build()
+    optimizer = sgd(model, momentum=0.9, weight_decay=1e-2)
+    dst = ps.sparse_momentum(model, 0.7, optimizer, stop=100, every=3)
+    train(model, optimizer, dst, 5)
+    return model, optimizer, dst
+
+
+def test_training_by_momentum_reads_the_parameter_itself_and_evaluation_a_copy():
+    model, *_ = trained_by_momentum()
+    for name, mask in ps.named_masks(model):
+        parameter = dict(model.named_parameters())[with_stack(name)]
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert layer.weight is parameter
+        assert not parameter[~mask].any()
+        with torch.no_grad():
+            assert layer.weight is not parameter
+        assert copy.deepcopy(layer).weight[~mask].eq(0).all()
+
+
+def with_stack(name):
+    return "{}.parametrizations.{}.original".format(*name.rsplit(".", 1))
+
+
+@pytest.mark.parametrize("write", ["in place", "data", "loaded"])
+def test_whatever_is_written_to_masked_entries_is_read_as_0(write):
+    model, *_ = trained_by_momentum()
+    x = torch.randn(8, 12)
+    model(x)
+    for name, mask in ps.named_masks(model):
+        parameter = dict(model.named_parameters())[with_stack(name)]
+        before = parameter.detach() * mask
+        junk = before + torch.randn_like(before) * ~mask
+        if write == "in place":
+            with torch.no_grad():
+                parameter.copy_(junk)
+        elif write == "data":
+            parameter.data[:] = junk
+        else:
+            model.load_state_dict({name: junk}, strict=False)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        with torch.no_grad():
+            assert torch.equal(layer.weight, before)
+        assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("way", ["stored", "state_dict", "unsparsify"])
+def test_masked_entries_are_0_wherever_they_leave_the_training(way):
+    model, optimizer, dst = trained_by_momentum()
+    masks, raw = dict(ps.named_masks(model)), dict(model.named_parameters())
+    raw = {name: raw[with_stack(name)] for name in masks}
+    train(model, optimizer, dst, 2)  # the first of them moves masks
+    assert any(raw[name][~mask].any() for name, mask in masks.items())  # of the last step
+    if way == "stored":
+        found = {name: ps.stored(model, name) for name in masks}
+    elif way == "state_dict":
+        state = model.state_dict()
+        found = {name: state[with_stack(name)] for name in masks}
+    else:
+        found = ps.unsparsify(model).state_dict()
+    assert not any(found[name][~mask].any() for name, mask in masks.items())
+
+
+def test_gradients_accumulate_over_readings_of_one_parameter():
+    model, *_ = trained_by_momentum()
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, ps.Mask):
+            module.zeroed_in_place = ()
+    x = torch.randn(8, 12)
+    for net in (model, twin):
+        net.zero_grad()
+        one, two = net(x), net(2 * x)  # both are read before either is differentiated
+        (one.square().mean() + two.square().mean()).backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)

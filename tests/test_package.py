@@ -129,8 +129,8 @@ ALLOWED = {
     "training.masking": {"_checks", "_parts"},
     "training.moves": {"_parts", "_select", "training.masking"},
     "training.layer": {
-        "_pair_stack", "_parts", "_tensors", "_units", "optim", "parametrizations", "patterns",
-        "training.masking",
+        "_apply_mask", "_pair_stack", "_parts", "_tensors", "_units", "optim", "parametrizations",
+        "patterns", "training.masking",
     },
     "training.start": {
         "_checks", "_parts", "_resolve", "_stack", "_tables", "_tensors", "_units", "distributions",
@@ -139,9 +139,8 @@ ALLOWED = {
     },
     "training.update": {"_checks", "_parts", "patterns", "training.masking", "training.moves"},
     "training.dynamic": {
-        "_alike", "_checks", "_fsdp", "_parts", "contexts", "optim", "schedules",
-        "training.history", "training.layer", "training.masking", "training.moves",
-        "training.start", "training.update", "transforms",
+        "_alike", "_fsdp", "_parts", "contexts", "optim", "schedules", "training.history",
+        "training.layer", "training.masking", "training.start", "training.update", "transforms",
     },
     "training.methods": {"schedules", "training.dynamic", "training.start"},
     "training.rewinding": {"_attach"},

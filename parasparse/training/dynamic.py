@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parasparse._alike import drawn_alike, warn_if_unknown
-from parasparse._checks import listed
 from parasparse._fsdp import reshard
 from parasparse._parts import number
 from parasparse.contexts import DenseGradients, collecting
@@ -19,7 +18,6 @@ from parasparse.schedules import Constant, as_every
 from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.layer import view_of
 from parasparse.training.masking import needs_of
-from parasparse.training.moves import Overflow
 from parasparse.training.start import Init, check_moves, first_masks
 from parasparse.training.update import Moves, next_masks
 from parasparse.transforms import attach
@@ -52,8 +50,6 @@ class DynamicSparsity:
             only `update()` does.
         init: "constant", "linear" (Erdos-Renyi), "erk", "resume" (what is 0 is masked), or masks by
             name.
-        overflow: how other layers share what a full one cannot take: "even", as the original does,
-            or by "importance".
 
     Attributes:
         history: an `Update` for each.
@@ -90,16 +86,11 @@ class DynamicSparsity:
         prune_rate: float | Callable[[int], float] = 0.5,
         every: int | Callable[[int], bool] | None = None,
         init: Init = "constant",
-        overflow: Overflow = "even",
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"`optimizer` must be one of torch's kind; got {optimizer!r:.60}.")
         self.model, self.optimizer = model, optimizer
-        if overflow not in get_args(Overflow):
-            raise ValueError(
-                f"`overflow` must be one of {listed(get_args(Overflow))}; got {overflow!r:.60}."
-            )
-        self.moves, self.overflow = Moves.named(prune, growth, redistribution), overflow
+        self.moves = Moves.named(prune, growth, redistribution)
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
         _rate(self.prune_rate(0), "prune_rate(0)")
         self.every = None if every is None else as_every(every)
@@ -119,6 +110,7 @@ class DynamicSparsity:
         attach(model, steps)
         for layer in layers:
             layer.module.dense_gradient = self._is_dense
+            layer.module.zeroed_in_place = tuple(layer.parameters)
             layer.zero_masked()
         self._start = copied(self._masks())
         self.baseline_nonzero = sum(number(layer.seen_mask()) for layer in layers)
@@ -134,11 +126,13 @@ class DynamicSparsity:
             ValueError: the prune rate leaves [0, 1]; a move returns what it must not. Masks, budget
                 and the count of steps are as they were.
         """
-        self._masks()  # raises if one was taken off
+        for layer in self._layers.values():
+            layer.check_masked()
         reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():
-                layer.zero_masked()
+                if not layer.module.is_zeroed:  # else the next reading zeroes them again
+                    layer.zero_masked()
         self._armed.close()  # where several processes train, they average here
         try:
             is_due = self._is_next()
@@ -230,7 +224,7 @@ class DynamicSparsity:
         groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
         warn_if_unknown(self.model)
         with torch.no_grad(), drawn_alike(self.model):
-            masks, missing = next_masks(view, self.moves, self._missing, groups, self.overflow)
+            masks, missing = next_masks(view, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
         update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
         # Growth by momentum goes on with what it grew by.

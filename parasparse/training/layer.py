@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from parasparse._apply_mask import apply_mask_
 from parasparse._pair_stack import joined
 from parasparse._parts import fill_, spread_like, whole
 from parasparse._tensors import Target
@@ -45,6 +46,10 @@ class Layer:
                 "taken off or replaced. Make a new controller."
             )
         return modules[0]
+
+    def check_masked(self) -> None:
+        """Raise RuntimeError if the mask was taken off or replaced."""
+        _ = self.module
 
     @property
     def groups(self) -> n_of_m | None:
@@ -93,9 +98,9 @@ class Layer:
     @torch.no_grad()
     def zero_masked(self) -> None:
         """Set weights to 0 where they are masked."""
-        dropped = ~self.mask
+        mask = self.mask
         for parameter in self.parameters:
-            fill_(parameter, dropped, 0.0)
+            apply_mask_(parameter, mask)
 
     @torch.no_grad()
     def set_mask(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from torch import Tensor
 from parasparse._parts import number, part_of, spread_like, summed, whole
 from parasparse._select import highest
 from parasparse.training.masking import Masking, needs
-
-Overflow = Literal["even", "importance"]
 
 
 @needs("weights")
@@ -167,25 +165,20 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
     return sum(number(mask) for mask in masking.masks.values())
 
 
-def shared_out(
-    total: int, importance: list[float], room: list[int], *, overflow: Overflow = "even"
-) -> list[int]:
+def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
     """Return whole shares of `total` in proportion to `importance`, none above its `room`.
 
-    Largest remainders get the odd ones, and of equal ones the first. Where nobody has any
-    importance, room decides.
+    What is more than `room` is spread evenly over the others; largest remainders get the odd ones,
+    and of equal ones the first. Where nobody has any importance, room decides.
 
     Args:
         total: at most the sum of `room`.
         importance: numbers >= 0.
         room: what each can take.
-        overflow: how the others share what is more than `room`: "even", or by "importance".
 
     Examples:
         >>> shared_out(10, [1.0, 1.0, 2.0], [100, 1, 100])
         [3, 1, 6]
-        >>> shared_out(12, [1.0, 1.0, 2.0], [100, 0, 100], overflow="importance")
-        [4, 0, 8]
     """
     weights = importance if sum(importance) else [float(space) for space in room]
     wanted = [total * weight / (sum(weights) or 1) for weight in weights]
@@ -194,10 +187,8 @@ def shared_out(
         excess = total - sum(min(want, space) for want, space in zip(wanted, room, strict=True))
         if not open_ or excess < 1e-9 * max(total, 1):
             break
-        parts = [weights[i] if overflow == "importance" else 1.0 for i in open_]
-        total_of_parts = sum(parts)
-        for i, part in zip(open_, parts, strict=True):
-            wanted[i] += excess * (part / total_of_parts if total_of_parts else 1 / len(open_))
+        for i in open_:
+            wanted[i] += excess / len(open_)
     shares = [min(math.floor(want), space) for want, space in zip(wanted, room, strict=True)]
     by_remainder = sorted(
         (i for i in range(len(room)) if shares[i] < room[i]), key=lambda i: shares[i] - wanted[i]

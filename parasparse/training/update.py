@@ -20,7 +20,6 @@ from parasparse.training.moves import (
     GROWTH_SCORES,
     PRUNE,
     REDISTRIBUTION,
-    Overflow,
     no_redistribution,
     shared_out,
 )
@@ -78,11 +77,7 @@ class Moves:
 
 
 def next_masks(
-    view: Masking,
-    moves: Moves,
-    missing: Mapping[str, int],
-    groups: Mapping[str, n_of_m],
-    overflow: Overflow = "even",
+    view: Masking, moves: Moves, missing: Mapping[str, int], groups: Mapping[str, n_of_m]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the masks after an update, and what is missing of the budget by layer.
 
@@ -91,7 +86,6 @@ def next_masks(
         moves: the functions.
         missing: connections that growth fell short of so far.
         groups: the pattern of layers whose groups keep their n.
-        overflow: how other layers share what a full one cannot take.
 
     Raises:
         ValueError, TypeError: a move returns what it must not.
@@ -109,7 +103,7 @@ def next_masks(
         grown = sum(number(mask) for mask in masks.values()) - sum(counts.values())
         _check_number(grown, view.total_removed + owed, "all layers")
         return masks, {"": view.total_removed + owed - grown}
-    shares = _shares(view, moves, missing, counts, overflow)
+    shares = _shares(view, moves, missing, counts)
     masks, left = {}, {}
     for name, mask in pruned.items():
         if name in groups:
@@ -186,11 +180,7 @@ def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str,
 
 
 def _shares(
-    view: Masking,
-    moves: Moves,
-    missing: Mapping[str, int],
-    counts: dict[str, int],
-    overflow: Overflow,
+    view: Masking, moves: Moves, missing: Mapping[str, int], counts: dict[str, int]
 ) -> dict[str, int]:
     """Return how many connections each layer grows."""
     if moves.stay:
@@ -206,7 +196,7 @@ def _shares(
     if sum(room.values()) < left:
         room = {name: free[name] - first[name] for name in counts}
     importance = [view.name2variance[name] for name in counts]
-    shares = shared_out(left, importance, [room[name] for name in counts], overflow=overflow)
+    shares = shared_out(left, importance, [room[name] for name in counts])
     return {name: first[name] + share for name, share in zip(counts, shares, strict=True)}
 
 
