@@ -92,7 +92,7 @@ def test_gradcheck_once_and_twice_forward_and_backward(dtype, kind):
 
 
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_vectorised_jacobians_agree_with_the_loop(strategy):
     weight, mask = torch.randn(3, 4), torch.rand(3, 4) < 0.5
     found = torch.autograd.functional.jacobian(
@@ -255,6 +255,6 @@ def test_straight_through_compiles_traces_and_takes_transforms():
     torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf).backward()
     torch.testing.assert_close(leaf.grad, want)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.trace is deprecated
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
         traced = torch.jit.trace(lambda w: apply_mask_straight_through(w, mask), weight)
     assert torch.equal(traced(weight), torch.where(mask, weight, 0.0))

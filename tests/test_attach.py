@@ -193,7 +193,7 @@ def test_a_masked_model_can_be_sent_to_a_spawned_process():
     queue = context.Queue()
     process = context.Process(target=_child, args=(queue, model))
     process.start()
-    assert queue.get(timeout=120) == (model(torch.ones(1, 4)).tolist(), "Linear")
+    assert queue.get(timeout=600) == (model(torch.ones(1, 4)).tolist(), "Linear")
     process.join()
 
 

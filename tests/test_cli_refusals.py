@@ -248,7 +248,7 @@ def test_a_real_process_tells_how_it_ended(tmp_path):
     command = [sys.executable, "-m", "parasparse", "prune", "in.safetensors", "out.gif", *RULE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("parasparse: error: ")
+    assert done.stderr.splitlines()[-1].startswith("parasparse: error: ")
 
 
 def test_a_terminal_gets_a_bar(tmp_path):
@@ -260,7 +260,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
         [sys.executable, "-m", "parasparse", "prune", "in.safetensors", "out.safetensors", *RULE],
         cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"},
     )  # fmt: skip
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=600) == 0
     os.close(theirs)
     assert b"prune" in os.read(ours, 10_000)
     os.close(ours)

@@ -243,7 +243,7 @@ def test_pairs_are_reached_as_rules_reach_them(ending):
     ps.sparsify(holder, ps.Prune(0.5, score=ps.scores.snip(statistics)))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nested_inputs_are_seen():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 1).eval()

@@ -1,7 +1,6 @@
 """Graphs: as many as when dense, none anew when masks change."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import parasparse as ps
+from tests.processors import need_inductor
 
 
 class Block(nn.Module):
@@ -31,7 +31,7 @@ def frames(model):
 
 
 # Dynamo looks at the .grad of what the first block hands to the second, masked or not.
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_twelve_equal_blocks_compile_in_as_many_frames_as_when_dense():
     model = nn.Sequential(*(Block() for _ in range(12)))
     sparse = ps.sparsify(copy.deepcopy(model), 0.5)
@@ -91,11 +91,8 @@ def test_frozen_compiles_and_lets_go():
         torch.testing.assert_close(compiled(x), model.bias.expand(2, 8))
 
 
-@pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None,
-    reason="inductor needs a C++ compiler",
-)
 def test_inductor_agrees_forward_and_backward():
+    need_inductor()
     model = ps.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), 0.5)
     compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(2, 8)

@@ -34,7 +34,7 @@ def check_equal(one, two):
         assert rest[0] == rest[1]
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch's own
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own
 def test_the_state_goes_into_a_file_and_another_sparsifier(tmp_path):
     one = three()
     one.step()

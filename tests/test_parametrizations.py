@@ -158,7 +158,7 @@ def test_a_mask_changed_between_forward_and_backward_is_an_error():
     module = ps.sparsify(nn.Linear(3, 2), 0.5)
     out = module(torch.ones(1, 3)).sum()
     mask_of(module).mask = torch.tensor(0.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError):  # torch's own
         out.backward()
 
 

@@ -261,7 +261,7 @@ def test_the_penalty_compiles_with_the_loss():
     assert ps.penalty(model, "1.weight").item() == 6
 
 
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @all_gates
 def test_precision_of_complex_layers_can_change(name):
     x = torch.randn(3, 6, dtype=torch.cfloat)

@@ -26,7 +26,7 @@ x = torch.linspace(-1, 1, 8).view(2, 4)
 def test_a_dense_checkpoint_loads_strictly_and_masks_stay():
     model, dense = sparse(), net()
     masks = {n: m.clone() for n, m in ps.named_masks(model)}
-    assert str(model.load_state_dict(dense.state_dict())) == "<All keys matched successfully>"
+    assert not any(model.load_state_dict(dense.state_dict()))
     assert torch.equal(ps.stored(model, "first.weight"), dense.first.weight)
     assert all(torch.equal(m, masks[n]) for n, m in ps.named_masks(model))
 
@@ -35,9 +35,9 @@ def test_strictness_still_finds_what_is_missing_or_too_much():
     model = sparse()
     state = net().state_dict()
     del state["first.weight"]
-    with pytest.raises(RuntimeError, match="Missing key.*first.parametrizations.weight.original"):
+    with pytest.raises(RuntimeError, match="first.parametrizations.weight.original"):
         model.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Unexpected key.*first.parametrizations.weight.0.extra"):
+    with pytest.raises(RuntimeError, match="first.parametrizations.weight.0.extra"):
         model.load_state_dict({**model.state_dict(), "first.parametrizations.weight.0.extra": x})
 
 
@@ -116,7 +116,7 @@ def test_checkpoints_of_cplxmodules_complex_layers_load():
     state = {**source.state_dict(), "0.mask": mask.float()}
     assert set(state) == {"0.weight.real", "0.weight.imag", "0.mask"}
     model = nn.Sequential(DictLinear())
-    assert str(ps.load_state_dict(model, state)) == "<All keys matched successfully>"
+    assert not any(ps.load_state_dict(model, state))
     for part in ("real", "imag"):
         assert torch.equal(model[0].weight[part], source[0].weight[part] * mask)
     assert [name for name, _ in ps.named_masks(model)] == ["0.weight"]

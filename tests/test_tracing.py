@@ -29,7 +29,7 @@ def test_fx_keeps_masked_weights_as_they_are():
     assert [name for name, _ in graph.named_parameters()] == ["parametrizations.weight.original"]
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # up to torch 2.9
+@pytest.mark.filterwarnings("ignore::UserWarning")  # up to torch 2.9
 def test_every_kind_of_hook_runs():
     model = ps.sparsify(nn.Linear(4, 4), 0.5)
     stack, x = model.parametrizations.weight, torch.randn(2, 4)

@@ -95,7 +95,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng():
+        # Of these devices alone: with all of several it warns that this may be slow.
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for module in training:

