@@ -134,7 +134,7 @@ REFUSALS = {
     ("torch.ao.pruning", is_pickled): RuntimeError,
     ("torch.ao.pruning", loads_a_dense_checkpoint): RuntimeError,
     ("torch.ao.pruning", compiles): torch._dynamo.exc.Unsupported,
-    ("torch.ao.pruning", masks_complex): RuntimeError,
+    ("torch.ao.pruning", masks_complex): TypeError,
 }
 
 
