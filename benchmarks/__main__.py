@@ -26,6 +26,7 @@ LIMITS = {
     "scale": 5,
     "updates": 10,
     "dynamics": 20,
+    "steps": 6,
     "blocks": 15,
     "sizes": 5,
     "channels": 10,

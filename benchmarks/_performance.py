@@ -103,6 +103,10 @@ def steps(content: Content) -> str:
     return table(header, rows)
 
 
+def dynamic_steps(content: Content) -> str:
+    return flipped(content, "(.*)", "processor time, ms")
+
+
 def controllers(content: Content) -> str:
     return grid(content, rf"one update of ([\d,]+) weights, {THREADS}", ["weights", "threads"])
 
@@ -187,6 +191,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "scale.times": scale,
     "dynamics.steps": steps,
     "dynamics.updates": controllers,
+    "steps.times": dynamic_steps,
     "blocks.seconds": blocks,
     "blocks.frames": frames,
     "updates.prune": updates,

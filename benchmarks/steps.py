@@ -1,0 +1,120 @@
+"""What does a step of dynamic training cost, next to float masks that are multiplied in place?
+
+    python -m benchmarks.steps
+
+The least that anybody does who trains with masks by hand: a dense network, whose weights are
+multiplied by float masks after each step of the optimizer. Processor time of 40 steps without an
+update of the masks, one thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import parasparse as ps
+from benchmarks._timing import compare, own, show, threads, write
+
+SPARSITY, BATCH, STEPS, NEVER = 0.95, 100, 40, 10**9
+
+
+def lenet300() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+        nn.Linear(100, 10),
+    )  # fmt: skip
+
+
+def lenet5() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"LeNet-300-100": lenet300, "LeNet-5": lenet5}
+
+
+def float_masks(model: nn.Module, _: torch.optim.Optimizer) -> Callable[[], None]:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    masks = [(torch.rand_like(weight) >= SPARSITY).float() for weight in weights]
+
+    def multiply() -> None:
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.data.mul_(mask)
+
+    multiply()
+    return multiply
+
+
+def nothing(model: nn.Module, _: torch.optim.Optimizer) -> Callable[[], None]:
+    return lambda: None
+
+
+def fixed(model: nn.Module, _: torch.optim.Optimizer) -> Callable[[], None]:
+    ps.sparsify(model, SPARSITY)
+    return lambda: None
+
+
+def controlled(method: Callable[..., Any], **keywords: Any) -> Callable[..., Callable[[], None]]:
+    """Return what has `method` control a model, and gives its `step`."""
+
+    def made(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        step: Callable[[], None] = method(model, SPARSITY, optimizer, every=NEVER, **keywords).step
+        return step
+
+    return made
+
+
+WAYS: dict[str, Callable[..., Callable[[], None]]] = {
+    "float masks": float_masks,
+    "no masks": nothing,
+    "masks that stay": fixed,
+    "sparse momentum": controlled(ps.sparse_momentum, stop=NEVER),
+    "SET": controlled(ps.sparse_evolutionary_training, init="constant"),
+    "RigL": controlled(ps.rigl, stop=NEVER, init="constant"),
+}
+
+
+def training(build: Callable[[], nn.Module], way: Callable[..., Callable[[], None]]) -> Any:
+    """Return what trains for `STEPS` steps, and says how many milliseconds one took."""
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    after = way(model, optimizer)
+    data = [(torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))) for _ in range(64)]
+    batches = itertools.cycle(data)
+
+    def steps() -> float:
+        start = time.process_time()
+        for x, y in itertools.islice(batches, STEPS):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            after()
+        return (time.process_time() - start) / STEPS * 1e3
+
+    return steps
+
+
+def main() -> None:
+    results = {}
+    with threads(1):
+        for name, build in NETWORKS.items():
+            ways = {way: training(build, make) for way, make in WAYS.items()}
+            question = f"{name}, batch {BATCH}"
+            results[question] = compare(ways, repeats=21, warm_up=2, clock=own)
+            show(question, results[question])
+    write("steps", results)
+
+
+if __name__ == "__main__":
+    main()
