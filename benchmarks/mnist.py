@@ -23,7 +23,6 @@ SETTINGS = {
     "LeNet-300-100, 20 epochs": (THREE, [*LENET300, "--dense"]),
     "LeNet-5, 20 epochs": (FOUR, [*LENET5, "--dense"]),
     "LeNet-300-100, 100 epochs": (THREE, [*LENET300, "--epochs", "100", "--dense"]),
-    "LeNet-5, 20 epochs, learning rate 0.05": (THREE, [*LENET5, "--lr", "0.05", "--dense"]),
 }  # fmt: skip
 DIVERGED = 0.5  # of the test images wrong
 

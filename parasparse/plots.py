@@ -196,7 +196,7 @@ def _grid(targets: Sequence[Target]) -> tuple[Figure, list[Axes]]:
     names = [target.name for target in targets]
     if all(name.endswith(".weight") for name in names):
         names = [name.removesuffix(".weight") for name in names]
-    for axes, name in zip(places, labels(names, 22), strict=False):
+    for axes, name in zip(places, labels(names, 21), strict=False):
         axes.set_title(name, fontsize=6)
         axes.set_xticks([])
         axes.set_yticks([])
