@@ -7,6 +7,8 @@ UV := $(RUN)/uv pip
 # Two workers, each with one thread, are the fastest on two cores. Tests that start groups of
 # processes go to one of them, so that each group is started once.
 SUITE := -m pytest -n 2 --dist loadgroup
+# Of versions that are not locked, warnings are printed: others deprecate what they like.
+UNLOCKED := -W default
 EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench
 LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
@@ -28,13 +30,13 @@ coverage: .venv/ready  ## of lines and branches, in all processes that tests sta
 	$(RUN)/python $(SUITE) --cov --cov-report=term:skip-covered
 
 test-floor: .venv-floor/ready  ## the oldest versions that pyproject.toml allows
-	.venv-floor/$(BIN)/python $(SUITE)
+	.venv-floor/$(BIN)/python $(SUITE) $(UNLOCKED)
 
 test-newest: .venv/ready  ## whatever is newest today, in an environment made anew
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	$(UV) install --quiet --python .venv-newest/$(BIN)/python --editable ".[test,demo]"
-	.venv-newest/$(BIN)/python $(SUITE)
+	.venv-newest/$(BIN)/python $(SUITE) $(UNLOCKED)
 
 lock: .venv/ready  ## the newest versions into constraints.txt, the oldest into constraints-floor.txt
 	$(LOCK) --upgrade $(EXTRAS) pyproject.toml --output-file constraints.txt

@@ -66,6 +66,7 @@ def torchvisions(channels: int) -> nn.Module:
     return model
 
 
+BATCH = 128
 MODELS: dict[str, Callable[[int], nn.Module]] = {"small": small, "resnet18": torchvisions}
 
 
@@ -99,7 +100,8 @@ def train(
                 group["lr"] *= drop
         start, total = time.perf_counter(), 0.0
         # A last batch of a few images would be too small for BatchNorm.
-        loader = DataLoader(fit, batch_size=128, shuffle=True, drop_last=True)
+        drop_last = len(fit) > BATCH
+        loader = DataLoader(fit, batch_size=BATCH, shuffle=True, drop_last=drop_last)
         for x, y in loader:
             for optimizer in optimizers:
                 optimizer.zero_grad()

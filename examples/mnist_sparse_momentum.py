@@ -108,7 +108,8 @@ def train(
 ) -> dict[str, list]:  # fmt: skip
     """Train, and return accuracy and sparsity by layer, epoch by epoch."""
     fit, held_out = data
-    loader = DataLoader(fit, batch_size=options.batch_size, shuffle=True, drop_last=True)
+    drop_last = len(fit) > options.batch_size  # a small last batch is a wild step
+    loader = DataLoader(fit, options.batch_size, shuffle=True, drop_last=drop_last)
     steps = len(loader) * options.epochs
     optimizer = optimizer_for(model, options)
     drops = [round(steps * share) for share in options.lr_drops]

@@ -45,6 +45,7 @@ class Complex(nn.Module):
         return self.last(z).real
 
 
+BATCH = 100
 GATES = {
     "variational dropout": ps.Gate(ps.gates.variational_dropout, init=-8.0),
     "L0": ps.Gate(ps.gates.hard_concrete, init=2.0),
@@ -73,7 +74,9 @@ def train(
         model.train()
         start, total = time.perf_counter(), 0.0
         rising = weight * min(1.0, (epoch + 1) / (0.5 * epochs))
-        loader = DataLoader(data[0], batch_size=100, shuffle=True, drop_last=True)
+        # A last batch of a few images would be too small for BatchNorm.
+        drop_last = len(data[0]) > BATCH
+        loader = DataLoader(data[0], batch_size=BATCH, shuffle=True, drop_last=drop_last)
         for x, y in loader:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)

@@ -42,12 +42,12 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> None:
 
     Of tensors that processes share, which are laid out alike, each process sets its part.
     """
-    part, kept = part_of(weight), part_of(mask).to(weight.device)
+    part, kept = part_of(weight), part_of(mask)
     integer = _INTEGER_OF_SIZE.get(part.dtype.itemsize)
-    if integer is None or not part.is_cpu:
-        part.masked_fill_(~kept, 0.0)
-    else:  # a fifth of that time on a CPU
-        part.view(integer).mul_(kept.to(integer))
+    if integer is None or not part.is_cpu or part.is_conj() or part.is_neg():
+        part.masked_fill_(~kept.to(part.device), 0.0)
+    else:  # a fifth of that time
+        part.view(integer).mul_(kept.to(part.device, integer))
 
 
 def apply_mask_straight_through(weight: Tensor, mask: Tensor, *, in_place: bool = False) -> Tensor:

@@ -45,20 +45,12 @@ def stored(module: nn.Module, name: str) -> Tensor:
     """Return tensor `name` of `module` without its mask, whatever lies underneath."""
     stack = stack_of(module, name)
     if isinstance(stack, MaskedParametrizationList):
-        _settle(stack)
         with _at_rest(stack):
             return stack.stored()
     if name in pruned_names(module):
         return getattr(module, f"{name}_orig")  # type: ignore[no-any-return]
     with _at_rest(stack):
         return getattr(module, name)  # type: ignore[no-any-return]
-
-
-def _settle(stack: MaskedParametrizationList) -> None:
-    """Let the mask write the zeros that it has put off writing to the stored tensor."""
-    settle = getattr(stack.mask, "settle", None)
-    if settle is not None:
-        settle()
 
 
 def effective(module: nn.Module, name: str) -> Tensor:
@@ -138,7 +130,6 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
     """
     stack = stack_of(module, name)
     assert isinstance(stack, MaskedParametrizationList)
-    _settle(stack)
     if isinstance(stack, PairParametrizationList):
         stack.separate()
     if baked is None and len(stack) > 1:

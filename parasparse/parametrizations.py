@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from parasparse._apply_mask import apply_mask, apply_mask_, apply_mask_straight_through
+from parasparse._apply_mask import apply_mask, apply_mask_straight_through
 from parasparse._hooks import is_hooked
 from parasparse._parts import is_spread, part_of, spread_like
 
@@ -24,11 +24,9 @@ class Mask(nn.Module):
     Attributes:
         dense_gradient: masked entries of a bool mask get their gradient too, as dynamic sparse
             training by momentum wants it. Not in the state.
-        zeroed_in_place: Parameters whose masked entries nobody wants: where gradients are dense,
-            training on a CPU sets them to 0 and reads the Parameter itself, which takes less time
-            and memory than a masked copy. What an optimizer writes there since is 0 again after
-            the next reading, and before they are saved, `stored`, or lose their mask.
-        is_zeroed: the last reading did so.
+        zeroed_in_place: the ids of Parameters whose masked entries are kept at 0: where gradients
+            are dense, training on a CPU writes the zeros into them and reads the Parameter itself,
+            which takes less time and memory than a masked copy. A copy of the module makes copies.
 
     Args:
         like: the tensor to be masked; gives shape, dtype, device and memory format.
@@ -44,8 +42,7 @@ class Mask(nn.Module):
 
     mask: Tensor | None
     dense_gradient: bool = False
-    zeroed_in_place: tuple[Tensor, ...] = ()
-    is_zeroed: bool = False
+    zeroed_in_place: frozenset[int] = frozenset()
 
     def __init__(self, like: Tensor, mask: object = None) -> None:
         super().__init__()
@@ -143,27 +140,9 @@ class Mask(nn.Module):
         if type(weight) not in _PLAIN or type(mask) not in _PLAIN:
             mask = _laid_out_like(mask, weight)
         if self.dense_gradient:
-            # torch.compile must not see the Parameters: it would take them for inputs.
-            if torch.compiler.is_compiling() or not self.zeroed_in_place:
-                return apply_mask_straight_through(weight, mask)
-            in_place = any(weight is parameter for parameter in self.zeroed_in_place)
-            value = apply_mask_straight_through(weight, mask, in_place=in_place)
-            self.__dict__["is_zeroed"] = value is weight
-            return value
+            in_place = not torch.compiler.is_compiling() and id(weight) in self.zeroed_in_place
+            return apply_mask_straight_through(weight, mask, in_place=in_place)
         return apply_mask(weight, mask)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Set to 0 what has been written to masked entries that are to be 0."""
-        if self.is_zeroed and self.mask is not None:
-            for parameter in self.zeroed_in_place:
-                apply_mask_(parameter, spread_like(self.mask, parameter))
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        self.settle()  # the stored tensors are saved by now: in this very memory
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return `weight` masked, and run hooks where there are some."""

@@ -59,7 +59,7 @@ def attach(model: nn.Module, steps: list[Step]) -> None:
         if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
             mask.mask_(step.result, copy=False)
             # A controller that wanted these has lost its masks.
-            mask.dense_gradient, mask.zeroed_in_place = False, ()
+            mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
     follow(model)
 
 

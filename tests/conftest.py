@@ -3,16 +3,17 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, more threads than cores get in their way
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.backends.cpu import get_cpu_capability
 
 # Inductor's own folder holds kernels for another processor after ATEN_CPU_CAPABILITY has changed.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
-    Path(tempfile.gettempdir()) / f"parasparse-inductor-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(__file__).parent.parent / "out" / f"inductor-{get_cpu_capability()}"),
 )
 
 settings.register_profile(

@@ -110,7 +110,7 @@ class DynamicSparsity:
         attach(model, steps)
         for layer in layers:
             layer.module.dense_gradient = self._is_dense
-            layer.module.zeroed_in_place = tuple(layer.parameters)
+            layer.module.zeroed_in_place = frozenset(map(id, layer.parameters))
             layer.zero_masked()
         self._start = copied(self._masks())
         self.baseline_nonzero = sum(number(layer.seen_mask()) for layer in layers)
@@ -131,8 +131,7 @@ class DynamicSparsity:
         reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():
-                if not layer.module.is_zeroed:  # else the next reading zeroes them again
-                    layer.zero_masked()
+                layer.zero_masked()
         self._armed.close()  # where several processes train, they average here
         try:
             is_due = self._is_next()
