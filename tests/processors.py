@@ -6,6 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+needs_mkl = pytest.mark.skipif(
+    not torch.backends.mkl.is_available(),
+    reason="this torch has no MKL, with which CSR and blocks are multiplied on a CPU",
+)
+
 
 @cache
 def _has_bfloat16_lstm():

@@ -9,6 +9,7 @@ from torch import nn
 import parasparse as ps
 from parasparse.sparse.compressed import CSR, Bag
 from parasparse.sparse.places import weights_in
+from tests.processors import needs_mkl
 
 
 def x(*shape):
@@ -88,6 +89,7 @@ CASES = {
 }
 case = pytest.mark.parametrize("name", CASES)
 pytestmark = [
+    needs_mkl,
     # torch's own: it has no fast kernel for them either
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),

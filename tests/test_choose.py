@@ -12,7 +12,10 @@ from parasparse.sparse import measure
 from parasparse.sparse.measure import Measured
 from parasparse.sparse.places import weights_in
 from parasparse.sparse.weight import SparseWeight
+from tests.processors import needs_mkl
 from tests.test_accelerate import close, sparse, x
+
+pytestmark = needs_mkl
 
 
 def test_the_plan_says_what_was_measured_and_is_followed():

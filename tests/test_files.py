@@ -22,6 +22,7 @@ from parasparse.sparse import files
 from parasparse.sparse.files import load_packed, save
 from tests.cases import Tied
 from tests.processes import Program
+from tests.processors import needs_mkl
 from tests.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 
 SUFFIXES = [".safetensors", ".pt"]
@@ -315,6 +316,7 @@ def test_versions_of_modules_come_back(path):
         assert torch.equal(model[0].weight, torch.ones(3))
 
 
+@needs_mkl
 def test_weights_without_dense_values_are_no_ties(path):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     ps.squash(ps.sparsify(model, 0.9))

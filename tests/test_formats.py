@@ -4,6 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse.sparse.formats import FORMATS, formats_of
+from tests.processors import needs_mkl
+
+pytestmark = needs_mkl
 
 DTYPES = (torch.float32, torch.float64)
 

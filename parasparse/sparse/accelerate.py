@@ -55,8 +55,8 @@ def accelerate(
     Examples:
         >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(64, 64), 0.95)
-        >>> accelerated(accelerate(model, formats={"weight": [(1, "csr")]})).plan
-        {'weight': [(1, 'csr')]}
+        >>> accelerated(accelerate(model, formats={"weight": [(1, "bag")]})).plan
+        {'weight': [(1, 'bag')]}
     """
     if _attach.is_accelerated(model):
         raise RuntimeError(
