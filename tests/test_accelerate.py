@@ -9,7 +9,7 @@ from torch import nn
 import parasparse as ps
 from parasparse.sparse.compressed import CSR, Bag
 from parasparse.sparse.places import weights_in
-from tests.processors import needs_mkl
+from tests.machine import needs_mkl
 
 
 def x(*shape):

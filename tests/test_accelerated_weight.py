@@ -9,7 +9,7 @@ from torch import nn
 
 import parasparse as ps
 from parasparse.sparse.places import weights_in
-from tests.processors import need_bfloat16_lstm
+from tests.machine import need_bfloat16_lstm
 from tests.test_accelerate import CASES, case, close, q, sparse, x
 from tests.test_accelerate import pytestmark as pytestmark  # marks these tests too
 

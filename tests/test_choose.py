@@ -12,7 +12,7 @@ from parasparse.sparse import measure
 from parasparse.sparse.measure import Measured
 from parasparse.sparse.places import weights_in
 from parasparse.sparse.weight import SparseWeight
-from tests.processors import needs_mkl
+from tests.machine import needs_mkl
 from tests.test_accelerate import close, sparse, x
 
 pytestmark = needs_mkl

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import parasparse as ps
-from tests.processors import need_inductor
+from tests.machine import need_inductor
 
 
 class Block(nn.Module):

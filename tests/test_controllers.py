@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import parasparse as ps
 from parasparse.schedules import Cubic, Every, Linear
 from tests.cases import PairLinear, Tied
+from tests.machine import need_bfloat16_lstm, need_inductor
 from tests.processes import Program
-from tests.processors import need_bfloat16_lstm, need_inductor
 
 
 def gradual(model, optimizer, rules):

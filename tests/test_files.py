@@ -21,8 +21,8 @@ import parasparse as ps
 from parasparse.sparse import files
 from parasparse.sparse.files import load_packed, save
 from tests.cases import Tied
+from tests.machine import needs_mkl
 from tests.processes import Program
-from tests.processors import needs_mkl
 from tests.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 
 SUFFIXES = [".safetensors", ".pt"]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse.sparse.formats import FORMATS, formats_of
-from tests.processors import needs_mkl
+from tests.machine import needs_mkl
 
 pytestmark = needs_mkl
 

@@ -10,7 +10,7 @@ from torch import nn
 import parasparse as ps
 from parasparse import gates
 from tests.cases import DictLinear, PairLinear
-from tests.processors import need_inductor
+from tests.machine import need_inductor
 
 KINDS = {
     "sigmoid": ps.Gate(init=0.2),
