@@ -7,7 +7,7 @@ UV := $(RUN)/uv pip
 # Two workers, each with one thread, are the fastest on two cores. Tests that start groups of
 # processes go to one of them, so that each group is started once.
 SUITE := -m pytest -n 2 --dist loadgroup
-# Of versions that are not locked, warnings are printed: others deprecate what they like.
+# Other versions of packages warn of other things: there a warning is no failure.
 UNLOCKED := -W default
 EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench
 LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"

@@ -10,6 +10,7 @@ update of the masks, one thread.
 from __future__ import annotations
 
 import itertools
+import runpy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,27 +19,11 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from benchmarks._timing import compare, own, show, threads, write
+from benchmarks._timing import HERE, compare, own, show, threads, write
 
 SPARSITY, BATCH, STEPS, NEVER = 0.95, 100, 40, 10**9
-
-
-def lenet300() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
-        nn.Linear(100, 10),
-    )  # fmt: skip
-
-
-def lenet5() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
-    )  # fmt: skip
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"LeNet-300-100": lenet300, "LeNet-5": lenet5}
+NETWORKS = runpy.run_path(str(HERE.parent / "examples" / "lenets.py"))["MODELS"]
+NAMES = {"lenet300-100": "LeNet-300-100", "lenet5": "LeNet-5"}
 
 
 def float_masks(model: nn.Module, _: torch.optim.Optimizer) -> Callable[[], None]:
@@ -110,7 +95,7 @@ def main() -> None:
     with threads(1):
         for name, build in NETWORKS.items():
             ways = {way: training(build, make) for way, make in WAYS.items()}
-            question = f"{name}, batch {BATCH}"
+            question = f"{NAMES[name]}, batch {BATCH}"
             results[question] = compare(ways, repeats=21, warm_up=2, clock=own)
             show(question, results[question])
     write("steps", results)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse._parts import fill_, spread_like
+from parasparse._apply_mask import apply_mask_
+from parasparse._parts import spread_like
 from parasparse._stack import MaskedParametrizationList
 from parasparse.parametrizations import Mask
 
@@ -69,7 +70,7 @@ def reduced(
         if plain and not all(was_dense):
             mask = plain[0].mask
             assert mask is not None
-            fill_(grad, ~spread_like(mask, grad), 0.0)
+            apply_mask_(grad, spread_like(mask, grad))
 
     for mask in plain:
         mask.dense_gradient = True

@@ -28,7 +28,7 @@ ALLOWED = {
     "_fsdp": set(),
     "scores.statistics": {"_checks", "_fsdp", "_parts", "scores.products", "scores.synaptic_flow"},
     "scores.saliency": {"scores.products", "scores.statistics"},
-    "_reduced": {"_parts", "_stack", "parametrizations"},
+    "_reduced": {"_apply_mask", "_parts", "_stack", "parametrizations"},
     "scores.collecting": {
         "_attach", "_checks", "_fsdp", "_reduced", "_stack", "_tensors", "contexts",
         "parametrizations", "scores.products", "scores.statistics", "targets",
