@@ -25,7 +25,6 @@ from parasparse._foreign import prune_mask, pruned_names, undo_prune
 from parasparse._masked_class import base_class, is_masked_class, is_stock_class, masked_class
 from parasparse._pair_stack import PairParametrizationList
 from parasparse._stack import MaskedParametrizationList, original_names, put_stack, stack_of
-from parasparse.sparse.weight import SparseWeight
 
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
@@ -214,21 +213,3 @@ def _in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]
 def _reorder(held: dict[str, Any], first: list[str]) -> None:
     for name in _in_order(list(held), first):
         held[name] = held.pop(name)
-
-
-def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` has put weights that multiply sparsely into any module of `model`."""
-    return any(
-        isinstance(tensor, SparseWeight)
-        for module in model.modules()
-        for tensor in (*module._parameters.values(), module.__dict__.get("executes"))
-    )
-
-
-def check_not_accelerated(model: nn.Module) -> None:
-    """Refuse what would change weights or masks under the formats that multiply."""
-    if is_accelerated(model):
-        raise RuntimeError(
-            "`model` must not be accelerated while its masks or weights change. Call "
-            "parasparse.restore(model) first."
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parasparse._parts import part_of
-from parasparse.sparse.files import buffer
+from parasparse.sparse._bits import buffer
 
 
 def digest(mask: Tensor | None) -> str:

@@ -16,6 +16,7 @@ from parasparse._checks import listed
 from parasparse._foreign import legacy_hook, pruned_names
 from parasparse._fsdp import is_sharded, reshard
 from parasparse._parts import is_spread, spread_like, whole
+from parasparse._stand_in import check_not_accelerated
 from parasparse._tables import described
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
@@ -61,7 +62,7 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-    _attach.check_not_accelerated(model)
+    check_not_accelerated(model)
     numbered = dict(enumerate(as_pairs(rules)))
     treatments = {n: _treatment(*rule) for n, rule in numbered.items()}
     targets = collect(model, pairs=pairs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from parasparse import _attach
 from parasparse._checks import listed, nearest
 from parasparse._fsdp import reshard
+from parasparse._stand_in import check_not_accelerated
 from parasparse._tensors import Target, collect
 from parasparse.parametrizations import Mask, as_mask
 from parasparse.soft_mask import SoftMask
@@ -156,7 +157,7 @@ def deploy_masks(
     given = masks if masks is not None else state_dict
     if given is None:
         raise TypeError("`masks` must be given, a mask by name; got None.")
-    _attach.check_not_accelerated(model)
+    check_not_accelerated(model)
     reshard(model)
     targets = masked(model)
     keys = mask_keys(targets)

@@ -16,6 +16,7 @@ from parasparse._pair_stack import join
 from parasparse._parts import number, spread_like
 from parasparse._resolve import Step, resolve
 from parasparse._snapshot import restored_on_error
+from parasparse._stand_in import check_not_accelerated
 from parasparse._tables import Plan, PlanRow, described
 from parasparse._tensors import Site, Target
 from parasparse.parametrizations import Mask
@@ -176,7 +177,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
         >>> binarize(model).parametrizations.weight[0].mask.tolist()
         [[True, False]]
     """
-    _attach.check_not_accelerated(model)
+    check_not_accelerated(model)
     reshard(model)
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"`threshold` must be a finite number; got {threshold!r}.")
@@ -217,7 +218,7 @@ def _attached(step: Step) -> nn.Module:
 
 
 def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
-    _attach.check_not_accelerated(model)
+    check_not_accelerated(model)
     reshard(model)
     return masked(model, targets)
 

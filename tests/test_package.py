@@ -45,6 +45,7 @@ ALLOWED = {
     "parametrizations": {"_apply_mask", "_hooks", "_parts"},
     "soft_mask": {"_apply_mask", "_checks", "_units", "gates"},
     "_any_names": set(),
+    "_stand_in": set(),
     "_stack": {"_any_names", "_apply_mask"},
     "_pair_stack": {"_parts", "_stack"},
     "cli.checkpoint": set(),
@@ -64,7 +65,7 @@ ALLOWED = {
     },
     "cli.writing": {
         "cli.checkpoint", "cli.layout", "cli.safetensors_files", "cli.torch_writer",
-        "sparse._replacing", "sparse._safetensors", "sparse.files",
+        "sparse._bits", "sparse._replacing", "sparse._safetensors", "sparse.files",
     },
     "cli.folding": {"_tensors", "cli.checkpoint"},
     "cli.reaching": {"_tensors", "cli.checkpoint", "cli.folding", "cli.rules", "targets"},
@@ -92,7 +93,7 @@ ALLOWED = {
     "_masked_class": {"_hooks", "_stack"},
     "_dense_keys": {"_stack"},
     "_attach": {
-        "_dense_keys", "_foreign", "_masked_class", "_pair_stack", "_stack", "sparse.weight",
+        "_dense_keys", "_foreign", "_masked_class", "_pair_stack", "_stack",
     },
     "_tensors": {"_attach", "_pair_stack", "_stack"},
     "_foldable": {"_attach", "_checks", "_tensors"},
@@ -102,15 +103,15 @@ ALLOWED = {
         "soft_mask",
     },
     "_alike": {"_parts"},
-    "_resolve": {
+    "_resolve": { "_stand_in",
         "_alike", "_attach", "_checks", "_foreign", "_fsdp", "_parts", "_tables", "_tensors",
         "parametrizations", "patterns", "soft_mask", "targets", "treatments",
     },
-    "transforms": {
+    "transforms": { "_stand_in",
         "_attach", "_foldable", "_fsdp", "_pair_stack", "_parts", "_resolve", "_snapshot",
         "_tables", "_tensors", "parametrizations", "soft_mask", "targets",
     },
-    "masks": {
+    "masks": { "_stand_in",
         "_attach", "_checks", "_fsdp", "_tensors", "parametrizations", "soft_mask", "targets",
     },
     "contexts": {"_attach", "_fsdp", "_parts", "_reduced", "_stack", "_tensors", "targets"},
@@ -163,7 +164,9 @@ ALLOWED = {
     "sparse.layers": {"_apply_mask", "sparse.compiled", "sparse.formats", "sparse.regular"},
     "sparse.attention": set(),
     "sparse.recurrent": {"sparse.layers"},
-    "sparse.weight": {"sparse.attention", "sparse.formats", "sparse.layers", "sparse.recurrent"},
+    "sparse.weight": {
+        "_stand_in", "sparse.attention", "sparse.formats", "sparse.layers", "sparse.recurrent",
+    },
     "sparse.measure": {"sparse.layers", "sparse.weight"},
     "sparse.places": {"_attach", "_stack", "_tensors", "sparse.weight"},
     "sparse.acceleration": {"_tables"},
@@ -171,7 +174,7 @@ ALLOWED = {
         "_tensors", "sparse.acceleration", "sparse.measure", "sparse.places", "sparse.weight",
     },
     "sparse.plans": {"_checks", "sparse.acceleration", "sparse.choose", "sparse.formats"},
-    "sparse.accelerate": {
+    "sparse.accelerate": { "_stand_in",
         "_attach", "_checks", "_parts", "_tensors", "sparse.acceleration", "sparse.choose",
         "sparse.places", "sparse.plans", "sparse.regular", "sparse.weight",
     },
@@ -181,7 +184,8 @@ ALLOWED = {
     "sparse.packing": {"sparse._bits"},
     "sparse._headers": set(),
     "sparse.files": {
-        "sparse._headers", "sparse._replacing", "sparse._safetensors", "sparse.packing", "state",
+        "sparse._bits", "sparse._headers", "sparse._replacing", "sparse._safetensors",
+        "sparse.packing", "state",
     },
     "sparse.payoff": {
         "_tensors", "sparse.formats", "sparse.layers", "sparse.measure", "sparse.packing",
@@ -202,7 +206,7 @@ ALLOWED = {
     "integrations.peft": {
         "_attach", "_checks", "_tensors", "parametrizations", "targets", "transforms",
     },
-    "_digests": {"_parts", "sparse.files"},
+    "_digests": {"_parts", "sparse._bits"},
     "distributed": {"_checks", "_digests", "_fsdp", "_parts", "parametrizations", "targets"},
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
 from parasparse.cli.layout import Layout, Put
 from parasparse.cli.safetensors_files import SafetensorsFolder
 from parasparse.cli.torch_writer import torch_writer
+from parasparse.sparse._bits import buffer
 from parasparse.sparse._replacing import replacing, replacing_folder, reserve
 from parasparse.sparse._safetensors import head
-from parasparse.sparse.files import buffer
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *TORCH)

@@ -1,6 +1,8 @@
-"""Bools as bits, eight a byte."""
+"""Bools as bits, eight per byte, and tensors as bytes."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
@@ -21,3 +23,9 @@ def unpack_bits(bits: Tensor, number: int) -> Tensor:
     """Return the first `number` of `bits` as bools."""
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(1) & powers).flatten()[:number] != 0
+
+
+def buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+    """Return the bytes of a contiguous uint8 tensor, not copied; `data` must outlive them."""
+    # Tensor.numpy() would do, but numpy is no dependency.
+    return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())

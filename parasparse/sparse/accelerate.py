@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse import _attach
 from parasparse._checks import listed, nearest
 from parasparse._parts import is_spread
+from parasparse._stand_in import is_accelerated
 from parasparse._tensors import Target, collect_as_masked
 from parasparse.sparse.acceleration import Acceleration
 from parasparse.sparse.choose import measured, weights_of
@@ -58,7 +58,7 @@ def accelerate(
         >>> accelerated(accelerate(model, formats={"weight": [(1, "bag")]})).plan
         {'weight': [(1, 'bag')]}
     """
-    if _attach.is_accelerated(model):
+    if is_accelerated(model):
         raise RuntimeError(
             "`model` must not be accelerated already. Call parasparse.restore(model) first."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.sparse import _safetensors
+from parasparse.sparse._bits import buffer
 from parasparse.sparse._headers import (
     FilePath,
     checked_header,
@@ -208,12 +208,6 @@ def _unpacked(entry: Entry, data: Tensor) -> Tensor:
     values = (values.clone() if len(bits) else values).view(dtype)
     shape, unit = tuple(entry["shape"]), (entry["unit"][0], entry["unit"][1])
     return unpack_tensor(Packed(dtype, shape, unit, bits if len(bits) else None, values))
-
-
-def buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
-    """Return the bytes of a contiguous uint8 tensor, not copied; `data` must outlive them."""
-    # Tensor.numpy() would do, but numpy is no dependency.
-    return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
 
 
 def _write_safetensors(

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from parasparse._stand_in import StandIn
 from parasparse.sparse import attention, layers, recurrent
 from parasparse.sparse.formats import Format, formats_of
 from parasparse.sparse.layers import GRADIENT, Use
@@ -28,7 +29,7 @@ Choices = tuple[tuple[int, str | None], ...]
 HANDLERS = {**layers.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
 
 
-class SparseWeight(torch.Tensor):
+class SparseWeight(StandIn):
     """A weight of two or more dimensions with sparse formats beside its dense values.
 
     Attributes:
