@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks._markdown import (
-    Content,
-    asked,
-    flipped,
-    grid,
-    percent,
-    significant,
-    table,
-    times,
-)
+from benchmarks._markdown import Content, asked, flipped, grid, percent, significant, table, times
 
 THREADS = r"(\d) thread\(s\)"
 SECONDS, MICROSECONDS = 1e3, 1e-3

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._timing import compare, show, threads, write
-from parasparse.sparse.files import load_packed, save
-from parasparse.sparse.packing import pack, unpack
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.files.packing import pack, unpack
 
 State = dict[str, Tensor]
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)

@@ -22,12 +22,12 @@ from torchvision.models import resnet50, vit_b_16
 
 import parasparse as ps
 from benchmarks._timing import Timing, compare, show, threads, write
-from parasparse._tensors import collect_as_masked
-from parasparse.sparse import measure
-from parasparse.sparse.formats import FORMATS, Format, formats_of
-from parasparse.sparse.layers import Use
-from parasparse.sparse.places import executable, installed
-from parasparse.sparse.weight import SparseWeight
+from parasparse.acceleration import measure
+from parasparse.acceleration.formats.format import FORMATS, Format, formats_of
+from parasparse.acceleration.installing import executable, installed
+from parasparse.acceleration.weight.layers import Use
+from parasparse.acceleration.weight.sparse_weight import SparseWeight
+from parasparse.targets.tensors import collect_as_masked
 
 Results = Iterator[tuple[str, dict[str, Timing]]]
 

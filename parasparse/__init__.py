@@ -1,26 +1,33 @@
 """Masks on any parameter of any PyTorch module: attach them by rules, train, fold them back."""
 
 from parasparse import distributed, distributions, gates, optim, patterns, schedules, scores
-from parasparse.contexts import dense_gradients, frozen
-from parasparse.data.base import BaseDataSparsifier
-from parasparse.data.ready import DataNormSparsifier, DataPruner
-from parasparse.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
-from parasparse.parametrizations import Mask
-from parasparse.plots import plot
-from parasparse.report import summary
-from parasparse.soft_mask import SoftMask
-from parasparse.sparse.accelerate import accelerate, accelerated, restore
-from parasparse.sparse.files import load_packed, save
-from parasparse.sparse.packing import Packed, pack, unpack
-from parasparse.state import binarize_masks, dense_state_dict, load_state_dict
-from parasparse.training import moves
+from parasparse.acceleration.accelerate import accelerate, accelerated, restore
+from parasparse.checkpoints.binarized import binarize_masks
+from parasparse.checkpoints.dense import dense_state_dict
+from parasparse.checkpoints.loading import load_state_dict
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.data_sparsifiers.base import BaseDataSparsifier
+from parasparse.data_sparsifiers.ready_made import DataNormSparsifier, DataPruner
+from parasparse.files.packing import Packed, pack, unpack
+from parasparse.masks.mask import Mask
+from parasparse.masks.soft_mask import SoftMask
+from parasparse.report.plot import plot
+from parasparse.report.summary import summary
+from parasparse.rules.prune import Prune
+from parasparse.rules.treatments import Fixed, Gate
 from parasparse.training.continuous import ContinuousSparsification
-from parasparse.training.dynamic import DynamicSparsity
+from parasparse.training.dynamic import moves
+from parasparse.training.dynamic.controller import DynamicSparsity
+from parasparse.training.dynamic.methods import rigl, sparse_evolutionary_training, sparse_momentum
 from parasparse.training.gradual import GradualPruning
-from parasparse.training.methods import rigl, sparse_evolutionary_training, sparse_momentum
 from parasparse.training.tickets import LotteryTicket
-from parasparse.transforms import binarize, plan, sparsify, squash, unsparsify
-from parasparse.treatments import Fixed, Gate, Prune
+from parasparse.verbs.binarize import binarize
+from parasparse.verbs.dense_gradients import dense_gradients
+from parasparse.verbs.frozen import frozen
+from parasparse.verbs.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
+from parasparse.verbs.plan import plan
+from parasparse.verbs.sparsify import sparsify
+from parasparse.verbs.squash import squash, unsparsify
 
 __version__ = "0.1.0"
 

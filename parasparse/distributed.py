@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parasparse._checks import listed
-from parasparse._digests import digest
-from parasparse._fsdp import is_sharded
-from parasparse._parts import is_spread, sharding_dims
-from parasparse.parametrizations import Mask
-from parasparse.targets import masked
+from parasparse.files.bits import buffer
+from parasparse.masks.mask import Mask
+from parasparse.sharding.dtensors import is_spread, part_of, sharding_dims
+from parasparse.sharding.fsdp import is_sharded
+from parasparse.targets.reach import masked
+from parasparse.text import listed
+
+
+def digest(mask: Tensor | None) -> str:
+    """Return the digest of the part of `mask` that this process holds."""
+    if mask is None:
+        return "unset"
+    data = part_of(mask).cpu().contiguous()
+    found = hashlib.blake2b(str((data.dtype, tuple(mask.shape))).encode(), digest_size=16)
+    if data.numel():
+        held = data.flatten().view(torch.uint8)
+        found.update(buffer(held))
+    return found.hexdigest()
+
 
 __all__ = ["check", "shard_masks"]
 

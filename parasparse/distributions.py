@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
-from parasparse._checks import check_sparsity, listed, num_kept
+from parasparse.counts import check_sparsity, num_kept
+from parasparse.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 Floors = float | Mapping[str, float]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse._checks import check_sparsity
-from parasparse._parts import spread_like, whole
+from parasparse.counts import check_sparsity
+from parasparse.sharding.dtensors import spread_like, whole
 
 
 def sigmoid(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse import _attach
-from parasparse._checks import listed, nearest
-from parasparse._parts import fill_
-from parasparse._tensors import Target, collect
+from parasparse.attach import reading
+from parasparse.sharding.dtensors import fill_
+from parasparse.targets.tensors import Target, collect
+from parasparse.text import listed, nearest
 
 State = dict[str, dict[str, Any]]
 
@@ -98,7 +98,7 @@ def check_held(
 def parameters_of(target: Target) -> list[Tensor]:
     """Return the tensors that an optimizer holds for `target`."""
     sites = [part[0] for part in target.parts]
-    return [tensor for site in sites for tensor in _attach.originals(site.module, site.attr)]
+    return [tensor for site in sites for tensor in reading.originals(site.module, site.attr)]
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _names(model: nn.Module) -> dict[int, str]:
     names: dict[int, str] = {}
     for target in collect(model, pairs=False):
         site = target.sites[0]
-        parts = _attach.originals(site.module, site.attr)
+        parts = reading.originals(site.module, site.attr)
         for number, tensor in enumerate(parts):
             # weight_norm and the like keep one weight in several tensors.
             names[id(tensor)] = target.name if len(parts) == 1 else f"{target.name}.{number}"

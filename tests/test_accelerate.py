@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import parasparse as ps
-from parasparse.sparse.compressed import CSR, Bag
-from parasparse.sparse.places import weights_in
+from parasparse.acceleration.formats.compressed import CSR, Bag
+from parasparse.acceleration.installing import weights_in
 from tests.machine import needs_mkl
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import parasparse as ps
-from parasparse.sparse.places import weights_in
+from parasparse.acceleration.installing import weights_in
 from tests.machine import need_bfloat16_lstm
 from tests.test_accelerate import CASES, case, close, q, sparse, x
 from tests.test_accelerate import pytestmark as pytestmark  # marks these tests too

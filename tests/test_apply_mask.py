@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
 import parasparse as ps
-from parasparse._apply_mask import _FEW, apply_mask, apply_mask_straight_through
+from parasparse.masks.apply import _FEW, apply_mask, apply_mask_straight_through
 
 DTYPES = [
     torch.half,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from parasparse._checks import check_sparsity, listed, nearest
+from parasparse.counts import check_sparsity
+from parasparse.text import listed, nearest
 
 
 def test_eight_names_are_listed_and_the_others_counted():

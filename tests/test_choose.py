@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from parasparse.sparse import measure
-from parasparse.sparse.measure import Measured
-from parasparse.sparse.places import weights_in
-from parasparse.sparse.weight import SparseWeight
+from parasparse.acceleration import measure
+from parasparse.acceleration.installing import weights_in
+from parasparse.acceleration.measure import Measured
+from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from tests.machine import needs_mkl
 from tests.test_accelerate import close, sparse, x
 

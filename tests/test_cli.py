@@ -10,16 +10,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import parasparse as ps
-from tests.checkpoints import (
-    Net,
-    all_formats,
-    check_same,
-    loaded,
-    out_of,
-    run,
-    state,
-    written,
-)
+from tests.checkpoints import Net, all_formats, check_same, loaded, out_of, run, state, written
 
 
 def masked_by_us():

@@ -180,7 +180,7 @@ def test_formats_can_be_changed_on_the_way(tmp_path):
 
 
 def test_torch_files_can_be_written_where_maps_cannot_be_shared(tmp_path, monkeypatch):
-    from parasparse.cli import torch_writer
+    from parasparse.files import torch_writer
 
     torch.save(state(), tmp_path / "in.pt")
     rule = ("--rule", "layer*=0.9")
@@ -191,7 +191,7 @@ def test_torch_files_can_be_written_where_maps_cannot_be_shared(tmp_path, monkey
 
 
 def test_large_tensors_come_by_in_fresh_maps(tmp_path, monkeypatch):
-    from parasparse.cli import checkpoint
+    from parasparse.files import checkpoint
 
     monkeypatch.setattr(checkpoint, "FRESH", 1000)
     for kind in FORMATS:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from parasparse._select import highest
+from parasparse.acceleration.formats.format import formats_of
 from parasparse.patterns import n_of_m, nearly_diagonal
-from parasparse.sparse.formats import formats_of
+from parasparse.patterns.selection.kth import highest
 from tests.cases import CASES
 from tests.test_laws import loss_of, run
 from tests.test_patterns import PATTERNS

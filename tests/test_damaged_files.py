@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parasparse.sparse import _headers
-from parasparse.sparse.files import load_packed, save
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.files import headers
 from tests.test_files import both, same_states, small
 
 
@@ -68,7 +68,7 @@ def test_every_truncation_is_refused(tmp_path, suffix):
 def test_a_future_version_is_named(tmp_path, suffix, monkeypatch):
     path = tmp_path / f"x{suffix}"
     with monkeypatch.context() as patch:
-        patch.setattr(_headers, "VERSION", 2)
+        patch.setattr(headers, "VERSION", 2)
         save(small(), path)
     with pytest.raises(
         ValueError, match="newer parasparse: version 2; this one reads 1. Upgrade parasparse"
@@ -127,14 +127,14 @@ def test_a_long_file_cut_anywhere_is_refused(tmp_path, suffix):
     ids=str,
 )
 def test_a_header_that_lies_is_refused(tmp_path, header):
-    torch.save({**_headers.metadata_of(header), "tensors": {}}, tmp_path / "x.pt")
+    torch.save({**headers.metadata_of(header), "tensors": {}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="damaged"):
         load_packed(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("version", ["2", "2.0", "17"])
 def test_any_later_version_says_so(tmp_path, version):
-    header = {**_headers.metadata_of({"entries": {}, "modules": None}), "version": version}
+    header = {**headers.metadata_of({"entries": {}, "modules": None}), "version": version}
     torch.save({**header, "tensors": {}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"version {version}; this one reads 1. Upgrade"):
         load_packed(tmp_path / "x.pt")

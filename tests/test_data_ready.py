@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import parasparse as ps
 from parasparse import BaseDataSparsifier, DataNormSparsifier, DataPruner
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 
 
 def by_hand(data, level, zeros, block, norm):

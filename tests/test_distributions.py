@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import parasparse as ps
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 from parasparse.distributions import erdos_renyi, erk, uniform
 
 ALL = pytest.mark.parametrize("distribution", [uniform, erdos_renyi, erk], ids=lambda f: f.__name__)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from parasparse.sparse import files
-from parasparse.sparse.files import load_packed, save
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.files import packed_files
 from tests.processes import Program
 from tests.test_files import path as path
 from tests.test_files import same_states, small, some
@@ -21,7 +21,7 @@ from tests.test_files import same_states, small, some
 def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
     old = small()
     save(old, path)
-    pack_tensor = files.pack_tensor
+    pack_tensor = packed_files.pack_tensor
     packed = []
 
     def failing(tensor):
@@ -30,7 +30,7 @@ def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
         packed.append(tensor)
         return pack_tensor(tensor)
 
-    monkeypatch.setattr(files, "pack_tensor", failing)
+    monkeypatch.setattr(packed_files, "pack_tensor", failing)
     with pytest.raises(KeyboardInterrupt):
         save(some(), path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -46,8 +46,8 @@ def killed(path, moment):
 
     count = iter(range(9))
     if moment == "writing":
-        pack = files.pack_tensor
-        files.pack_tensor = lambda tensor: pack(tensor) if next(count) < 2 else stop()
+        pack = packed_files.pack_tensor
+        packed_files.pack_tensor = lambda tensor: pack(tensor) if next(count) < 2 else stop()
     else:
         os.replace = stop
     save({f"w{i}": torch.eye(500) for i in range(3)}, path)
@@ -91,7 +91,7 @@ def test_a_new_file_has_the_usual_permissions(path):
 
 
 def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
-    pack_tensor, living = files.pack_tensor, weakref.WeakSet()
+    pack_tensor, living = packed_files.pack_tensor, weakref.WeakSet()
 
     def counted(tensor):
         assert not len(living)  # what was packed before is written and gone
@@ -99,7 +99,7 @@ def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
         living.add(packed)
         return packed
 
-    monkeypatch.setattr(files, "pack_tensor", counted)
+    monkeypatch.setattr(packed_files, "pack_tensor", counted)
     state = some(4)
     save(state, tmp_path / "x.safetensors")
     assert same_states(load_packed(tmp_path / "x.safetensors"), state)
@@ -143,12 +143,12 @@ def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
     save({"x": torch.eye(2)}, path)
     path.chmod(0o600)
     seen = []
-    pack_tensor = files.pack_tensor
+    pack_tensor = packed_files.pack_tensor
 
     def spied(tensor):
         seen.extend(p.stat().st_mode & 0o777 for p in path.parent.glob("*.tmp"))
         return pack_tensor(tensor)
 
-    monkeypatch.setattr(files, "pack_tensor", spied)
+    monkeypatch.setattr(packed_files, "pack_tensor", spied)
     save({"x": torch.eye(3)}, path)
     assert seen == [0o600]

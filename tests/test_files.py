@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 import parasparse as ps
-from parasparse.sparse.files import load_packed, save
+from parasparse.checkpoints.packed import load_packed, save
 from tests.cases import Tied
 from tests.machine import needs_mkl
 from tests.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parasparse.sparse.formats import FORMATS, formats_of
+from parasparse.acceleration.formats.format import FORMATS, formats_of
 from tests.machine import needs_mkl
 
 pytestmark = needs_mkl

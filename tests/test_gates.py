@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from parasparse import gates
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 
 reals = st.floats(-6, 6)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 from parasparse.schedules import Constant, Cubic, Every, Linear
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 import parasparse as ps
-from parasparse._tensors import collect
-from parasparse.targets import masked
+from parasparse.targets.reach import masked
+from parasparse.targets.tensors import collect
 from tests.cases import CASES, Tied
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parasparse.training import moves
-from parasparse.training.moves import shared_out
+from parasparse.training.dynamic import moves
+from parasparse.training.dynamic.moves import shared_out
 
 
 @st.composite

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from parasparse.sparse import packing
-from parasparse.sparse._bits import pack_bits, unpack_bits
-from parasparse.sparse.packing import pack, unpack
+from parasparse.files import packing
+from parasparse.files.bits import pack_bits, unpack_bits
+from parasparse.files.packing import pack, unpack
 
 DTYPES = [
     torch.bfloat16,

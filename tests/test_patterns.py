@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import parasparse as ps
 from parasparse import patterns
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 from parasparse.patterns import block, chain, channel, head, jointly, n_of_m, nearly_diagonal
 from tests.test_units import UNITS, drawn, seeds, shares
 

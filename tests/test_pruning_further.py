@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 from parasparse.distributions import erk
 from parasparse.patterns import chain, channel, n_of_m
 from parasparse.scores import magnitude, random, zeros_first

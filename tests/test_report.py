@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
-from parasparse._held import held
+from parasparse.patterns.recognise import held
 from tests.cases import PairLinear, Tied
 
 

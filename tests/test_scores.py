@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse import scores
-from parasparse.scores.entries import is_entrywise
+from parasparse.scores.weights_alone import is_entrywise
 
 
 def test_magnitude_is_the_modulus_of_complex_entries():

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parasparse import _select
-from parasparse._select import find_cut, highest
-from parasparse._sources import as_source
+from parasparse.patterns.selection import kth
+from parasparse.patterns.selection.kth import find_cut, highest
+from parasparse.patterns.selection.source import as_source
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
 VALUES = [0.0, -0.0, 1.0, 1.5, -2.0, 7.0, math.inf, -math.inf]
@@ -31,7 +31,7 @@ def same(one, two):
 @pytest.fixture
 def small_sample(monkeypatch):
     """Take the road of large tensors on small ones."""
-    monkeypatch.setattr(_select, "_SAMPLE", 8)
+    monkeypatch.setattr(kth, "_SAMPLE", 8)
 
 
 lists = st.lists(st.lists(st.sampled_from(VALUES), max_size=30), min_size=1, max_size=4)
@@ -80,10 +80,10 @@ def test_sampling_changes_nothing_on_awkward_scores(small_sample, make, kept):
 
 
 def test_a_sample_that_misleads_costs_time_only(monkeypatch):
-    monkeypatch.setattr(_select, "_SAMPLE", 8)
+    monkeypatch.setattr(kth, "_SAMPLE", 8)
     scores = torch.randn(500)
     for wrong in (torch.full((8,), -9.0), torch.full((8,), 9.0), scores[:8]):
-        monkeypatch.setattr(_select, "_sample", lambda flats, wrong=wrong: wrong)
+        monkeypatch.setattr(kth, "_sample", lambda flats, wrong=wrong: wrong)
         for kept in (1, 50, 250, 499):
             assert same(highest([scores], kept), brute([scores], kept))
 
@@ -91,8 +91,8 @@ def test_a_sample_that_misleads_costs_time_only(monkeypatch):
 def test_a_sample_that_misleads_is_compared_with_every_dtype_without_rounding(monkeypatch):
     near = torch.tensor(0.1, dtype=torch.half).item()
     scores = [torch.full((90,), near, dtype=torch.half), torch.full((10,), near + 1e-6)]
-    monkeypatch.setattr(_select, "_SAMPLE", 8)
-    monkeypatch.setattr(_select, "_sample", lambda flats: scores[1].repeat(40))
+    monkeypatch.setattr(kth, "_SAMPLE", 8)
+    monkeypatch.setattr(kth, "_sample", lambda flats: scores[1].repeat(40))
     for kept in (5, 10, 15):
         assert same(highest(scores, kept), brute(scores, kept))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import parasparse as ps
 from parasparse import gates
-from parasparse.soft_mask import INIT
+from parasparse.masks.soft_mask import INIT
 from tests.cases import CASES, PairLinear, Tied
 from tests.gated import DRAWS, GATES, KINDS, all_gates, all_kinds, gated, mask_of
 

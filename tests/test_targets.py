@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import parasparse as ps
-from parasparse._tensors import collect
-from parasparse.targets import reaches
+from parasparse.targets.reach import reaches
+from parasparse.targets.tensors import collect
 from tests.cases import DictLinear, OddNames, PairLinear, Tied
 
 
@@ -247,7 +247,7 @@ def test_a_glob_reaches_exactly_what_fnmatch_says(glob):
     )
 )
 def test_rules_partition_the_tensors_or_change_nothing(rules):
-    from parasparse._checks import num_kept
+    from parasparse.counts import num_kept
 
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
     before = copy.deepcopy(model)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 
 
 def build():

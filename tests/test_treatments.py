@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import parasparse as ps
-from parasparse._checks import num_kept
+from parasparse.counts import num_kept
 
 
 def net():

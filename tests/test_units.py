@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from parasparse._checks import num_kept
-from parasparse._units import has_units
+from parasparse.counts import num_kept
 from parasparse.patterns import block, channel, head, jointly
+from parasparse.patterns.units import has_units
 
 shares = st.floats(0, 1)
 seeds = st.integers(0, 2**31)

@@ -1,98 +1,23 @@
-"""What the commands do that write a checkpoint. Each returns the line to be printed."""
+"""The commands that write a checkpoint, but for `prune`. Each returns the line to be printed."""
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from parasparse._tables import as_text
-from parasparse._units import has_units
-from parasparse.cli import folding, pruning
-from parasparse.cli.checkpoint import Checkpoint, CheckpointError, Info
-from parasparse.cli.layout import Layout, Put, pieces
-from parasparse.cli.opening import PackedFile, open_checkpoint
+from parasparse.cli import held_masks
 from parasparse.cli.progress import Advance, progress
-from parasparse.cli.reaching import Reached, reached
-from parasparse.cli.rules import as_rules, read_config, split_rules
-from parasparse.cli.writing import TORCH, check_file, check_target, writing
-from parasparse.patterns import unstructured
-from parasparse.sparse import files
-
-
-def prune(args: Namespace) -> str:
-    """Write IN with masks folded in, chosen by rules."""
-    options, rules = read_config(args.config) if args.config else ({}, {})
-    if args.rule and rules:
-        raise CheckpointError("rules must come from --rule or from --config, not from both.")
-    names = ("pattern", "scope", "score", "distribution", "seed")
-    given = {name: getattr(args, name) for name in names}
-    options |= {key: value for key, value in given.items() if value is not None}
-    parsed = as_rules(rules or split_rules(args.rule), options)
-    source = open_checkpoint(args.input)
-    if not args.dry_run:
-        check_target(args.output, source, force=args.force)
-    if args.masks and not args.dry_run:
-        check_file(args.masks, force=args.force)
-        masks = Path(args.masks).resolve()
-        for place in (Path(args.input).resolve(), Path(args.output).resolve()):
-            if place in (masks, *masks.parents):
-                raise CheckpointError("--masks must name another file than IN and OUT, outside.")
-    groups = reached(source, parsed)
-    if not groups:
-        raise CheckpointError("every rule is none: nothing is to be pruned.")
-    if options.get("seed") is not None:
-        torch.manual_seed(options["seed"])
-    every = [each for group in groups for each in group]
-    layout = Layout(source.infos, source.same)
-    of_masks = Layout(
-        {each.name: Info(torch.bool, source.infos[each.parts[0]].shape) for each in every},
-        is_whole=False,
-    )
-    rows = []
-    with ExitStack() as stack:
-        put: Put = _ignored
-        put_mask: Put = _ignored
-        if not args.dry_run:
-            put = stack.enter_context(writing(args.output, source, layout))
-            if args.masks:
-                put_mask = stack.enter_context(writing(args.masks, source, of_masks))
-        passes = sum(_nbytes(source, each) * _passes(each) for each in every)
-        advance = stack.enter_context(progress("prune", source.nbytes + passes))
-        for group in groups:
-            for each, mask in pruning.masks(source, group, lambda e: advance(_nbytes(source, e))):
-                rows.append((each, int(mask.count_nonzero())))
-                put_mask(each.name, pieces(mask))
-                for name in each.parts:
-                    put(name, pieces(source.read(name), mask))
-                advance(_nbytes(source, each))
-        pruned = {name for each in every for name in each.parts}
-        for name in source.infos if not args.dry_run else ():
-            if name not in pruned and name not in source.same:
-                _copy(source, name, put, advance)
-    return _pruned(source, rows, args)
-
-
-def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace) -> str:
-    numels = [source.infos[each.parts[0]].numel for each, _ in rows]
-    kept, total = sum(kept for _, kept in rows), sum(numels)
-    line = f"{1 - kept / max(1, total):.2%} of {total:,} entries in {len(rows)} tensors are masked"
-    if not args.dry_run:
-        return f"{args.output}: {line}.{_left_out(source, args.output)}"
-    table = as_text(
-        ("tensor", "shape", "rule", "kept", "sparsity"),
-        [
-            (each.name, tuple(source.infos[each.parts[0]].shape), each.rule.target, f"{kept:,}",
-             f"{1 - kept / max(1, numel):.2%}")
-            for (each, kept), numel in zip(rows, numels, strict=True)
-        ],
-    )  # fmt: skip
-    return f"{table}\n{line.replace('are masked', 'would be masked')}; nothing was written."
+from parasparse.cli.reaching import Reached
+from parasparse.files import packed_files
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.files.layout import Layout, Put, pieces
+from parasparse.files.opening import PackedFile, open_checkpoint
+from parasparse.files.writing import TORCH, check_file, check_target, writing
 
 
 def squash(args: Namespace) -> str:
@@ -113,7 +38,7 @@ def binarize(args: Namespace) -> str:
 
 
 def _fold(
-    args: Namespace, source: Checkpoint, held: list[folding.Held], names: dict[str, str]
+    args: Namespace, source: Checkpoint, held: list[held_masks.Held], names: dict[str, str]
 ) -> None:
     """Write the tensors of `names`, key -> new name: weights masked, masks bool."""
     mask_of, masks = {one.weight: one.mask for one in held}, {one.mask for one in held}
@@ -143,7 +68,7 @@ def masks(args: Namespace) -> str:
         if not names:
             raise CheckpointError(f'"{args.input}" holds no weight with a zero.')
     else:
-        names = folding.mask_names(source)
+        names = held_masks.mask_names(source)
     infos = {name: Info(torch.bool, source.infos[key].shape) for name, key in names.items()}
     with _output(args, source, Layout(infos, is_whole=False)) as (put, advance):
         for name, key in names.items():
@@ -159,11 +84,11 @@ def pack(args: Namespace) -> str:
     like = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in source.infos.items()}
     state = {**like, **source.others}
     try:
-        files.check_storable(state, state)
+        packed_files.check_storable(state, state)
     except TypeError as error:
         raise CheckpointError(str(error)) from error
     header = {
-        "entries": files.entries_of(state, source.same),
+        "entries": packed_files.entries_of(state, source.same),
         "modules": source.modules,
         "metadata": source.metadata,
     }
@@ -173,7 +98,7 @@ def pack(args: Namespace) -> str:
             advance(source.infos[name].nbytes)
             return source.read(name)
 
-        files.write(args.output, read, header)
+        packed_files.write(args.output, read, header)
     size = os.path.getsize(args.output)
     line = f"{args.output}: {size:,} bytes, {size / max(1, source.nbytes):.1%} of the tensors'."
     return line + _left_out(source, "")
@@ -198,10 +123,10 @@ def _left_out(source: Checkpoint, output: str) -> str:
     return "" if stays or not source.around else f" Left out: {', '.join(source.around)}."
 
 
-def _masked(args: Namespace) -> tuple[Checkpoint, list[folding.Held]]:
+def _masked(args: Namespace) -> tuple[Checkpoint, list[held_masks.Held]]:
     source = open_checkpoint(args.input)
     check_target(args.output, source, force=args.force)
-    return source, folding.held(source)
+    return source, held_masks.held(source)
 
 
 @contextmanager
@@ -218,14 +143,6 @@ def _copy(source: Checkpoint, key: str, put: Put, advance: Advance) -> None:
     advance(source.infos[key].nbytes)
 
 
-def _passes(each: Reached) -> int:
-    """Return how often the scores of `each` are read to be ranked."""
-    prune = each.rule.prune
-    assert prune is not None
-    alone = prune.scope == "local" and prune.pattern is not unstructured
-    return 0 if alone else 1 if has_units(prune.pattern) else 2
-
-
 def _nbytes(source: Checkpoint, each: Reached) -> int:
     return sum(source.infos[name].nbytes for name in each.parts)
 
@@ -233,7 +150,3 @@ def _nbytes(source: Checkpoint, each: Reached) -> int:
 def _has_zeros(tensor: Tensor) -> bool:
     weight = tensor.ndim > 1 and (tensor.is_floating_point() or tensor.is_complex())
     return weight and not bool((tensor != 0).all())
-
-
-def _ignored(name: str, pieces: Iterable[Tensor]) -> None:
-    """Take a tensor, and do nothing: a dry run."""

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from parasparse.cli import commands, looking
-from parasparse.cli.checkpoint import CheckpointError
+from parasparse.cli import commands, inspect_and_diff, prune
+from parasparse.files.checkpoint import CheckpointError
 
 _WRITES: dict[str, Callable[[argparse.Namespace], str]] = {
-    "prune": commands.prune,
+    "prune": prune.prune,
     "squash": commands.squash,
     "binarize": commands.binarize,
     "masks": commands.masks,
@@ -19,8 +19,8 @@ _WRITES: dict[str, Callable[[argparse.Namespace], str]] = {
     "unpack": commands.unpack,
 }
 _LOOKS: dict[str, Callable[[argparse.Namespace], tuple[str, int]]] = {
-    "inspect": looking.inspect,
-    "diff": looking.diff,
+    "inspect": inspect_and_diff.inspect,
+    "diff": inspect_and_diff.diff,
 }
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._tensors import Target, ancestors, collect
-from parasparse.cli.checkpoint import Checkpoint, CheckpointError
-from parasparse.cli.folding import computed
+from parasparse.cli.held_masks import computed
 from parasparse.cli.rules import Rule
-from parasparse.targets import group_by_rule
+from parasparse.files.checkpoint import Checkpoint, CheckpointError
+from parasparse.names import ancestors
+from parasparse.targets.reach import group_by_rule
+from parasparse.targets.tensors import Target, collect
 
 
 @dataclass(frozen=True, eq=False)

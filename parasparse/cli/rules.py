@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parasparse import distributions, patterns
-from parasparse.cli.checkpoint import CheckpointError
+from parasparse.files.checkpoint import CheckpointError
 from parasparse.patterns import Pattern
-from parasparse.scores.entries import magnitude, random
-from parasparse.treatments import Prune
+from parasparse.rules.prune import Prune
+from parasparse.scores.weights_alone import magnitude, random
 
 SCORES = {"magnitude": magnitude, "random": random}
 DISTRIBUTIONS = {

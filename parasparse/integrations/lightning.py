@@ -11,8 +11,8 @@ except ImportError as error:
     error.add_note('this needs lightning: pip install "parasparse[lightning]"')
     raise
 
-from parasparse.integrations import _going_on
-from parasparse.integrations._metrics import metrics_of
+from parasparse.integrations import resuming
+from parasparse.integrations.metrics import metrics_of
 
 # They copy the module before it has masks, and pair its tensors with the copy's by position.
 _AVERAGING = tuple(
@@ -83,13 +83,13 @@ class Sparsity(Callback):
                 "average dense weights. Average in a loop of your own, with "
                 "torch.optim.swa_utils.AveragedModel."
             )
-        self._hook = _going_on.accept_masks(pl_module)
+        self._hook = resuming.accept_masks(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take back what `setup` and the controller hung on the module."""
         if self._hook is not None:
             self._hook.remove()
-        _going_on.close(self.controller)
+        resuming.close(self.controller)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
         """Take back the same: there is no teardown then."""
@@ -102,16 +102,16 @@ class Sparsity(Callback):
             return self.factory(trainer.model, *trainer.optimizers)
 
         state = self._loaded
-        if state is None and _going_on.is_of(self.controller, pl_module):
-            state = _going_on.state_of(self.controller, pl_module, ())
-        self.controller = make() if state is None else _going_on.resumed(pl_module, make, state)
+        if state is None and resuming.is_of(self.controller, pl_module):
+            state = resuming.state_of(self.controller, pl_module, ())
+        self.controller = make() if state is None else resuming.resumed(pl_module, make, state)
         self._module, self._optimizers = pl_module, trainer.optimizers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the optimizers' states, which have been loaded by now, in order."""
         if self._loaded is not None:
             for optimizer, order in zip(trainer.optimizers, self._loaded["order"], strict=True):
-                _going_on.reorder(pl_module, optimizer, order)
+                resuming.reorder(pl_module, optimizer, order)
         self._loaded = None
         self._seen = trainer.global_step
 
@@ -127,7 +127,7 @@ class Sparsity(Callback):
         """Return the state of the controller, what its masks are, and the order of parameters."""
         if self.controller is None or self._module is None:
             return {}
-        return _going_on.state_of(self.controller, self._module, self._optimizers)
+        return resuming.state_of(self.controller, self._module, self._optimizers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until there is a controller."""

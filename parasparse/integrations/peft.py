@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from parasparse import _attach
-from parasparse._checks import listed
-from parasparse._tensors import Target, collect
-from parasparse.parametrizations import Mask
-from parasparse.targets import masked
-from parasparse.transforms import sparsify, squash
+from parasparse.attach import reading
+from parasparse.masks.mask import Mask
+from parasparse.targets.reach import masked
+from parasparse.targets.tensors import Target, collect
+from parasparse.text import listed
+from parasparse.verbs.sparsify import sparsify
+from parasparse.verbs.squash import squash
 
 
 def merge_and_unload(model: Any, **options: Any) -> nn.Module:
@@ -66,7 +67,7 @@ class _Kept:
     def __init__(self, target: Target) -> None:
         self.place, self.mask = _place(target), torch.clone(target.mask())  # type: ignore[arg-type]
         self._parts = [
-            (site, _attach.stored(site.module, site.attr).detach().clone())
+            (site, reading.stored(site.module, site.attr).detach().clone())
             for site in (part[0] for part in target.parts)
         ]
         self._effective = target.effective().clone()
@@ -77,7 +78,7 @@ class _Kept:
         """Store again what was stored, unless something was merged into it."""
         if torch.equal(self._target.stored(), self._effective):
             for site, stored in self._parts:
-                _attach.stored(site.module, site.attr).copy_(stored)
+                reading.stored(site.module, site.attr).copy_(stored)
 
 
 def _place(target: Target) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parasparse.integrations._metrics import metrics_of
+from parasparse.integrations.metrics import metrics_of
 
 
 class SparsityWriter:

@@ -15,8 +15,8 @@ except ImportError as error:
     error.add_note('this needs transformers: pip install "parasparse[transformers]"')
     raise
 
-from parasparse.integrations import _going_on
-from parasparse.targets import masked
+from parasparse.integrations import resuming
+from parasparse.targets.reach import masked
 
 FILE = "parasparse.pt"
 
@@ -49,11 +49,11 @@ class SparsityCallback(TrainerCallback):
         self.factory, self.trainer = factory, trainer
         self.controller: Any = None
         if trainer is not None and trainer.model is not None:  # `on_init_end` is over
-            _going_on.accept_masks(trainer.model)
+            resuming.accept_masks(trainer.model)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model load masks: a checkpoint comes before there is an optimizer."""
-        _going_on.accept_masks(given["model"])
+        resuming.accept_masks(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Make the controller; it goes on where the checkpoint, or the last training, stood.
@@ -75,11 +75,11 @@ class SparsityCallback(TrainerCallback):
             return self.factory(wrapped, optimizer)
 
         saved = _saved(args, state) if state.global_step else None
-        if saved is None and _going_on.is_of(self.controller, model):
-            saved = _going_on.state_of(self.controller, model, ())
-        self.controller = make() if saved is None else _going_on.resumed(model, make, saved)
+        if saved is None and resuming.is_of(self.controller, model):
+            saved = resuming.state_of(self.controller, model, ())
+        self.controller = make() if saved is None else resuming.resumed(model, make, saved)
         if saved is not None and saved["order"]:
-            _going_on.reorder(model, optimizer, saved["order"][0])
+            resuming.reorder(model, optimizer, saved["order"][0])
         _declare_ties(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -88,13 +88,13 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take back what the controller hung on the model."""
-        _going_on.close(self.controller)
+        resuming.close(self.controller)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the controller's state into the checkpoint."""
         if args.should_save:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            content = _going_on.state_of(self.controller, given["model"], [given["optimizer"]])
+            content = resuming.state_of(self.controller, given["model"], [given["optimizer"]])
             torch.save({"step": state.global_step, **content}, folder / FILE)
 
 

@@ -4,9 +4,9 @@ A score is any callable `(tensor, name) -> scores` whose result is real and has 
 """
 
 from parasparse.scores.collecting import collect
-from parasparse.scores.entries import Score, entrywise, lamp, magnitude, random, zeros_first
 from parasparse.scores.saliency import fisher, grasp, movement, snip, synflow, taylor, wanda
 from parasparse.scores.statistics import Statistics
+from parasparse.scores.weights_alone import Score, entrywise, lamp, magnitude, random, zeros_first
 
 __all__ = [
     "Score",

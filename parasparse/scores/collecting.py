@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 
-from parasparse import _attach
-from parasparse._checks import listed
-from parasparse._fsdp import data_parallel_groups, managed_parameters, reshard
-from parasparse._reduced import reduced
-from parasparse._stack import stack_of
-from parasparse._tensors import Target
-from parasparse._tensors import collect as tensors_of
-from parasparse.contexts import part_stacks, probed
-from parasparse.parametrizations import Mask
+from parasparse.attach import reading
+from parasparse.attach.fsdp_gradients import reduced
+from parasparse.attach.probes import probed
+from parasparse.attach.stack import stack_of
+from parasparse.masks.mask import Mask
 from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
-from parasparse.targets import is_weight, reaches
+from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
+from parasparse.targets.reach import is_weight, reaches
+from parasparse.targets.tensors import Target, part_stacks
+from parasparse.targets.tensors import collect as tensors_of
+from parasparse.text import listed
 
 
 @contextmanager
@@ -108,14 +108,14 @@ def _watch(
     target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Any]
 ) -> None:
     site, masks = target.sites[0], target.masks()
-    if masks and any(_attach.mask_module(s.module, s.attr) is None for s in target.sites):
+    if masks and any(reading.mask_module(s.module, s.attr) is None for s in target.sites):
         raise RuntimeError(
             f'a tied tensor must be masked at all its places, or at none; "{target.name}" is not. '
             "Call `sparsify` on the whole model."
         )
     parametrizations = stack_of(site.module, site.attr)
     is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
-    first = _attach.originals(site.module, site.attr)[0]
+    first = reading.originals(site.module, site.attr)[0]
     leaf: Tensor | None = None
     managed = sharded.get(id(first)) if is_plain else None
     if managed is not None:
@@ -128,7 +128,7 @@ def _watch(
         leaf = first
     is_known = is_plain and all(isinstance(mask, Mask) for mask in masks)
     # While it computes, the module itself has what `fully_shard` has gathered.
-    read = first.detach if managed is not None else partial(_attach.stored, site.module, site.attr)
+    read = first.detach if managed is not None else partial(reading.stored, site.module, site.attr)
     sums = Sums(read, leaf, first if is_known else None)
     statistics.sums[target.name] = sums
 

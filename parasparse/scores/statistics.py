@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse._checks import listed
-from parasparse._fsdp import is_sharded
-from parasparse._parts import by_part, whole
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.synaptic_flow import flows_of
+from parasparse.sharding.dtensors import by_part, whole
+from parasparse.sharding.fsdp import is_sharded
+from parasparse.text import listed
 
 
 @dataclass(eq=False)

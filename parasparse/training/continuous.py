@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import gates
-from parasparse._checks import listed
-from parasparse._parts import number
-from parasparse._resolve import resolve
-from parasparse.soft_mask import SoftMask
-from parasparse.targets import masked
+from parasparse.masks.soft_mask import SoftMask
+from parasparse.rules.assignments import resolve
+from parasparse.sharding.dtensors import number
+from parasparse.targets.reach import masked
+from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
-from parasparse.transforms import attach
+from parasparse.verbs.sparsify import attach
 
 
 class ContinuousSparsification:

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._checks import check_sparsity, listed
-from parasparse._fsdp import reshard
-from parasparse._resolve import as_pairs, resolve
-from parasparse._tensors import Target
+from parasparse.counts import check_sparsity
 from parasparse.optim import check_held, parameters_of, zero_entries
+from parasparse.rules.assignments import as_pairs, resolve
 from parasparse.schedules import as_every
-from parasparse.targets import masked
+from parasparse.sharding.fsdp import reshard
+from parasparse.targets.reach import masked
+from parasparse.targets.tensors import Target
+from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
-from parasparse.training.rules import scaled, with_sparsity, written
-from parasparse.transforms import attach, sparsify
+from parasparse.training.scaled_rules import scaled, with_sparsity, written
+from parasparse.verbs.sparsify import attach, sparsify
 
 
 class GradualPruning:

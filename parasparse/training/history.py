@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse._checks import listed
-from parasparse._parts import number, spread_like
-from parasparse._tensors import Target
+from parasparse.sharding.dtensors import number, spread_like
+from parasparse.targets.tensors import Target
+from parasparse.text import listed
 
 Masks = Mapping[str, Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse import _attach
+from parasparse.attach import reading
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def rewind(model: nn.Module, saved: Mapping[str, Any]) -> None:
 def _mask_keys(model: nn.Module) -> set[str]:
     """Return the keys of all that masks and gates hold."""
     masks = {
-        id(stack.mask) for module in model.modules() for _, stack in _attach.masked_stacks(module)
+        id(stack.mask) for module in model.modules() for _, stack in reading.masked_stacks(module)
     }
     names = [
         name for name, module in model.named_modules(remove_duplicate=False) if id(module) in masks

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse._checks import listed
-from parasparse._resolve import as_pairs, resolve
 from parasparse.optim import check_held
-from parasparse.scores.entries import Score
-from parasparse.targets import masked
+from parasparse.rules.assignments import as_pairs, resolve
+from parasparse.rules.prune import Prune
+from parasparse.scores.weights_alone import Score
+from parasparse.targets.reach import masked
+from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
-from parasparse.training.rules import scaled, with_sparsity, written
-from parasparse.transforms import attach
-from parasparse.treatments import Prune
+from parasparse.training.scaled_rules import scaled, with_sparsity, written
+from parasparse.verbs.sparsify import attach
 
 
 class LotteryTicket:

@@ -8,15 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import parasparse as ps
-from tests.distributed.training import (
-    fsdp,
-    loss,
-    masks_of,
-    net,
-    sgd,
-    trained,
-    whole,
-)
+from tests.distributed.training import fsdp, loss, masks_of, net, sgd, trained, whole
 
 
 def statistics_are_of_the_averaged_gradient(rank):

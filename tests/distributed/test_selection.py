@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import parasparse as ps
-from parasparse._parts import number
-from parasparse._select import highest
+from parasparse.patterns.selection.kth import highest
+from parasparse.sharding.dtensors import number
 from tests.test_select import brute
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]

@@ -1,0 +1,111 @@
+"""Decides which weights of a model multiply in which format, by what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse.acceleration import measure
+from parasparse.acceleration.installing import installed
+from parasparse.acceleration.table import Accelerated, row_of
+from parasparse.acceleration.weight.sparse_weight import Choices, SparseWeight
+from parasparse.targets.tensors import Target
+
+_LIKE_LINEAR = (nn.Linear, nn.MultiheadAttention, nn.RNNBase)
+
+
+def measured(
+    model: nn.Module,
+    inputs: Any,
+    targets: Mapping[str, Target],
+    originals: Mapping[str, Tensor],
+    names: list[str],
+) -> tuple[list[Accelerated], set[str]]:
+    """Return what is the fastest, and the weights that are read other than by multiplying."""
+    probes = {name: SparseWeight(original) for name, original in originals.items()}
+    if inputs is None:
+        uses = {
+            n: measure.guessed_uses(o) if _is_linear(targets[n]) else []
+            for n, o in originals.items()
+        }
+        recording = measure.Recording(uses)
+    else:
+        with installed(targets, probes):
+            recording = measure.recorded(model, probes, inputs)
+    found = measure.measured(originals, recording.uses, names)
+    rows = [
+        row_of(name, originals[name], m.rows, m.format, m.dense_ms, m.chosen_ms)
+        for name, every in found.items()
+        for m in every
+    ]
+    if not rows:
+        raise ValueError(
+            "`example_inputs` must be given: without them only linear layers can be measured, and "
+            "the sparse weights of `model` are in others."
+            if inputs is None
+            else "`model` must multiply with its sparse weights; on these inputs it does not."
+        )
+    if inputs is not None:
+        rows = _without_losses(model, inputs, recording, targets, originals, rows)
+    read = {n for n, uses in recording.uses.items() if any(not use or not use.rows for use in uses)}
+    return rows, read
+
+
+def _without_losses(
+    model: nn.Module,
+    inputs: Any,
+    recording: measure.Recording,
+    targets: Mapping[str, Target],
+    originals: Mapping[str, Tensor],
+    rows: list[Accelerated],
+) -> list[Accelerated]:
+    """Return `rows` with the dense kernel where modules, or the model, do not gain as a whole."""
+    used = {n: {use.rows for use in uses if use} for n, uses in recording.uses.items()}
+    sparse = {r.name for r in rows if r.format is not None and r.rows in used[r.name]}
+    # What pays clearly may do so where the rest does not.
+    clear = {r.name for r in rows if r.chosen_ms and r.dense_ms and r.chosen_ms < 0.7 * r.dense_ms}
+    lost: set[str] = set()
+
+    def gains(call: Callable[[], object], names: set[str]) -> bool:
+        made = weights_of([row for row in rows if row.name in names], originals, originals)
+        with measure.evaluating(model):
+            return measure.gains(call, partial(installed, targets, made))
+
+    calls = [(m, partial(m, *args, **kwargs)) for m, (args, kwargs) in recording.fused.items()]
+    for module, call in [*calls, (model, partial(measure.called, model, inputs))]:
+        inside = set(module.modules())
+        sites = {name: targets[name].sites for name in sparse - lost}
+        own = {n for n, every in sites.items() if any(site.module in inside for site in every)}
+        weak, strong = own - clear, own & clear
+        if own and not gains(call, own):
+            lost |= weak
+            if strong and not (weak and gains(call, strong)):
+                lost |= strong
+    # An accelerated weight costs some microseconds also where it is multiplied densely: only those
+    # that save time on the example inputs are.
+    return [
+        row if row.name in sparse - lost else replace(row, format=None, chosen_ms=row.dense_ms)
+        for row in rows
+    ]
+
+
+def weights_of(
+    rows: list[Accelerated], originals: Mapping[str, Tensor], kept: Collection[str]
+) -> dict[str, SparseWeight]:
+    """Return the weights for which any format was chosen."""
+    choices: dict[str, Choices] = {}
+    for row in rows:
+        choices[row.name] = (*choices.get(row.name, ()), (row.rows, row.format))
+    return {
+        name: SparseWeight(originals[name], every, keep_dense=name in kept)
+        for name, every in choices.items()
+        if any(format_ is not None for _, format_ in every)
+    }
+
+
+def _is_linear(target: Target) -> bool:
+    return target.ndim == 2 and any(isinstance(s.module, _LIKE_LINEAR) for s in target.sites)

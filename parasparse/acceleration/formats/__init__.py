@@ -1,0 +1,1 @@
+"""Formats that store and multiply a matrix of mostly zeros."""

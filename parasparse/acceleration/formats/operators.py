@@ -1,0 +1,62 @@
+"""The compressed formats as operators that torch.compile takes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
+from parasparse.acceleration.formats.format import Format
+
+_KINDS = {"csr": CSR, "bag": Bag, "bsr": BSR}
+
+
+def _made(parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Format:
+    of: Callable[..., Format] = _KINDS[kind]
+    return of(*parts, tuple(shape))
+
+
+@torch.library.custom_op("parasparse::rows", mutates_args=())
+def _rows(
+    x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int]
+) -> Tensor:
+    made: Tensor = _made(parts, kind, shape).rows(x, bias)
+    return made
+
+
+@torch.library.custom_op("parasparse::columns", mutates_args=())
+def _columns(u: Tensor, parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Tensor:
+    return _made(parts, kind, shape).columns(u).contiguous()
+
+
+@_rows.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int]
+) -> Tensor:
+    return x.new_empty(x.shape[0], shape[0])
+
+
+@_columns.register_fake
+def _(u: Tensor, parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Tensor:
+    return u.new_empty(shape[0], u.shape[1])
+
+
+def rows(chosen: Format, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return chosen.rows(x, bias), as one operator while torch.compile looks on.
+
+    It knows no sparse tensors (test_an_accelerated_model_compiles_in_one_graph).
+    """
+    if torch.compiler.is_compiling() and isinstance(chosen, (CSR, Bag, BSR)):
+        made: Tensor = _rows(x, bias, chosen.tensors(), chosen.kind, chosen.shape)
+        return made
+    return chosen.rows(x, bias)
+
+
+def columns(chosen: Format, u: Tensor) -> Tensor:
+    """Return chosen.columns(u), likewise."""
+    if torch.compiler.is_compiling() and isinstance(chosen, (CSR, Bag, BSR)):
+        made: Tensor = _columns(u, chosen.tensors(), chosen.kind, chosen.shape)
+        return made
+    return chosen.columns(u)

@@ -1,0 +1,92 @@
+"""Puts weights that multiply sparsely into a model, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from parasparse.acceleration.weight.sparse_weight import SparseWeight
+from parasparse.attach.reading import masked_stacks, originals
+from parasparse.attach.stack import MaskedParametrizationList, stack_of
+from parasparse.targets.tensors import Site, Target
+
+
+def is_plain(target: Target) -> bool:
+    """Whether `target` is a Parameter that nothing computes, at each of its places."""
+    return all(
+        stack_of(site.module, site.attr) is None and site.attr in site.module._parameters
+        for site in target.sites
+    )
+
+
+def executable(target: Target) -> Tensor:
+    """Return what is multiplied: the Parameter itself, or what the mask makes of it."""
+    site = target.sites[0]
+    if is_plain(target):
+        parameter = site.module._parameters[site.attr]
+        assert parameter is not None
+        return parameter
+    # The flag is that of the stored tensor: who forgets `no_grad` is told so.
+    trained = any(t.requires_grad for t in originals(site.module, site.attr))
+    return target.effective().requires_grad_(trained)
+
+
+def put(site: Site, weight: SparseWeight) -> None:
+    """Let `weight` multiply at `site`."""
+    stack = stack_of(site.module, site.attr)
+    if isinstance(stack, MaskedParametrizationList):
+        stack.execute(weight)
+    else:
+        _set(site, weight)
+
+
+def take(site: Site, weight: SparseWeight) -> None:
+    """Put back what was there before `put`."""
+    stack = stack_of(site.module, site.attr)
+    if isinstance(stack, MaskedParametrizationList):
+        stack.__dict__.pop("executes", None)
+    else:
+        assert weight.original is not None
+        _set(site, weight.original.requires_grad_(weight.requires_grad))
+
+
+def _set(site: Site, tensor: Tensor) -> None:
+    # Not setattr: a module's own may refuse, or copy.
+    site.module._parameters[site.attr] = tensor  # type: ignore[assignment]
+    if isinstance(site.module, nn.RNNBase) and "_flat_weights" in site.module.__dict__:
+        names = site.module._flat_weights_names
+        site.module._flat_weights = [getattr(site.module, name, None) for name in names]
+
+
+@contextmanager
+def installed(targets: Mapping[str, Target], weights: Mapping[str, SparseWeight]) -> Iterator[None]:
+    """Let `weights` multiply for the length of the block; what was accelerated comes back."""
+    sites = [(site, weight) for name, weight in weights.items() for site in targets[name].sites]
+    before = [(site, _weight_at(site)) for site, _ in sites]
+    try:
+        for site, weight in sites:
+            put(site, weight)
+        yield
+    finally:
+        for (site, weight), (_, earlier) in zip(sites, before, strict=True):
+            take(site, weight) if earlier is None else put(site, earlier)
+
+
+def _weight_at(site: Site) -> SparseWeight | None:
+    stack = stack_of(site.module, site.attr)
+    masked = isinstance(stack, MaskedParametrizationList)
+    found = stack.executes if masked else site.module._parameters[site.attr]  # type: ignore[union-attr]
+    return found if isinstance(found, SparseWeight) else None
+
+
+def weights_in(model: nn.Module) -> Iterator[tuple[Site, SparseWeight]]:
+    """Yield each weight of `model` that multiplies sparsely, and its place."""
+    for module in model.modules():
+        for name, stack in masked_stacks(module):
+            if isinstance(stack.executes, SparseWeight):
+                yield Site(module, name), stack.executes
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, SparseWeight):
+                yield Site(module, name), parameter

@@ -1,0 +1,224 @@
+"""Which format is the fastest for which weight: its uses are recorded, and timed again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parasparse.acceleration.weight.layers import Use
+from parasparse.acceleration.weight.sparse_weight import SparseWeight
+
+# A linear layer is timed at these rows as well: one token, a few, a prompt.
+_ROWS = (1, 8, 64)
+# What a format must gain to be chosen; less is within the noise of a shared machine.
+_GAIN = 0.95
+_SECONDS = 0.1
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+# They have dense kernels of their own, which know nothing of single weights: timed as a whole.
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one weight at one number of rows.
+
+    Attributes:
+        rows: how often a call multiplies each entry of the weight.
+        format: the fastest; None: the dense kernel.
+        dense_ms: milliseconds of the dense kernel; None: not measured.
+        chosen_ms: milliseconds of what was chosen; likewise.
+    """
+
+    rows: int
+    format: str | None
+    dense_ms: float | None
+    chosen_ms: float | None
+
+
+@dataclass
+class Recording:
+    """What a run of a model told.
+
+    Attributes:
+        uses: of each weight, by name; None among them: not multiplied, but read.
+        fused: what modules that compute in one go were called with.
+    """
+
+    uses: dict[str, list[Use | None]]
+    fused: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+def recorded(model: nn.Module, probes: Mapping[str, SparseWeight], inputs: Any) -> Recording:
+    """Run `model` on `inputs` and return how the installed `probes` were used."""
+    recording = Recording({name: [] for name in probes})
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _FUSED):
+                hook = partial(_note, recording.fused)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        for name, probe in probes.items():
+            probe.seen = recording.uses[name].append
+        try:
+            with evaluating(model):
+                called(model, inputs)
+        finally:
+            for probe in probes.values():
+                probe.seen = None
+    return recording
+
+
+def _note(fused: dict[nn.Module, Any], module: nn.Module, args: Any, kwargs: Any) -> None:
+    fused[module] = args, kwargs
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """Return what `model` makes of a tensor, a tuple or a dict."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, in evaluation mode, and without a draw from the generators."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        # Of these devices alone: with all of several it warns that this may be slow.
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def guessed_uses(weight: Tensor) -> list[Use | None]:
+    """Return a use of a linear layer that nothing is known of."""
+    return [Use(F.linear, torch.empty(1, weight.shape[1], device="meta"), (None,), 1)]
+
+
+def measured(
+    weights: Mapping[str, Tensor], uses: Mapping[str, list[Use | None]], names: list[str]
+) -> dict[str, tuple[Measured, ...]]:
+    """Return the fastest of the formats `names` for each weight and number of rows.
+
+    Weights that are alike in shape, use and number of stored entries are measured once.
+    """
+    known: dict[Any, tuple[Measured, ...]] = {}
+    results = {}
+    for name, weight in weights.items():
+        by_rows = _by_rows([use for use in uses[name] if use and use.rows > 0], weight)
+        candidates = _candidates(weight, names)
+        calls = [(u.func, rows, u.like.shape, *u.more[1:]) for rows, u in by_rows.items()]
+        size = {n: round(10 * math.log2(1 + w.bytes_stored())) for n, w in candidates.items()}
+        key = repr((weight.shape, weight.stride(), weight.dtype, calls, size))
+        if key not in known:
+            every = [_fastest(use, candidates) for _, use in sorted(by_rows.items())]
+            known[key] = (*every, *_beyond(list(by_rows.values())))
+        results[name] = known[key]
+    return results
+
+
+def _by_rows(uses: list[Use], weight: Tensor) -> dict[int, Use]:
+    linear = [use for use in uses if use.func is F.linear]
+    rows = {*_ROWS, *(use.rows for use in linear)} if linear else set()
+    # Of the weight's own size: a part of a fused projection has a part of the bias.
+    bias = weight.new_zeros(len(weight)) if any(use.more[0] is not None for use in linear) else None
+    like = torch.empty(1, weight.shape[1], device="meta")
+    found = {n: Use(F.linear, like.new_empty(n, like.shape[1]), (bias,), n) for n in rows}
+    known = {use.rows: use for use in uses} | found
+    larger = [_larger(use) for use in uses if use.func in _CONVOLUTIONS]
+    return {use.rows: use for use in larger if use is not None} | known
+
+
+def _larger(use: Use) -> Use | None:
+    """Return a convolution of a larger batch, where dense kernels gain: at most 32."""
+    batch, *sizes = use.like.shape
+    more = 8 * batch
+    if more > 32:
+        return None
+    like = use.like.new_empty(more, *sizes)
+    if use.like.is_contiguous(memory_format=torch.channels_last) and like.ndim == 4:
+        like = like.contiguous(memory_format=torch.channels_last)
+    return replace(use, like=like, rows=8 * use.rows)
+
+
+def _beyond(uses: list[Use]) -> list[Measured]:
+    """Return where convolutions go back to the dense kernel: far above what was measured."""
+    rows = [use.rows for use in uses if use.func in _CONVOLUTIONS]
+    return [Measured(4 * max(rows), None, None, None)] if rows else []
+
+
+def _candidates(weight: Tensor, names: list[str]) -> dict[str | None, SparseWeight]:
+    """Return `weight` in each format that can hold it; under None, dense."""
+    made = {name: SparseWeight(weight, ((1, name),)) for name in names}
+    return {None: SparseWeight(weight)} | {n: w for n, w in made.items() if w.format_for(1)}
+
+
+def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measured:
+    dense = candidates[None].plain()
+    # Not the default generator: measuring shall not change what a program draws afterwards.
+    draws = torch.Generator(dense.device).manual_seed(0)
+    x = torch.randn(use.like.shape, dtype=dense.dtype, device=dense.device, generator=draws)
+    if x.ndim == 4 and use.like.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    calls = {
+        name: partial(use.func, x, dense if name is None else weight, *use.more)
+        for name, weight in candidates.items()
+    }
+    with torch.no_grad():
+        times = timed(calls)
+    best = min(times, key=lambda name: times[name])
+    best = best if times[best] < _GAIN * times[None] else None
+    return Measured(use.rows, best, times[None], times[best])
+
+
+def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Return the milliseconds of each of `calls`, interleaved so that drift hits all."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(), call()  # fills caches; some kernels are made on the first call
+    start = time.perf_counter()
+    for done in range(40):
+        for name, call in calls.items():
+            times[name].append(_once(call))
+        if done >= 4 and time.perf_counter() - start > _SECONDS:
+            break
+    return {name: _typical(every) for name, every in times.items()}
+
+
+def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Whether `call` is faster inside `sparse()`; the two alternate, so that drift hits both."""
+    dense_times: list[float] = []
+    sparse_times: list[float] = []
+    start = time.perf_counter()
+    while len(dense_times) < 9 or time.perf_counter() - start < 2 * _SECONDS:
+        dense_times.append(_once(call))
+        with sparse():
+            sparse_times.append(_once(call))
+    return _typical(sparse_times[2:]) < _typical(dense_times[2:])
+
+
+def _typical(times: list[float]) -> float:
+    """Return the lower quartile: others on the machine only ever add to a time."""
+    return sorted(times)[len(times) // 4]
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3

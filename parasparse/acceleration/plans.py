@@ -1,0 +1,81 @@
+"""Plans of which format multiplies at how many rows: as they are saved, checked and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from parasparse.acceleration.formats.format import FORMATS, formats_of
+from parasparse.acceleration.table import Accelerated, row_of
+from parasparse.text import listed
+
+# By name of the weight: pairs of rows and format, as JSON keeps them.
+Plan = Mapping[str, list[tuple[int, str | None]]]
+
+
+def checked_plan(formats: Any) -> dict[str, list[tuple[int, str | None]]] | None:
+    """Return `formats` as a plan; None if it names formats."""
+    if not isinstance(formats, Mapping):
+        return None
+    plan: dict[str, list[tuple[int, str | None]]] = {}
+    for name, every in formats.items():
+        pairs = [tuple(pair) for pair in every] if _is_list(every, _is_list) else []
+        good = [p for p in pairs if len(p) == 2 and type(p[0]) is int and p[0] > 0]
+        if not pairs or len({p[0] for p in good}) < len(pairs):
+            raise ValueError(
+                "`formats`, as a plan, must hold pairs of a number of rows and a format for each "
+                f'weight, [[1, "csr"], [64, None]]; got {every!r:.60} for {name!r}.'
+            )
+        plan[name] = good
+    if not plan:
+        raise ValueError("`formats`, as a plan, must name a weight; got an empty one.")
+    return plan
+
+
+def _is_list(value: Any, of: Any = None) -> bool:
+    return isinstance(value, (list, tuple)) and (of is None or all(map(of, value)))
+
+
+def checked_names(formats: Any) -> list[str]:
+    """Return the formats that may be chosen, or that a plan names.
+
+    Raises:
+        TypeError, ValueError: they are none.
+    """
+    if formats is None:
+        return list(FORMATS)
+    if not isinstance(formats, (str, list, tuple, set, Mapping)):
+        raise TypeError(
+            f"`formats` must be names of formats, or a plan; got {formats!r} of type "
+            f"{type(formats).__name__}."
+        )
+    names = [formats] if isinstance(formats, str) else list(formats)
+    if isinstance(formats, Mapping):
+        names = [name for every in formats.values() for _, name in every if name is not None]
+    unknown = [name for name in names if not isinstance(name, str) or name not in FORMATS]
+    if unknown or not (names or isinstance(formats, Mapping)):
+        got = listed(unknown) or "none"
+        raise ValueError(f"`formats` must be of {listed(FORMATS)}; got {got}.")
+    return names
+
+
+def planned(plan: Plan, originals: Mapping[str, Tensor]) -> list[Accelerated]:
+    """Return the rows of `plan`.
+
+    Raises:
+        ValueError: a format cannot hold its weight.
+    """
+    rows = []
+    for name, original in originals.items():
+        choices = [(int(n), f) for n, f in plan[name]]
+        names = [f for _, f in choices if f is not None]
+        missing = [f for f in names if f not in formats_of(original.detach(), names)]
+        if missing:
+            raise ValueError(
+                f"`formats` must plan formats that can hold their weights; {missing[0]!r} cannot "
+                f'hold "{name}" of shape {tuple(original.shape)}. Measure anew.'
+            )
+        rows += [row_of(name, original, n, f, None, None) for n, f in choices]
+    return rows

@@ -1,0 +1,1 @@
+"""The weight that multiplies sparsely, and what each kind of layer does with it."""

@@ -1,0 +1,227 @@
+"""What linear and convolution layers do with a sparse weight.
+
+A handler is called in the place of a torch function that was given a `SparseWeight`. It returns
+NotImplemented where the dense kernel shall run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from parasparse.acceleration.formats import operators
+from parasparse.acceleration.formats.format import Format
+from parasparse.acceleration.formats.regular import Channels
+from parasparse.masks.apply import is_tracing
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call that multiplied with a weight.
+
+    Attributes:
+        func: the torch function.
+        like: its input, on the meta device.
+        more: its arguments after the weight.
+        rows: how often it multiplied each entry of the weight; 0 for a lookup.
+        times: how often the call came.
+        outputs: how many outputs of the weight it had; None: all.
+    """
+
+    func: Callable[..., Tensor]
+    like: Tensor
+    more: tuple[Any, ...]
+    rows: int
+    times: int = 1
+    outputs: int | None = None
+
+
+GRADIENT = (
+    "accelerated weights are for inference: no gradient goes through them. Run the model under "
+    "`torch.no_grad()`, or call parasparse.restore(model) before training."
+)
+
+
+def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> Format | None:
+    """Return the format of `weight` for `rows` rows; None: the dense kernel, or no weight of ours.
+
+    Raises:
+        RuntimeError: a gradient would be lost.
+    """
+    if not hasattr(weight, "choices") or _is_transformed():
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *others) if t is not None):
+        raise RuntimeError(GRADIENT)
+    if torch.compiler._is_exporting_flag or is_tracing():
+        raise RuntimeError(
+            "an accelerated model must not be exported or traced: its kernels are torch's on this "
+            "machine. Call parasparse.restore(model) first; the zeros stay."
+        )
+    if weight.seen is not None:
+        weight.seen(use())
+        return None
+    found: Format | None = weight.format_for(rows)
+    return found
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which know the dense kernels."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """Return `call(x)`; under autocast in the weight's dtype, then as autocast would have it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return call(x)
+    with torch.autocast(kind, enabled=False):
+        if x.dtype == torch.float64:  # autocast leaves it alone
+            return call(x)
+        return call(x.to(weight.dtype)).to(torch.get_autocast_dtype(kind))
+
+
+def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+    """Compute input @ weight.T + bias."""
+    if input.is_nested:
+        return NotImplemented
+    inputs = input.shape[-1]
+    rows = math.prod(input.shape[:-1])
+    chosen = format_for(
+        weight, lambda: Use(func, input.to("meta"), (bias,), rows), rows, input, bias
+    )
+    if chosen is None or not rows or inputs != weight.inputs:  # type: ignore[attr-defined]
+        original = getattr(weight, "original", None)
+        if original is None or weight.seen is not None:  # type: ignore[attr-defined]
+            return NotImplemented
+        with torch._C.DisableTorchFunctionSubclass():  # the shortest way: some calls are short
+            return func(input, original, bias)
+    x = input.reshape(rows, inputs)
+    result = multiplied(lambda x: operators.rows(chosen, x, bias), x, weight)
+    return result.view(*input.shape[:-1], result.shape[1])
+
+
+def convolution(
+    func: Any,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """Compute a convolution as a product with the patches of the input."""
+    kernel = weight.shape[2:]
+    dims = len(kernel)
+    if input.ndim not in (dims + 1, dims + 2):
+        return NotImplemented
+    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    x = input if input.ndim == dims + 2 else input[None]
+    if padding == "same":
+        x = F.pad(x, _same(kernel, dilation))
+    padding = _each(0 if isinstance(padding, str) else padding, dims)
+    sizes = _output_sizes(x.shape[2:], kernel, stride, padding, dilation)
+    rows = len(x) * math.prod(sizes)
+    more = (bias, stride, padding, dilation, groups)
+    chosen = format_for(weight, lambda: Use(func, x.to("meta"), more, rows), rows, input, bias)
+    if chosen is None or rows <= 0 or groups != 1 or x.shape[1] != weight.inputs:  # type: ignore[attr-defined]
+        return NotImplemented
+    if isinstance(chosen, Channels):
+        taken = x if chosen.inputs is None else x.index_select(1, chosen.inputs)
+        result = chosen.spread(func(taken, chosen.small, None, stride, padding, dilation))
+    else:
+        patches = _patches(x, kernel, stride, padding, dilation)
+        if patches is None:
+            return NotImplemented
+        parts = [
+            multiplied(lambda u: operators.columns(chosen, u), patch, weight) for patch in patches
+        ]
+        result = (parts[0][None] if len(parts) == 1 else torch.stack(parts)).view(
+            len(x), -1, *sizes
+        )
+    if bias is not None:
+        result += bias.view(-1, *[1] * dims)
+    if dims == 2 and x.is_contiguous(memory_format=torch.channels_last):
+        result = result.contiguous(memory_format=torch.channels_last)
+    return result if input.ndim == dims + 2 else result[0]
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value) or 1)
+
+
+def _same(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """Return how much to pad before and after each dimension, the last one first."""
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
+
+
+def _output_sizes(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> list[int]:
+    every = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
+
+
+def _patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor | None:
+    """Return what each output position sees: (batch, channels x kernel, positions)."""
+    if not any(padding) and all(k == 1 for k in kernel):
+        every = tuple(slice(None, None, s) for s in stride)
+        return x[:, :, *every].flatten(2)
+    if len(kernel) == 1:  # a picture of one line
+        x = x[:, :, None]
+        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+        padding = (0, *padding)
+    if len(kernel) > 2:
+        return None
+    return F.unfold(x, kernel, dilation, padding, stride)
+
+
+def transposed(
+    func: Any,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    *more: Any,
+    **_: Any,
+) -> Any:
+    """Tell of a transposed convolution; it stays dense."""
+    dims = weight.ndim - 2
+    rows = math.prod(input.shape[-dims:]) * (len(input) if input.ndim == dims + 2 else 1)
+    format_for(weight, lambda: Use(func, input.to("meta"), more, rows), rows, input)
+    return NotImplemented
+
+
+def lookup(func: Any, input: Tensor, weight: Tensor, *more: Any, **_: Any) -> Any:  # noqa: A002
+    """Tell of rows that are read, not multiplied; a dense table is the fastest there is."""
+    if getattr(weight, "seen", None) is not None:
+        weight.seen(Use(func, input.to("meta"), more, 0))  # type: ignore[attr-defined]
+    return NotImplemented
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: linear,
+    F.conv1d: convolution,
+    F.conv2d: convolution,
+    F.conv3d: convolution,
+    F.conv_transpose1d: transposed,
+    F.conv_transpose2d: transposed,
+    F.conv_transpose3d: transposed,
+    F.embedding: lookup,
+}

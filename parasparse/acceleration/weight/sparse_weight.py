@@ -1,0 +1,277 @@
+"""The tensor subclass that takes the place of a weight and multiplies sparsely.
+
+    F.linear(x, weight)    ->  the format that is chosen for the number of rows of x
+    anything else          ->  the dense values
+
+To modules, `state_dict`, `deepcopy`, pickle and `.to()` it is a Parameter like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from parasparse.acceleration.formats.format import Format, formats_of
+from parasparse.acceleration.weight import attention, layers, recurrent
+from parasparse.acceleration.weight.layers import GRADIENT, Use
+from parasparse.attach.stand_in import StandIn
+
+# For each measured number of rows the name of a format, or None for the dense kernel.
+Choices = tuple[tuple[int, str | None], ...]
+
+HANDLERS = {**layers.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
+
+
+class SparseWeight(StandIn):
+    """A weight of two or more dimensions with sparse formats beside its dense values.
+
+    Attributes:
+        original: the Parameter whose place it has, and whose storage; None: freed.
+        choices: pairs of rows and format, by rows; the nearest ratio of rows decides.
+        inputs: its size in the second dimension.
+        seen: is told of each use while uses are recorded, None where nothing is known of it.
+    """
+
+    original: Tensor | None
+    choices: Choices
+    inputs: int
+    seen: Callable[[Use | None], None] | None
+    _formats: dict[str, Format]
+    _parts: dict[tuple[int, ...], tuple[SparseWeight, ...]]
+    _version_made: int
+
+    def __new__(cls, original: Tensor, choices: Choices = (), *, keep_dense: bool = True) -> Self:
+        """Make one of `original`, whose values stay where they are unless `keep_dense` is False."""
+        values = original.detach()
+        own = values if keep_dense else _nan_like(values)
+        self = torch.Tensor._make_subclass(cls, own, original.requires_grad)
+        self.original = original if keep_dense else None
+        self.choices, self.seen = tuple(sorted(choices, key=_rows)), None
+        self.inputs = original.shape[1]
+        self._made_of(values, {name for _, name in choices if name is not None})
+        if isinstance(original, nn.Parameter):
+            self._is_param = True
+        return self
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """All is done in `__new__`; torch.Tensor would take arguments of its own."""
+
+    def format_for(self, rows: int) -> Format | None:
+        """Return what multiplies `rows` rows; None: the dense kernel."""
+        if not torch.compiler.is_compiling() and self._version_made != version(self.original):
+            # Written to by way of a view, or of a reference from before.
+            self._made_of(self.plain(), self._formats)
+        name, last = None, 0
+        for measured, choice in self.choices:
+            if rows * rows > measured * last:  # nearer to this one than to the last, as a ratio
+                name = choice
+            last = measured
+        return None if name is None else self._formats.get(name)
+
+    def plain(self) -> Tensor:
+        """Return the dense values as a plain tensor."""
+        if self.original is not None:
+            return self.original.detach()
+        return next(iter(self._formats.values())).dense().view(self.shape)
+
+    def parts(self, sizes: tuple[int, ...]) -> tuple[SparseWeight, ...]:
+        """Return the weight cut into `sizes` outputs; each part has the same choices."""
+        if sizes not in self._parts:
+            kept = self.original is not None
+            pieces = self.plain().split(sizes)
+            made = [SparseWeight(piece, self.choices, keep_dense=kept) for piece in pieces]
+            self._parts[sizes] = tuple(made)
+        for part, size in zip(self._parts[sizes], sizes, strict=True):
+            part.seen = None if self.seen is None else partial(_tell_of_part, self.seen, size)
+            part.requires_grad_(self.requires_grad)
+        return self._parts[sizes]
+
+    def adopt(self, values: Tensor) -> None:
+        """Take over `values`, a plain tensor of the same shape."""
+        names = list(self._formats)
+        self._made_of(values, names)
+        kept = self.original is not None
+        if not kept and len(self._formats) < len(names):  # too few zeros, say: dense again
+            self.original = nn.Parameter(values, requires_grad=self.requires_grad)
+            kept = True
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.original is not None and self.original is not values:
+                self.original.data = values.detach()
+            self.data = values.detach() if kept else _nan_like(values)
+        self._version_made = version(self.original)
+
+    def _made_of(self, values: Tensor, names: Collection[str]) -> None:
+        self._formats, self._parts = formats_of(values, names), {}
+        self._version_made = version(self.original)
+
+    def bytes_stored(self) -> int:
+        """Return the bytes of the formats; what they share counts once."""
+        every = [tensor for held in self._formats.values() for tensor in held.tensors()]
+        return sum({(t.data_ptr(), t.shape): t.nbytes for t in every}.values())
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif func in _METADATA or (func.__name__ == "__set__" and func != _SET_DATA):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        else:
+            for weight in _weights_in((args, kwargs)):
+                if weight.seen is not None:
+                    weight.seen(_ADDED if func in _ADDING else None)
+            if _writes(func) or "out" in kwargs:
+                return _written(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*_as_plain(args), **_as_plain(kwargs))
+        if torch.is_grad_enabled() and _is_differentiable(result):
+            raise RuntimeError(GRADIENT)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseWeight:
+        if id(self) not in memo:
+            memo[id(self)] = _rebuilt(*copy.deepcopy(self._recipe(), memo))
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, self._recipe()
+
+    def _recipe(self) -> tuple[Tensor, Choices, bool]:
+        if self.original is not None:
+            return self.original, self.choices, True
+        return nn.Parameter(self.plain(), requires_grad=self.requires_grad), self.choices, False
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        used = ", ".join(f"{name or 'dense'} at {rows} rows" for rows, name in self.choices)
+        return f"SparseWeight({used}; {self.plain()!r})"
+
+
+ON_CPU = (torch.float32, torch.float64)
+
+
+def version(tensor: Tensor | None) -> int:
+    """Return what counts the writes to `tensor`, views of it included; not those past autograd."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _rows(choice: tuple[int, str | None]) -> int:
+    return choice[0]
+
+
+def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeight:
+    return SparseWeight(original, choices, keep_dense=keep_dense)
+
+
+def _nan_like(values: Tensor) -> Tensor:
+    """Return NaNs of the shape of `values` that take the bytes of one.
+
+    Whatever reads them without asking the weight sees NaN, not wrong numbers. They are no view,
+    which torch.compile cannot take if it was made without gradients.
+    """
+    nan = values.new_full((1,), math.nan).untyped_storage()
+    return values.new_empty(0).set_(nan, 0, values.shape, (0,) * values.ndim)
+
+
+def _tell_of_part(seen: Callable[[Use | None], None], outputs: int, use: Use | None) -> None:
+    seen(use and replace(use, outputs=outputs))
+
+
+def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Let `func` change the values of its first argument, or of `out`, and follow."""
+    if func == _SET_DATA:
+        weight, value = args
+        if value.is_cpu and value.dtype not in ON_CPU and weight.dtype in ON_CPU:
+            raise TypeError(
+                f"an accelerated weight must be float32 or float64 on a CPU; got {value.dtype}. "
+                "Call parasparse.restore(model) first."
+            )
+        return weight.adopt(value)
+    # Functions of torch.nn.init come with names for all their arguments.
+    weights = _weights_in((args[:1], kwargs))
+    plain = {id(w): w.plain() if w.original is None else w.original for w in weights}
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*_as_plain(args, plain), **_as_plain(kwargs, plain))
+    for weight in weights:
+        weight.adopt(plain[id(weight)])
+    return next((w for w in weights if result is plain[id(w)]), result)
+
+
+def _weights_in(tree: Any) -> list[SparseWeight]:
+    if isinstance(tree, SparseWeight):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [weight for branch in tree for weight in _weights_in(branch)]
+
+
+def _as_plain(tree: Any, known: dict[int, Tensor] | None = None) -> Any:
+    """Return `tree` with plain tensors in the place of weights; torch's pytree takes 20 us."""
+    if isinstance(tree, SparseWeight):
+        if known and id(tree) in known:
+            return known[id(tree)]
+        trained = tree.requires_grad and torch.is_grad_enabled()
+        return tree.plain().requires_grad_(trained) if tree.original is None else tree.original
+    if isinstance(tree, dict):
+        return {key: _as_plain(branch, known) for key, branch in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([_as_plain(branch, known) for branch in tree])
+    return tree
+
+
+def _is_differentiable(result: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return any(_is_differentiable(part) for part in result)
+    return isinstance(result, Tensor) and result.grad_fn is not None
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+# What these tell is true of the weight itself, freed or not.
+_GETTERS = """
+    shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cpu is_cuda is_meta
+    is_sparse is_quantized _base _version
+""".split()  # noqa: SIM905
+_METHODS = """
+    size dim numel nelement element_size is_floating_point is_complex requires_grad_ register_hook
+    __hash__ __len__ _is_view stride storage_offset is_contiguous
+""".split()  # noqa: SIM905
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in _GETTERS),
+    *(getattr(torch.Tensor, name) for name in _METHODS),
+}
+# They add a parameter to what comes by, such as a position: nothing is multiplied.
+_ADDING = {
+    torch.add, torch.cat, torch.stack, torch.Tensor.add, torch.Tensor.__add__,
+    torch.Tensor.__radd__, torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat,
+}  # fmt: skip
+_ADDED = Use(torch.add, torch.empty(0, device="meta"), (), 0)
+_IN_PLACE = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()  # noqa: SIM905
+_WRITES = {"__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether `func` changes the values of its first argument."""
+    if func in _METADATA:
+        return False
+    name = func.__name__
+    if name.startswith("__"):
+        return name in _WRITES or func == _SET_DATA
+    return name.endswith("_")

@@ -1,0 +1,136 @@
+"""Hangs a mask on a tensor of a module, and takes it off again.
+
+    module.weight == module.parametrizations.weight[-1](stored)        # attached
+    module.parametrizations.weight.original                            # the Parameter it was before
+
+The layout is that of `torch.nn.utils.parametrize`, the registration is not: its `register` and
+`remove` give each module a class of its own, call `set_` on the Parameter and reorder it (the tests
+of tests/test_attach.py name what breaks). Here modules of one base class with the same masked
+tensors share one class, and the Parameter is moved, never touched.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from parasparse.attach.classes import base_class, is_masked_class, is_stock_class, masked_class
+from parasparse.attach.dense_keys import accept_dense_keys
+from parasparse.attach.older_hooks import pruned_names, undo_prune
+from parasparse.attach.pair_stack import PairParametrizationList
+from parasparse.attach.reading import _in_order, _stacks, masked_stacks, tensor_names
+from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_of
+
+
+def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
+    """Put `mask` between tensor `name` of `module` and its reader; the tensor has none so far."""
+    if name in pruned_names(module):
+        undo_prune(module, name)
+    if "_dense_order" not in module.__dict__:
+        module.__dict__["_dense_order"] = tensor_names(module)
+    stack = stack_of(module, name)
+    if stack is not None:  # weight_norm, say: it stays, underneath
+        stack._modules[str(len(stack))] = mask
+        stack.__class__ = MaskedParametrizationList
+    else:
+        persistent = name not in module._non_persistent_buffers_set
+        held = module._parameters if name in module._parameters else module._buffers
+        tensor = held.pop(name)
+        assert tensor is not None
+        stack = MaskedParametrizationList(tensor, mask, persistent=persistent)
+        put_stack(module, name, stack)
+    stack.train(module.training)
+    if not any(_is_key_hook(hook) for hook in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(accept_dense_keys)
+    _reclass(module)
+
+
+def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
+    """Take the mask off tensor `name` of `module`.
+
+    Args:
+        module: the owner.
+        name: its tensor.
+        baked: takes the place of everything that the stack holds; None: the stored tensor comes
+            back, under what else is parametrized.
+    """
+    stack = stack_of(module, name)
+    assert isinstance(stack, MaskedParametrizationList)
+    if isinstance(stack, PairParametrizationList):
+        stack.separate()
+    if baked is None and len(stack) > 1:
+        del stack._modules[str(len(stack) - 1)]
+        stack.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]
+        _reclass(module)
+        return
+    tensor = stack.original if baked is None else baked
+    persistent = "original" not in stack._non_persistent_buffers_set
+    del _stacks(module)[name]
+    if not _stacks(module):
+        del module._modules["parametrizations"]
+    parameters, buffers = module.__dict__["_dense_order"]
+    _reclass(module)
+    # Not register_parameter: it asks the module for the name, and some delegate what they lack.
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[name] = tensor
+        _reorder(module._parameters, parameters)
+    else:
+        module._buffers[name] = tensor
+        _reorder(module._buffers, buffers)
+        if not persistent:
+            module._non_persistent_buffers_set.add(name)
+    if isinstance(module, nn.RNNBase) and not any(True for _ in masked_stacks(module)):
+        module._init_flat_weights()
+
+
+def _reclass(module: nn.Module) -> None:
+    """Give `module` the class that fits what is masked on it, and drop what only masks need."""
+    masked = frozenset(name for name, _ in masked_stacks(module))
+    if not masked:
+        module.__dict__.pop("_dense_order", None)
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if _is_key_hook(hook)]:
+            del hooks[key]
+    elif isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)  # masked, they are computed at each reading
+    base = base_class(module)
+    names = frozenset(_stacks(module))
+    new = masked_class(base, masked, names) if names else base
+    old = type(module)
+    if old is base or is_masked_class(old) or is_stock_class(old):
+        # Not `module.__class__ = new`: a module's own __setattr__ may refuse.
+        object.__setattr__(module, "__class__", new)
+    else:
+        object.__setattr__(module, "__class__", _on_top(old, base, new))
+
+
+def _on_top(old: type, base: type, new: type) -> type:
+    """Return the class that somebody put on top, over `new` (test_a_class_put_on_top_stays)."""
+    found = _ON_TOP.get((old, new))
+    if found is None:
+        (under,) = [b for b in old.__bases__ if issubclass(b, base)]
+        bases = tuple(new if b is under else b for b in old.__bases__)
+        name = old.__name__.replace(under.__name__, new.__name__)  # FSDPMaskedLinear
+        found = types.new_class(name, bases, exec_body=lambda ns: ns.update(_own(old)))
+        _ON_TOP[old, new] = found
+    return found
+
+
+_ON_TOP: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()
+
+
+def _own(cls: type) -> dict[str, Any]:
+    return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+
+
+def _is_key_hook(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is accept_dense_keys
+
+
+def _reorder(held: dict[str, Any], first: list[str]) -> None:
+    for name in _in_order(list(held), first):
+        held[name] = held.pop(name)

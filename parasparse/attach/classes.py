@@ -1,0 +1,189 @@
+"""The class that a module has while some of its tensors are masked: one per (base class, names).
+
+Torch makes a class for each module, closes over the module in it, and deletes from it what
+siblings may need. Here modules that are alike share their class: equal blocks compile in as many
+frames as when dense, and copies, pickles and removals leave the others alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils._named_member_accessor import swap_tensor
+
+from parasparse.attach.stack import MaskedParametrizationList, original_names, stack_of
+from parasparse.masks.hooks import is_hooked
+
+_CLASSES: WeakValueDictionary[tuple[type, frozenset[str], frozenset[str]], type] = (
+    WeakValueDictionary()
+)
+
+
+def masked_class(base: type, masked: frozenset[str], names: frozenset[str]) -> type:
+    """Return the subclass of `base` that reads the tensors `names` through parametrizations.
+
+    Args:
+        base: the class of the module when it was dense.
+        masked: the names that carry a mask.
+        names: these, and those that are parametrized otherwise.
+    """
+    key = (base, masked, names)
+    found = _CLASSES.get(key)
+    if found is None:
+        found = _CLASSES[key] = _make(base, masked, names)
+    return found
+
+
+def base_class(module: nn.Module) -> type:
+    """Return the class that `module` had before anything was parametrized."""
+    for cls in type(module).__mro__:
+        if is_masked_class(cls):
+            return cls._base  # type: ignore[attr-defined, no-any-return]
+        if is_stock_class(cls):
+            return cls.__bases__[0]
+    return type(module)
+
+
+def is_masked_class(cls: type) -> bool:
+    """Whether `masked_class` made `cls` itself."""
+    return isinstance(cls, _SharedClass) and "_base" in vars(cls)
+
+
+def is_stock_class(cls: type) -> bool:
+    """Whether torch's own `register_parametrization` made `cls`."""
+    getstate = vars(cls).get("__getstate__")
+    return getattr(getstate, "__module__", None) == parametrize.__name__
+
+
+class _SharedClass(type):
+    """Keeps torch's `register_parametrization` and `remove_parametrizations` off the shared class.
+
+    Both edit `type(module)`, which here belongs to siblings as well
+    (test_stock_registration_beside_ours_leaves_siblings_whole).
+    """
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        getter = value.fget if isinstance(value, property) else None
+        if getattr(getter, "__module__", None) == parametrize.__name__:
+            value = _tensor_property(name)  # falls back to the plain tensor in siblings
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if name in getattr(cls, "_masked", ()):
+            raise RuntimeError(
+                f"torch's remove_parametrizations cannot take the mask off {name!r}. Use "
+                "parasparse.squash(module), or parasparse.unsparsify(module)."
+            )
+        getter = getattr(vars(cls).get(name), "fget", None)
+        if getattr(getter, "__module__", None) != __name__:  # ours stays: it falls back by itself
+            super().__delattr__(name)
+
+
+def _tensor_property(name: str) -> property:
+    """Return what reads a tensor through its parametrizations if it has some, else plainly."""
+
+    def read(self: nn.Module) -> Tensor:
+        stack = stack_of(self, name)
+        if stack is None:  # in a sibling, where it may be an attribute of any kind
+            plain = self.__dict__
+            return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
+        if not parametrize._cache_enabled:
+            ours = isinstance(stack, MaskedParametrizationList) and not is_hooked(stack)
+            return stack.forward() if ours else stack()
+        key = (id(self), name)  # torch's own key, so that `cached()` works
+        if parametrize._cache.get(key) is None:
+            parametrize._cache[key] = stack()
+        return parametrize._cache[key]  # type: ignore[return-value]
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        stack = stack_of(self, name)
+        if stack is None:
+            self.__dict__[name] = value
+        else:
+            stack.right_inverse(value)
+
+    return property(read, write)
+
+
+def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
+    def __setattr__(self: nn.Module, name: str, value: object) -> None:  # noqa: N807
+        stack = stack_of(self, name) if name in masked else None
+        if not isinstance(stack, MaskedParametrizationList):
+            base.__setattr__(self, name, value)
+        elif sys._getframe(1).f_code is swap_tensor.__code__:
+            # `functional_call` swaps values for the length of a call; a tie would outlive it.
+            stack.swap(value)
+        elif isinstance(value, nn.Parameter):
+            stack.retie(value)
+        else:
+            base.__setattr__(self, name, value)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
+        # The shared class cannot be imported by name: say how to make it again.
+        reduced = base.__reduce_ex__(self, protocol)
+        if type(self) is not shared or not isinstance(reduced, tuple):
+            return reduced
+        make, args, *rest = reduced
+        plain = tuple(base if arg is shared else arg for arg in args)
+        return _rebuild, (masked, names, make, plain), *rest
+
+    namespace: dict[str, Any] = {name: _tensor_property(name) for name in names}
+    namespace |= {
+        "__setattr__": __setattr__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "_base": base,
+        "_masked": masked,
+    }
+    if issubclass(base, nn.RNNBase) and masked:
+        namespace |= _RNN
+        if base.check_input is nn.RNNBase.check_input:
+            namespace["check_input"] = _check_input
+    metaclass: Any = _SharedClass
+    if type(base) is not type:  # ABCMeta, say
+        metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
+    shared: type = metaclass(f"Masked{base.__name__}", (base,), namespace)
+    return shared
+
+
+def _rebuild(
+    masked: frozenset[str], names: frozenset[str], make: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    module = make(*args)
+    object.__setattr__(module, "__class__", masked_class(type(module), masked, names))
+    return module
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _do_nothing(self: nn.RNNBase, *_: object) -> None:
+    """Nothing is kept that could be out of date."""
+
+
+def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:  # noqa: A002
+    """Check as RNNBase does; it asks for the dtype of the weights, and would have all masked."""
+    name = self._flat_weights_names[0]
+    stack = stack_of(self, name)
+    like = getattr(self, name) if stack is None else getattr(stack, original_names(stack)[0])
+    seen: Any = SimpleNamespace(input_size=self.input_size, _flat_weights=[like])
+    nn.RNNBase.check_input(seen, input, batch_sizes)
+
+
+# RNNs keep a list of their weights, which would hold stale masked tensors, and refuse a deepcopy
+# with them (test_an_rnn_follows_its_masks_and_training,
+# test_an_rnn_deepcopies_after_a_forward_with_gradients).
+_RNN: dict[str, Any] = {
+    "_flat_weights": property(_flat_weights, _do_nothing),
+    "_init_flat_weights": _do_nothing,
+    "_update_flat_weights": _do_nothing,
+    "flatten_parameters": _do_nothing,
+}

@@ -1,0 +1,1 @@
+"""State dicts of masked models, in and out, and packed files of them."""

@@ -1,0 +1,67 @@
+"""`dense_state_dict`: the state of a masked model as its dense self would save it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from parasparse.attach import reading
+from parasparse.attach.stack import original_names
+from parasparse.targets.tensors import named_modules
+
+
+def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Return the `state_dict` that the squashed model would have; `model` stays as it is.
+
+    Values are detached. Those that are not masked are the model's own, as in `state_dict`; tensors
+    that are tied in the model are tied in the result.
+
+    Raises:
+        RuntimeError: a mask is not set.
+
+    Examples:
+        >>> from parasparse import sparsify
+        >>> list(dense_state_dict(sparsify(nn.Linear(2, 2), 0.5)))
+        ['weight', 'bias']
+    """
+    state = model.state_dict()
+    renamed: dict[str, Any] = {}
+    tied: dict[tuple[int, ...], Tensor] = {}
+    for plain, name, module, _ in named_modules(model):
+        for attr, stack in reading.masked_stacks(module):
+            own = (*reading.originals(module, attr), stack.mask)
+            key = tuple(map(id, own))
+            if key not in tied:
+                tied[key] = reading.effective(module, attr).detach()
+            for where in dict.fromkeys((name, plain)):  # some wrappers leave their names out
+                prefix = f"{where}." if where else ""
+                inside = f"{prefix}parametrizations.{attr}."
+                if any(f"{inside}{held}" in state for held in original_names(stack)):
+                    renamed[f"{prefix}{attr}"] = tied[key]
+                for gone in [k for k in state if k.startswith(inside)]:
+                    del state[gone]
+    every = {**state, **renamed}
+    first = [key for key in _dense_order(model) if key in every]
+    # What a module's own state_dict hook has added or renamed is not ours to order.
+    rest = [key for key in every if key not in set(first)]
+    result: OrderedDict[str, Tensor] = OrderedDict((key, every[key]) for key in [*first, *rest])
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        kept = {k: v for k, v in metadata.items() if "parametrizations" not in k.split(".")}
+        result._metadata = OrderedDict(kept)  # type: ignore[attr-defined]
+    return result
+
+
+def _dense_order(model: nn.Module) -> Iterable[str]:
+    for plain, name, module, _ in named_modules(model):
+        parameters, buffers = reading.tensor_names(module)
+        held = [*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state"]
+        if is_parametrized(module):  # what stays parametrized is a child like any other
+            inside = module.get_submodule("parametrizations").state_dict()
+            held += [f"parametrizations.{own}" for own in inside]
+        for own in held:
+            yield from dict.fromkeys(f"{where}.{own}".lstrip(".") for where in (name, plain))

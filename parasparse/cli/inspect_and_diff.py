@@ -1,0 +1,184 @@
+"""The commands that only look: `inspect` and `diff`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from parasparse.cli.progress import progress
+from parasparse.files.checkpoint import Checkpoint, CheckpointError
+from parasparse.files.opening import open_checkpoint
+from parasparse.patterns.recognise import held
+from parasparse.text import as_text
+
+_PIECE = 1 << 20  # entries
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `inspect` says of a tensor.
+
+    Attributes:
+        name: of the tensor.
+        shape: its shape.
+        dtype: its dtype, without "torch.".
+        numel: number of its entries.
+        zeros: number of entries that are 0.
+        patterns: what its zeros keep to, such as "2:4"; of weights alone.
+        nbytes: bytes of its values; 0 if it is another one under a second name.
+        same: that one's name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    zeros: int
+    patterns: tuple[str, ...]
+    nbytes: int
+    same: str | None
+
+
+def inspect(args: Namespace) -> tuple[str, int]:
+    """Return a table of the tensors of a checkpoint, and the exit code."""
+    source = open_checkpoint(args.input)
+    rows = list(_rows(source))
+    if args.plot and os.path.lexists(args.plot):
+        raise CheckpointError(f'"{args.plot}" is there already. Name another picture.')
+    if args.plot:
+        _plot(rows, args.plot)
+    numel = sum(row.numel for row in rows if row.same is None)
+    zeros = sum(row.zeros for row in rows if row.same is None)
+    nbytes = sum(row.nbytes for row in rows)
+    if args.json:
+        sums = {"tensors": len(rows), "numel": numel, "zeros": zeros, "nbytes": nbytes}
+        content = {
+            "path": args.input, "metadata": source.metadata,
+            "tensors": [asdict(row) for row in rows], "total": sums,
+        }  # fmt: skip
+        return json.dumps(content, indent=2), 0
+    cells = [
+        (row.name, _shape(row.shape), row.dtype, f"{row.zeros:,}", _share(row.zeros, row.numel),
+         ", ".join(row.patterns), f"{row.nbytes:,}" if row.same is None else f"is {row.same}")
+        for row in rows
+    ]  # fmt: skip
+    total = ("", "", f"{zeros:,}", _share(zeros, numel), "", f"{nbytes:,}")
+    cells.append((f"{len(rows)} tensors", *total))
+    return as_text(("tensor", "shape", "dtype", "zeros", "sparsity", "pattern", "bytes"), cells), 0
+
+
+def _rows(source: Checkpoint) -> Iterator[Row]:
+    first: dict[str, Row] = {}
+    with progress("inspect", source.nbytes) as advance:
+        for name, info in source.infos.items():
+            dtype = str(info.dtype).removeprefix("torch.")
+            if name in source.same:
+                row = first[source.same[name]]
+                yield Row(name, info.shape, dtype, row.numel, row.zeros, row.patterns, 0, row.name)
+                continue
+            kept = _nonzero(source.read(name))
+            zeros = info.numel - int(kept.count_nonzero())
+            is_weight = info.dtype.is_floating_point or info.dtype.is_complex
+            patterns = held(kept) if zeros and len(info.shape) > 1 and is_weight else []
+            own = (info.numel, zeros, tuple(patterns), info.nbytes, None)
+            first[name] = Row(name, info.shape, dtype, *own)
+            advance(info.nbytes)
+            yield first[name]
+
+
+def diff(args: Namespace) -> tuple[str, int]:
+    """Return what differs between two checkpoints, and the exit code: 0 if nothing does."""
+    one, two = open_checkpoint(args.one), open_checkpoint(args.two)
+    lines = [f"only in {args.one}: {name}" for name in one.infos if name not in two.infos]
+    lines += [f"only in {args.two}: {name}" for name in two.infos if name not in one.infos]
+    same = 0
+    with progress("diff", one.nbytes) as advance:
+        for name, info in one.infos.items():
+            if name not in two.infos:
+                continue
+            line = _difference(name, one, two)
+            lines += [line] if line else []
+            same += not line
+            advance(info.nbytes)
+    around = sorted({*one.around, *two.around, *map(str, {**one.others, **two.others})})
+    note = f" Not compared: {', '.join(around)}." if around else ""
+    if not lines:
+        return f"{same} tensors are the same; nothing differs.{note}", 0
+    lines.append(f"{same} tensors are the same, {len(lines)} lines above say what differs.{note}")
+    return "\n".join(lines), 1
+
+
+def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
+    infos = one.infos[name], two.infos[name]
+    if infos[0] != infos[1]:
+        texts = [f"{str(i.dtype).removeprefix('torch.')} {_shape(i.shape)}" for i in infos]
+        return f"{name}: {texts[0]} and {texts[1]}"
+    different, by, zeros = 0, 0.0, [0, 0]
+    flat = (one.read(name).flatten(), two.read(name).flatten())
+    for a, b in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
+        other = _differ(a, b)
+        number = int(other.count_nonzero())
+        if number:
+            off = (_wide(a)[other] - _wide(b)[other]).abs().nan_to_num(nan=math.inf).max()
+            by = max(by, float(off))
+        different += number
+        zeros = [n + int((~_nonzero(t)).sum()) for n, t in zip(zeros, (a, b), strict=True)]
+    if not different:
+        return ""
+    return (
+        f"{name}: {different:,} of {infos[0].numel:,} entries differ, by {by:.3g} at most; zeros "
+        f"{zeros[0]:,} and {zeros[1]:,}"
+    )
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_floating_point() or a.is_complex():
+        a, b = _wide(a), _wide(b)
+        return (a != b) & ~(a.isnan() & b.isnan())
+    return _signed(a) != _signed(b)
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    return _signed(tensor) != 0
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    """Return unsigned integers as what torch compares, of the same bits."""
+    same = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    return tensor.view(same[tensor.dtype]) if tensor.dtype in same else tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _share(zeros: int, numel: int) -> str:
+    return f"{zeros / numel:.2%}" if numel else ""
+
+
+def _plot(rows: list[Row], path: str) -> None:
+    """Draw the sparsity of each weight into a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CheckpointError("--plot needs matplotlib: pip install parasparse[plot]") from error
+    weights = [row for row in rows if len(row.shape) > 1 and row.numel]
+    figure = Figure(figsize=(8, max(2.0, 0.22 * len(weights) + 1)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh([row.name for row in weights], [row.zeros / row.numel for row in weights])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("sparsity")
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, tensor by tensor: torch, safetensors, folders of shards, packed."""

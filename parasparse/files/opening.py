@@ -1,0 +1,58 @@
+"""Checkpoints of all kinds, by what lies at a path."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from parasparse.files import packed_files
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.files.headers import FORMAT
+from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
+from parasparse.files.torch_files import TorchFile, content_of
+
+
+class PackedFile(Checkpoint):
+    """A file of `parasparse.save`, whose tensors are unpacked when they are read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._reopen()
+        self.modules, self.metadata = self._header["modules"], self._header.get("metadata") or {}
+        for name, entry in self._header["entries"].items():
+            if "same" in entry:
+                self.same[name] = entry["same"]
+                self.infos[name] = self.infos[entry["same"]]
+            elif "value" in entry:
+                self.others[name] = entry["value"]
+            else:
+                self.infos[name] = Info(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+
+    def _read(self, name: str) -> Tensor:
+        return self._unpacked(self.same.get(name, name))
+
+    def _reopen(self) -> None:
+        try:
+            self._header, self._unpacked = packed_files.opened(self.path)
+        except (ValueError, ImportError, OSError) as error:
+            raise CheckpointError(str(error)) from error
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Return the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f'"{path}" is not there.')
+    if is_folder(path):
+        return SafetensorsFolder(path)
+    if path.lower().endswith(".safetensors"):
+        plain = SafetensorsFile(path)
+        return PackedFile(path) if plain.metadata.get("format") == FORMAT else plain
+    content = content_of(path)
+    is_packed = isinstance(content, dict) and content.get("format") == FORMAT
+    return PackedFile(path) if is_packed else TorchFile(path, content)

@@ -1,0 +1,126 @@
+"""What the trainers' callbacks share: masks that a checkpoint brings, controllers that go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from parasparse.checkpoints.found_masks import attach_found
+from parasparse.distributed import digest
+from parasparse.optim import load_named_state, named_state
+from parasparse.text import listed
+from parasparse.verbs.masks import named_masks
+
+
+def accept_masks(model: nn.Module) -> RemovableHandle:
+    """Let `model.load_state_dict` attach the masks that it is given, until the handle is removed.
+
+    Trainers load a checkpoint before there is an optimizer, and a controller needs one.
+    """
+    return model.register_load_state_dict_pre_hook(_attach)  # type: ignore[no-any-return]
+
+
+def _attach(module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
+    attach_found(module, state_dict)
+
+
+def state_of(
+    controller: Any, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Return what `resumed` and `reorder` need to know of a run."""
+    return {
+        "class": type(controller).__name__,
+        "controller": controller.state_dict(),
+        "masks": _digests(model),
+        "order": [_order(model, optimizer) for optimizer in optimizers],
+    }
+
+
+def is_of(controller: Any, model: nn.Module) -> bool:
+    """Whether `controller`, if there is one, is of this very model, which still has its masks."""
+    own = getattr(controller, "model", None)
+    names = {name for name, _ in named_masks(model)}
+    return model in (own, getattr(own, "module", None)) and names >= set(
+        controller.state_dict()["start"]
+    )
+
+
+def close(controller: Any) -> None:
+    """Let `controller` go, so that another one can collect gradients."""
+    if hasattr(controller, "close"):
+        controller.close()
+
+
+def resumed(model: nn.Module, make: Callable[[], Any], state: Mapping[str, Any]) -> Any:
+    """Return a controller that stands where `state` says, on the masks that `model` has.
+
+    Args:
+        model: as it was when `state` was taken; stays so.
+        make: makes the controller, anew, which may change masks and weights.
+        state: of `state_of`.
+
+    Raises:
+        RuntimeError: `model` has other masks, or `make` makes another controller.
+    """
+    ours = _digests(model)
+    other = [name for name, found in state["masks"].items() if ours.get(name) != found]
+    if other:
+        raise RuntimeError(
+            "the state of a controller must come with the masks that it chose; those of "
+            f"{listed(other)} are not in the model. Load the checkpoint that it was saved with; "
+            "of a PEFT model, trainers save the adapters alone."
+        )
+    kept = copy.deepcopy(model.state_dict())
+    controller = make()
+    if type(controller).__name__ != state["class"]:
+        raise RuntimeError(
+            f"the factory must make the controller that was saved, {state['class']}; it made "
+            f"{type(controller).__name__}."
+        )
+    model.load_state_dict(kept)
+    controller.load_state_dict(state["controller"])
+    return controller
+
+
+def reorder(
+    model: nn.Module, optimizer: torch.optim.Optimizer, order: list[list[str]] | None
+) -> None:
+    """Give each parameter its own state, where it was loaded by position.
+
+    An optimizer that is made after masks are attached counts parameters in another order.
+
+    Args:
+        model: whose parameters the optimizer holds.
+        optimizer: has loaded a state.
+        order: names of the parameters, by group, as they were when the state was saved.
+    """
+    if order is None or order == _order(model, optimizer):
+        return
+    saved = optimizer.state_dict()
+    names = [name for group in order for name in group]
+    state = {names[number]: values for number, values in saved["state"].items()}
+    groups = [
+        {**group, "params": own} for group, own in zip(saved["param_groups"], order, strict=True)
+    ]
+    load_named_state(model, optimizer, {"state": state, "param_groups": groups})
+
+
+def _order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]] | None:
+    try:
+        return [group["params"] for group in named_state(model, optimizer)["param_groups"]]
+    except ValueError:  # it also holds what is not the model's
+        return None
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Return the digests of bool masks; those of gates are computed, and differ by device."""
+    return {
+        name: digest(mask)
+        for name, mask in named_masks(model)
+        if mask is not None and mask.dtype == torch.bool
+    }

@@ -1,0 +1,1 @@
+"""The masking kernel, and the two modules that mask: `Mask` and `SoftMask`."""

@@ -1,0 +1,59 @@
+"""What is given as a mask, as the tensor that masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return `mask` as a tensor of `shape`: bool if its entries are all 0 or 1, else real.
+
+    Args:
+        mask: bool, integer or real; tensor, array, nested list or number.
+        shape: of the tensor to be masked; the result may be a view that repeats `mask`.
+        dtype: of the tensor to be masked; a real mask has it, or its real part's, or float32 where
+            that has a single byte.
+
+    Raises:
+        RuntimeError: it does not broadcast to `shape`.
+        TypeError: it is complex, or no array of numbers.
+        ValueError: it holds NaN, inf, or what `dtype` cannot hold.
+    """
+    if hasattr(mask, "__array__") and not isinstance(mask, Tensor) and hasattr(mask, "copy"):
+        mask = mask.copy()  # torch takes neither negative strides nor read-only memory
+    try:
+        value = torch.as_tensor(mask).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"a mask must be a tensor, array or nested list of numbers; got {mask!r:.80}."
+        ) from error
+    if value.is_complex():
+        raise TypeError(f"a mask must be bool, integer or real; got {value.dtype}.")
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    if value.dtype != torch.bool and not value.is_meta:
+        value = _bool_or_real(value, torch.float32 if dtype.itemsize == 1 else _real(dtype))
+    try:
+        return value.expand(shape)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a mask must match the existing size {tuple(shape)} of its tensor, or broadcast to "
+            f"it; got a mask of shape {tuple(value.shape)}."
+        ) from error
+
+
+def _bool_or_real(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if bool(((value == 0) | (value == 1)).all()):
+        return value != 0
+    real = value.to(dtype)
+    if not bool(real.isfinite().all()) or bool(((real != 0) != (value != 0)).any()):
+        raise ValueError(
+            f"a mask must not hold NaN, inf, or what {dtype} rounds to inf or 0; its entries go "
+            f"from {value.min()} to {value.max()}."
+        )
+    return real
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype

@@ -1,0 +1,125 @@
+"""Patterns that say themselves how much is kept: groups, and bands of diagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from parasparse.counts import dimension, whole_number
+from parasparse.patterns.selection.source import check_ranked
+
+
+@dataclass(frozen=True)
+class n_of_m:  # noqa: N801 - a pattern reads as a function
+    """Keep the `n` highest of every `m` consecutive entries along `dim`: 2:4 is `n_of_m(2, 4)`.
+
+    The weights of Linear and Conv are (out, in, ...), so that `dim=1` groups the inputs, as
+    hardware does. A depthwise convolution has one input in a group: leave it out, or take `dim=0`.
+
+    Args:
+        n: entries kept in each group, in [0, m].
+        m: size of a group.
+        dim: the grouped dimension.
+        remainder: what becomes of the last entries where m does not divide the size of `dim`:
+            "refuse" raises, "keep" keeps them all, "pad" keeps their n highest, as if what fills
+            the group up were dropped first.
+
+    Raises:
+        ValueError: n outside [0, m], an unknown `remainder`; on call: the tensor has no such
+            dimension, or m does not divide its size and `remainder` is "refuse".
+
+    Examples:
+        >>> n_of_m(2, 4)(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).tolist()
+        [[False, True, False, True]]
+
+    Reference: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, arXiv:2104.08378.
+    """
+
+    n: int
+    m: int
+    dim: int = 1
+    remainder: Literal["refuse", "keep", "pad"] = field(default="refuse", kw_only=True)
+    takes_sparsity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("n", "m", "dim"):
+            whole_number(getattr(self, name), name)
+        if not (0 <= self.n <= self.m and self.m >= 1):
+            raise ValueError(f"`n` must be in [0, m] and `m` >= 1; got n={self.n}, m={self.m}.")
+        if self.remainder not in ("refuse", "keep", "pad"):
+            raise ValueError(
+                f'`remainder` must be "refuse", "keep" or "pad"; got {self.remainder!r}.'
+            )
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return the mask for `scores`."""
+        dim = dimension(self, self.dim, scores.shape)
+        size, rest = scores.shape[dim], scores.shape[dim] % self.m
+        if rest and self.remainder == "refuse":
+            depthwise = (
+                " It is depthwise, one input in a group."
+                if size == dim == 1 and scores.ndim > 2
+                else ""
+            )
+            raise ValueError(
+                f"{self} must divide dimension {dim} into groups of {self.m}; got shape "
+                f"{tuple(scores.shape)}.{depthwise} Leave this tensor out, choose another `dim`, "
+                'or set `remainder` to "keep" or "pad".'
+            )
+        if scores.is_meta:
+            return torch.empty_like(scores, dtype=torch.bool)
+        check_ranked(scores)
+        last = scores.to(torch.float32) if scores.dtype.itemsize == 1 else scores
+        groups, tail = last.movedim(dim, -1).split([size - rest, rest], -1)
+        masks = [
+            _highest_of_each(groups.unflatten(-1, (size // self.m, self.m)), self.n).flatten(-2),
+            _highest_of_each(tail, rest if self.remainder == "keep" else self.n),
+        ]
+        return torch.cat(masks, -1).movedim(-1, dim).contiguous()
+
+
+@dataclass(frozen=True)
+class nearly_diagonal:  # noqa: N801
+    """Keep the `k` diagonals nearest to the main one: entries with |row - column| <= k // 2.
+
+    Rows and columns are the first two dimensions; the scores are not looked at.
+
+    Args:
+        k: number of diagonals, odd.
+
+    Raises:
+        ValueError: k is even or below 1; on call: fewer than two dimensions, or k // 2 reaches the
+            smaller of the first two.
+
+    Examples:
+        >>> nearly_diagonal(3)(torch.rand(3, 4)).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+
+    Reference: torch.ao.pruning, `NearlyDiagonalSparsifier`.
+    """
+
+    k: int
+    takes_sparsity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if whole_number(self.k, "k") < 1 or self.k % 2 == 0:
+            raise ValueError(f"`k` must be an odd number of diagonals; got {self.k}.")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return the mask for `scores`."""
+        if scores.ndim < 2 or self.k // 2 >= min(scores.shape[:2]):
+            raise ValueError(
+                f"{self} must fit into the first two dimensions; got shape {tuple(scores.shape)}."
+            )
+        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[:2])
+        band = (rows[:, None] - columns).abs() <= self.k // 2
+        return band.view(*band.shape, *[1] * (scores.ndim - 2)).expand(scores.shape).contiguous()
+
+
+def _highest_of_each(groups: Tensor, n: int) -> Tensor:
+    """Return the mask of the `n` highest entries along the last dimension."""
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)

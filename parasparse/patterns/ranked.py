@@ -1,0 +1,177 @@
+"""Patterns that rank: the highest scores stay, of one tensor or of several together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parasparse.counts import check_sparsity, num_kept
+from parasparse.patterns.fixed import n_of_m, nearly_diagonal
+from parasparse.patterns.selection.kth import highest
+from parasparse.patterns.units import block, channel, has_units, head
+from parasparse.sharding.dtensors import by_part, is_cut, is_spread, spread_like, whole
+
+__all__ = [
+    "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
+    "unstructured",
+]  # fmt: skip
+
+Pattern = Callable[..., Tensor]
+
+
+def takes_sparsity(pattern: Pattern) -> bool:
+    """Whether `pattern` is called with a sparsity."""
+    return getattr(pattern, "takes_sparsity", True)
+
+
+def unstructured(scores: Tensor, sparsity: float) -> Tensor:
+    """Return the mask of the highest scores, wherever they lie.
+
+    Args:
+        scores: any shape.
+        sparsity: share of zeros, in [0, 1].
+
+    Raises:
+        ValueError: NaN among the scores; sparsity outside [0, 1].
+
+    Examples:
+        >>> unstructured(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.25).tolist()
+        [True, True, False, True]
+    """
+    return jointly({"": scores}, sparsity)[""]
+
+
+def jointly(
+    scores: Mapping[str, Tensor], sparsity: float, *, pattern: Pattern = unstructured
+) -> dict[str, Tensor]:
+    """Return a mask for each of `scores`, ranked together: all as a whole have the sparsity.
+
+    Units of different tensors are compared by their mean or norm per entry, and each counts as one.
+
+    Args:
+        scores: by name, any shapes.
+        sparsity: share of zeros among all of them, in [0, 1].
+        pattern: a pattern that takes a sparsity. One of your own that has no `pool` and `spread` is
+            called once, with all scores as one flat tensor.
+
+    Raises:
+        ValueError: as `pattern`; or it takes no sparsity.
+
+    Examples:
+        >>> masks = jointly({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}, 0.5)
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([False, False], [True, True])
+    """
+    check_sparsity(sparsity)
+    if not takes_sparsity(pattern):
+        raise ValueError(f"`pattern` must take a sparsity to rank jointly; {pattern} takes none.")
+    if not scores:
+        return {}
+    if isinstance(pattern, chain):
+        return pattern.jointly(scores, sparsity)
+    if any(score.is_meta for score in scores.values()):
+        if isinstance(pattern, block | channel | head):  # refuses shapes that do not fit
+            return {name: pattern(score, sparsity) for name, score in scores.items()}
+        return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
+    total = sum(score.numel() for score in scores.values())
+    if pattern is unstructured:
+        masks = highest(list(scores.values()), num_kept(total, sparsity))
+        return dict(zip(scores, masks, strict=True))
+    if any(is_spread(score) for score in scores.values()):
+        found = jointly({n: whole(s) for n, s in scores.items()}, sparsity, pattern=pattern)
+        return {name: spread_like(mask, scores[name]) for name, mask in found.items()}
+    if has_units(pattern):
+        kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
+        return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
+    device = next(iter(scores.values())).device
+    flat = torch.cat([score.flatten().to(device) for score in scores.values()])
+    parts = pattern(flat, sparsity).split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape).to(score.device)
+        for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
+    """Return what `pattern` makes of `scores`, which may be spread over processes.
+
+    They are gathered for it where what it compares may lie on different processes.
+    """
+    if not is_spread(scores) or pattern is unstructured:
+        return pattern(scores, *sparsity)
+    if isinstance(pattern, n_of_m) and not is_cut(scores, pattern.dim):
+        return by_part(pattern, scores)
+    return spread_like(pattern(whole(scores), *sparsity), scores)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class chain:  # noqa: N801
+    """Apply patterns one after the other, each to what those before it kept.
+
+    `chain(channel(0), n_of_m(2, 4))` drops channels, and half of what the others hold.
+
+    Args:
+        patterns: two or more. At most one takes a sparsity, and gets that of the chain: the whole
+            is sparser. A pattern of units can only be the first.
+
+    Raises:
+        ValueError: otherwise.
+
+    Examples:
+        >>> scores = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
+        >>> chain(channel(0), n_of_m(1, 2))(scores, 0.5).tolist()
+        [[False, False], [True, False]]
+    """
+
+    patterns: tuple[Pattern, ...]
+
+    def __init__(self, *patterns: Pattern) -> None:
+        # A chain within a chain is its patterns in their place.
+        patterns = tuple(p for q in patterns for p in (q.patterns if isinstance(q, chain) else [q]))
+        taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
+        late = [p for p in patterns[1:] if has_units(p)]
+        classes = [p for p in patterns if isinstance(p, type) or not callable(p)]
+        if len(patterns) < 2 or len(taking) > 1 or late or classes:
+            raise ValueError(
+                "`patterns` must be two or more, one of them at most with a sparsity, and units "
+                f"first; got {patterns}."
+            )
+        object.__setattr__(self, "patterns", patterns)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.patterns))})"
+
+    @property
+    def takes_sparsity(self) -> bool:
+        """Whether one of the patterns does."""
+        return any(takes_sparsity(pattern) for pattern in self.patterns)
+
+    def __call__(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
+        """Return the mask for `scores`."""
+        return self.jointly({"": scores}, sparsity)[""]
+
+    def jointly(
+        self, scores: Mapping[str, Tensor], sparsity: float | None = None
+    ) -> dict[str, Tensor]:
+        """Return the masks for `scores`; the pattern with a sparsity ranks them together."""
+        masks: dict[str, Tensor] = {}
+        left = dict(scores)
+        for pattern in self.patterns:
+            if takes_sparsity(pattern):
+                kept = jointly(left, check_sparsity(sparsity), pattern=pattern)
+            else:
+                kept = {name: mask_for(pattern, score) for name, score in left.items()}
+            masks = {name: mask & masks.get(name, mask) for name, mask in kept.items()}
+            left = {name: _lowered(scores[name], mask) for name, mask in masks.items()}
+        return masks
+
+
+def _lowered(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return `scores` with what `mask` drops below all others."""
+    narrow = not scores.is_floating_point() or scores.dtype.itemsize == 1
+    values = scores.double() if narrow else scores
+    return torch.where(mask, values.clamp(min=torch.finfo(values.dtype).min), -math.inf)

@@ -1,0 +1,1 @@
+"""The highest scores: exact, over any number of tensors, without sorting."""

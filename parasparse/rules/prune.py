@@ -1,0 +1,157 @@
+"""`Prune`: score the tensors, and drop the entries with the lowest scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from parasparse import patterns
+from parasparse.counts import check_sparsity, num_kept
+from parasparse.patterns import Pattern, jointly, takes_sparsity
+from parasparse.patterns.ranked import mask_for
+from parasparse.scores.piecewise import highest_by_entry
+from parasparse.scores.weights_alone import Score, is_entrywise, magnitude
+from parasparse.sharding.dtensors import is_spread, spread_like, whole
+from parasparse.text import listed
+
+Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Score the tensors, and drop the share `sparsity` of their entries with the lowest scores.
+
+    Args:
+        sparsity: share of zeros, in [0, 1]; not given where the pattern brings its own.
+        score: `(tensor, name) -> scores`, real, of the same shape, higher = keep.
+        pattern: `(scores, sparsity) -> mask`.
+        scope: "local" gives every tensor this sparsity; "global" ranks all entries (or units) of
+            the group jointly, so that the group as a whole has it.
+        distribution: `(shapes by name, sparsity) -> sparsity by name`; with "local" only.
+
+    Raises:
+        ValueError: a value out of its range, or two that exclude each other.
+        TypeError: `sparsity` is no number.
+
+    Examples:
+        >>> Prune(0.5)({"w": torch.tensor([3.0, 1.0, -2.0, 0.0])})["w"].tolist()
+        [True, False, True, False]
+    """
+
+    sparsity: float | None = None
+    score: Score = field(default=magnitude, kw_only=True)
+    pattern: Pattern = field(default=patterns.unstructured, kw_only=True)
+    scope: Literal["local", "global"] = field(default="local", kw_only=True)
+    distribution: Distribution | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, type):
+            raise TypeError(f"`pattern` must be made first; got the class {self.pattern.__name__}.")
+        given = {"score": self.score, "pattern": self.pattern, "distribution": self.distribution}
+        for name, value in given.items():
+            if not callable(value) and not (name == "distribution" and value is None):
+                raise TypeError(f"`{name}` must be a callable; got {value!r}.")
+        if self.scope not in ("local", "global"):
+            raise ValueError(f'`scope` must be "local" or "global"; got {self.scope!r}.')
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if not takes_sparsity(self.pattern):
+            self._check_alone()
+        elif self.sparsity is None:
+            raise ValueError("`sparsity` must be given, the share of zeros in [0, 1]; got None.")
+        if self.scope == "global" and self.distribution is not None:
+            raise ValueError(
+                '`scope` must be "local" with a `distribution`, which decides for each tensor; '
+                'got "global".'
+            )
+
+    def _check_alone(self) -> None:
+        """Raise ValueError if something comes with a pattern that decides by itself."""
+        if self.sparsity is not None:
+            raise ValueError(
+                f"`sparsity` must be left out with {self.pattern}, which decides how much to keep; "
+                f"got {self.sparsity}."
+            )
+        if self.scope == "global":
+            raise ValueError(
+                f'`scope` must be "local" with {self.pattern}, which decides for each tensor; got '
+                '"global".'
+            )
+        if self.distribution is not None:
+            raise ValueError(f"`distribution` must be left out with {self.pattern}; got one.")
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a bool mask for each of `tensors`."""
+        if self.sparsity is None:
+            return {n: self._mask({n: self._score(t, n)})[n] for n, t in tensors.items()}
+        if self.scope == "global":
+            return self._ranked(tensors, self.sparsity)
+        shares = self._shares(tensors, self.sparsity)
+        return {n: self._ranked({n: t}, shares[n])[n] for n, t in tensors.items()}
+
+    def _ranked(self, tensors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return the masks of tensors that are ranked together."""
+        by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
+        if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
+            return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
+        total = sum(tensor.numel() for tensor in tensors.values())
+        score = magnitude if self.score is magnitude else self._score
+        return highest_by_entry(tensors, score, num_kept(total, sparsity))
+
+    def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
+        """Return the sparsity of each of `tensors`."""
+        if self.distribution is None:
+            return dict.fromkeys(tensors, sparsity)
+        shares = self.distribution({n: t.shape for n, t in tensors.items()}, sparsity)
+        if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
+            got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
+            raise ValueError(
+                "`distribution` must return a sparsity for each of the tensors "
+                f"{listed(tensors)}; got {got}."
+            )
+        return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
+
+    def _score(self, tensor: Tensor, name: str) -> Tensor:
+        if is_spread(tensor):  # each process keeps its part of the scores
+            return spread_like(self._score(whole(tensor), name), tensor)
+        try:
+            result = self.score(tensor, name)
+        except Exception as error:
+            error.add_note(f"while scoring {name!r}")
+            raise
+        if not isinstance(result, Tensor) or result.shape != tensor.shape or result.is_complex():
+            got = (
+                f"{result.dtype} of shape {tuple(result.shape)}"
+                if isinstance(result, Tensor)
+                else type(result).__name__
+            )
+            raise ValueError(
+                f"`score` must return a real tensor of shape {tuple(tensor.shape)} for {name!r}; "
+                f"got {got}."
+            )
+        return result
+
+    def _mask(self, scores: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
+        """Return the masks of tensors that are ranked together."""
+        try:
+            if self.scope == "global":
+                masks = jointly(scores, *sparsity, pattern=self.pattern)
+            else:
+                masks = {n: mask_for(self.pattern, s, *sparsity) for n, s in scores.items()}
+        except (TypeError, ValueError) as error:
+            nan = [n for n, s in scores.items() if s.is_floating_point() and s.isnan().any()]
+            error.add_note(f"while pruning {listed(nan or scores)}")
+            raise
+        for name, mask in masks.items():
+            shape = scores[name].shape
+            if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, shape):
+                got = f" of {mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+                raise ValueError(
+                    f"`pattern` must return a bool tensor of shape {tuple(shape)} for {name!r}; "
+                    f"got {type(mask).__name__}{got}."
+                )
+        return masks

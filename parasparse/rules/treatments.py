@@ -1,0 +1,157 @@
+"""What a rule does with the tensors that it reaches.
+
+A treatment is a callable that takes the group of tensors of its rule, by name, and returns a mask
+(or a module that masks) for each: `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from parasparse import gates
+from parasparse.counts import check_sparsity
+from parasparse.masks.soft_mask import SoftMask
+from parasparse.rules.prune import Prune
+from parasparse.text import described
+
+Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fixed:
+    """Give every tensor this mask.
+
+    Args:
+        mask: bool, integer or real; tensor, array, nested list or number that broadcasts to the
+            tensor; None attaches a mask that is not set yet.
+        layout: "out_in" as weights are; "in_out" for a mask whose first dimension is the inputs.
+
+    Raises:
+        ValueError: an unknown layout, or "in_out" with fewer than two dimensions.
+
+    Examples:
+        >>> Fixed([[1, 0], [1, 1]], layout="in_out")({"w": torch.ones(2, 2)})["w"].tolist()
+        [[1, 1], [0, 1]]
+
+    Reference: CustomizedLinear, whose masks are (in, out).
+    """
+
+    mask: Any
+    layout: Literal["out_in", "in_out"] = field(default="out_in", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("out_in", "in_out"):
+            raise ValueError(f'`layout` must be "out_in" or "in_out"; got {self.layout!r}.')
+        if (
+            self.layout == "in_out"
+            and self.mask is not None
+            and torch.as_tensor(self.mask).ndim < 2
+        ):
+            raise ValueError('`layout="in_out"` must come with a mask of two or more dimensions.')
+
+    def __repr__(self) -> str:
+        return f"Fixed({described(self.mask)}, layout={self.layout!r})"
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the mask for each of `tensors`."""
+        mask = self.mask
+        if mask is not None and self.layout == "in_out":
+            mask = torch.as_tensor(mask).transpose(0, 1)
+        return dict.fromkeys(tensors, mask)
+
+
+@dataclass(frozen=True, repr=False)
+class Gate:
+    """Attach learned soft masks: a `SoftMask` with parameters that train beside the weights.
+
+    Args:
+        function: one of `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
+            `gates.straight_through` (movement pruning), `gates.soft_threshold` (STR),
+            `gates.variational_dropout`.
+        init: what all its parameters are at first; None: see `SoftMask`.
+        pattern: of units (channels, blocks, heads), each of which has one logit.
+        sparsity: share of zeros, for `straight_through`.
+
+    Raises:
+        ValueError: `init` is not finite; arguments that do not go together.
+
+    Examples:
+        >>> Gate(init=0.5)({"w": torch.ones(2, 2)})["w"]
+        SoftMask((2, 2), init=0.5)
+        >>> Gate(gates.hard_concrete, pattern=patterns.channel(0))
+        Gate(hard_concrete, pattern=channel(dim=0, norm=None))
+
+    Reference: see each of the functions.
+    """
+
+    function: Callable[..., Tensor] = gates.sigmoid
+    init: float | None = field(default=None, kw_only=True)
+    pattern: Any = field(default=None, kw_only=True)
+    sparsity: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.init is not None and not math.isfinite(self.init):
+            raise ValueError(f"`init` must be finite; got {self.init}.")
+        if self.pattern is None:
+            self._made(torch.empty(1))  # refuses what does not go together
+
+    def __repr__(self) -> str:
+        name = [] if self.function is gates.sigmoid else [self.function.__name__]
+        given = {"init": self.init, "pattern": self.pattern, "sparsity": self.sparsity}
+        rest = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+        return f"Gate({', '.join(name + rest)})"
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """Return a `SoftMask` for each of `tensors`."""
+        return {name: self._made(tensor) for name, tensor in tensors.items()}
+
+    def _made(self, tensor: Tensor) -> SoftMask:
+        return SoftMask(
+            tensor, gate=self.function, init=self.init, pattern=self.pattern,
+            sparsity=self.sparsity,
+        )  # fmt: skip
+
+
+def keep_nonzero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks that keep what is not 0 now: the treatment "zeros"."""
+    return {name: tensor != 0 for name, tensor in tensors.items()}
+
+
+def as_treatment(value: Any) -> Treatment | None:
+    """Return the treatment that the right side of a rule stands for; None leaves tensors alone.
+
+    Raises:
+        TypeError, ValueError: it stands for none.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value != "zeros":
+            raise ValueError(
+                f'a treatment that is a string must be "zeros"; got {value!r}. None leaves a '
+                "tensor dense."
+            )
+        return keep_nonzero
+    if isinstance(value, (nn.Module, type)):
+        raise TypeError(
+            f"a treatment must not be a module or a class; got {described(value)}. A callable that "
+            "returns {name: module} attaches modules of your own."
+        )
+    if is_array(value):
+        return Fixed(value)
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    return Prune(check_sparsity(value, "rules"))
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` is a tensor, array or list; a scalar of numpy is a number."""
+    array = hasattr(value, "__array__") and not isinstance(value, Real)
+    return array or isinstance(value, (Tensor, list, tuple))

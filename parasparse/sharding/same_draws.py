@@ -1,0 +1,72 @@
+"""Random numbers that are the same in all processes that train one model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parasparse.sharding.dtensors import is_spread
+
+
+@contextmanager
+def drawn_alike(model: nn.Module) -> Iterator[None]:
+    """Let torch's global generators draw what those of the first process draw.
+
+    The others' generators are afterwards as they were: their own streams, for dropout say, go on.
+    Nothing happens unless DistributedDataParallel or spread weights are in `model`.
+    """
+    groups = _groups(model)
+    if not groups:
+        yield
+        return
+    first = next(iter(model.parameters())).device
+    cuda = [first] if first.type == "cuda" else []
+    own = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
+    torch.set_rng_state(_of_first(own[0], groups))
+    for device, state in zip(cuda, own[1], strict=True):
+        torch.cuda.set_rng_state(_of_first(state, groups), device)
+    try:
+        yield
+    finally:
+        if any(torch.distributed.get_rank(group) for group, _ in groups):
+            torch.set_rng_state(own[0])
+            for device, state in zip(cuda, own[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+
+def warn_if_unknown(model: nn.Module) -> None:
+    """Warn where there are several processes and `model` does not tell which of them train it."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1 and not _groups(model):
+        warnings.warn(
+            "several processes run, and `model` is neither a DistributedDataParallel nor sharded: "
+            "connections move by what this process alone has seen. If DistributedDataParallel "
+            "wraps the model, give the controller the wrapper, or masks come apart.",
+            stacklevel=4,
+        )
+
+
+def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the process groups that reach all that train `model`, and where tensors lie there."""
+    groups: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            groups.append((module.process_group, next(iter(module.parameters())).device))
+    spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
+    for mesh in dict.fromkeys(parameter.device_mesh for parameter in spread):
+        groups += [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
+    return groups
+
+
+def _of_first(state: Tensor, groups: list[tuple[Any, Any]]) -> Tensor:
+    for group, device in groups:
+        sent = state.to(device, copy=True)
+        torch.distributed.broadcast(sent, group=group, group_src=0)
+        state = sent.cpu()
+    return state

@@ -1,1 +1,0 @@
-"""Zeros that pay: in time (`accelerate`) and in bytes (`pack`)."""

@@ -1,0 +1,139 @@
+"""Which tensors the left side of a rule reaches, and which rule has which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse.targets.tensors import Target, collect_as_masked
+from parasparse.text import described, listed, nearest
+
+Predicate = Callable[[str, nn.Module, Tensor], bool]
+Spec = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
+
+
+def masked(model: nn.Module, specs: Any = None) -> list[Target]:
+    """Return the masked tensors of `model`; a pair is one where its parts share their mask.
+
+    Args:
+        model: any module.
+        specs: the left side of a rule, or a list of them; None: all.
+
+    Raises:
+        ValueError: one of `specs` reaches no masked tensor.
+    """
+    found = [target for target in collect_as_masked(model) if target.masks()]
+    if specs is None:
+        return found
+    wanted: set[int] = set()
+    several = isinstance(specs, (list, tuple, set)) and not _is_types(specs)
+    for spec in specs if several else [specs]:
+        reached = [target for target in found if reaches(spec, target)]
+        if not reached:
+            raise ValueError(_misses(spec, found, "`targets` must each reach a masked tensor"))
+        wanted |= {id(target) for target in reached}
+    return [target for target in found if id(target) in wanted]
+
+
+def is_weight(target: Target) -> bool:
+    """Whether a sparsity alone reaches `target`.
+
+    That is every parameter whose own name is, starts with or ends with "weight" and that has two or
+    more dimensions, outside embeddings and norms; a tensor tied to an embedding counts as one.
+    """
+    dense = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+    return (
+        not target.is_buffer
+        and target.ndim >= 2
+        and any(
+            own.startswith("weight") or own.endswith("weight")
+            for own in (name.rpartition(".")[2] for name in target.names)
+        )
+        and not any(isinstance(site.module, dense) for site in target.sites)
+    )
+
+
+def reaches(spec: Spec, target: Target) -> bool:
+    """Whether `spec`, the left side of a rule, reaches `target`.
+
+    Raises:
+        TypeError: `spec` is none of the kinds that the rules know.
+    """
+    wide = not target.is_buffer and target.ndim >= 2
+    if isinstance(spec, str):
+        if spec in target.names or (wide and spec in target.places):
+            return True
+        return (
+            wide
+            and any(c in spec for c in "*?[")
+            and any(fnmatchcase(place, spec) for place in target.places)
+        )
+    if isinstance(spec, re.Pattern):
+        return wide and any(spec.fullmatch(name) for name in target.names)
+    if _is_types(spec):
+        return wide and any(isinstance(owner, spec) for _, owner in target.owners)  # type: ignore[arg-type]
+    if not callable(spec) or isinstance(spec, nn.Module):
+        raise TypeError(
+            "a rule's target must be a name or glob, a compiled regex, a module type or tuple of "
+            f"types, or a predicate (name, module, tensor) -> bool; got {spec!r:.60}."
+        )
+    if target.is_buffer:
+        return False
+    tensor = target.stored()
+    return any(spec(name, owner, tensor) for name, owner in target.owners)
+
+
+def group_by_rule(
+    specs: Mapping[int, Spec | None], targets: list[Target]
+) -> dict[int, list[Target]]:
+    """Return the targets that each rule gets: the first rule that reaches a target has it.
+
+    Args:
+        specs: left side by number of the rule; None reaches what a sparsity alone reaches.
+        targets: the tensors of the model.
+
+    Raises:
+        ValueError: a rule reaches nothing, or nothing that an earlier rule left.
+    """
+    taken: dict[int, int] = {}  # target -> rule
+    groups: dict[int, list[Target]] = {}
+    for number, spec in specs.items():
+        reached = [t for t in targets if (is_weight(t) if spec is None else reaches(spec, t))]
+        if not reached:
+            raise ValueError(_misses(spec, targets, "`rules` must each reach a tensor"))
+        groups[number] = [t for t in reached if id(t) not in taken]
+        if not groups[number]:
+            earlier = listed(dict.fromkeys(described(specs[taken[id(t)]]) for t in reached))
+            raise ValueError(
+                "`rules` must each reach a tensor that no earlier rule took; all that "
+                f'"{described(spec)}" reaches was taken by {earlier}. Put the narrower rule first.'
+            )
+        taken |= {id(t): number for t in groups[number]}
+    return groups
+
+
+def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
+    near = ""
+    if isinstance(spec, str):
+        names = [name for target in targets for name in target.names]
+        modules = [place for t in targets for place in t.places if place not in t.names]
+        ending = re.search(r"\.?[*?\[].*", spec)
+        globs = [module + ending[0] for module in modules] if ending else []
+        globs = [glob for glob in globs if any(reaches(glob, target) for target in targets)]
+        near = nearest(spec, dict.fromkeys([*globs, *modules, *names]))
+        near = near or (f" (there are: {listed(names, most=4)})" if names else "")
+    what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
+    return (
+        f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "
+        "reach parameters with two or more dimensions; one with fewer, or a buffer, is reached by "
+        "its exact name."
+    )
+
+
+def _is_types(spec: object) -> bool:
+    types = spec if isinstance(spec, tuple) and spec else (spec,)
+    return all(isinstance(t, type) for t in types)

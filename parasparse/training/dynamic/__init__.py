@@ -1,0 +1,1 @@
+"""Dynamic sparse training: connections are dropped and others grown while the network trains."""

@@ -1,0 +1,195 @@
+"""How dynamic sparse training starts: the first masks, and what must hold for the moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse.attach.stack import stack_of
+from parasparse.distributions import erdos_renyi, erk
+from parasparse.masks.convert import as_mask
+from parasparse.masks.mask import Mask
+from parasparse.optim import keeps_momentum
+from parasparse.patterns import Pattern, n_of_m, unstructured
+from parasparse.patterns.units import has_units
+from parasparse.rules.assignments import Step, as_pairs, resolve
+from parasparse.rules.prune import Prune
+from parasparse.rules.treatments import as_treatment, is_array, keep_nonzero
+from parasparse.scores.weights_alone import random
+from parasparse.sharding.dtensors import number, whole
+from parasparse.targets.reach import group_by_rule
+from parasparse.targets.tensors import Target, collect
+from parasparse.text import described, listed
+from parasparse.training.dynamic.layer import Layer
+from parasparse.training.dynamic.moves import GROWTH_SCORES, no_redistribution
+from parasparse.training.dynamic.update import Moves
+from parasparse.training.scaled_rules import written
+
+_DRAWN: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "linear": {"distribution": erdos_renyi},
+    "erk": {"distribution": erk},
+}
+Init = str | Mapping[str, Any]
+
+
+def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], list[Layer]]:
+    """Return the steps that give each tensor its first mask, and the layers that they make.
+
+    Args:
+        model: is not changed.
+        rules: as for `sparsify`. A sparsity alone is drawn as `init` says.
+        init: "constant": exactly that sparsity in each tensor, drawn at random; "linear", "erk":
+            as the distributions `erdos_renyi` and `erk` share it out; "resume": what is 0 now is
+            masked, whatever the rules say; a mask for each tensor by name.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `sparsify`; or a mask is not bool, or empty, or of a
+            pattern in which nothing can move; other parametrizations lie under it.
+    """
+    pairs = as_pairs(rules)
+    start = _start(init)
+    wanted = [(spec, None if rule is None else start(rule)) for spec, rule in pairs]
+    steps = resolve(model, written(wanted), pairs=True)
+    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, collect(model))
+    patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
+    layers = [Layer(step.target, patterns[step.target.name]) for step in steps]
+    if isinstance(init, Mapping):
+        _check_names(init, [step.target.name for step in steps])
+    if not steps:
+        raise ValueError("`rules` must give one tensor a mask or more; all of them are None.")
+    for step, layer in zip(steps, layers, strict=True):
+        _check(step, layer)
+        if init == "resume" and any(_is_real(mask) for mask in step.target.masks()):
+            raise ValueError(
+                f'`init="resume"` must find bool masks; that of "{step.target.name}" is real. '
+                "`binarize` the model first."
+            )
+    return steps, layers
+
+
+def check_moves(
+    moves: Moves, layers: Mapping[str, Layer], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise ValueError if `moves` cannot work on these layers, or read what nobody keeps."""
+    bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
+    if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
+        raise ValueError(
+            '`redistribution` must be "none", and growth local, with patterns, whose counts differ '
+            f"from layer to layer; {listed(bound)} have one."
+        )
+    blind = [n for n, layer in layers.items() if layer.seen_weight() is not layer.parameters[0]]
+    if blind and "state" in moves.needs:
+        raise ValueError(
+            "a function that reads the optimizer's state must get the Parameter itself, which it "
+            f"does not for pairs and patterns of units: {listed(blind)}. If it reads the weights "
+            'alone, decorate it with `@ps.moves.needs("weights")`.'
+        )
+    groups = [name for name, layer in bound.items() if not has_units(layer.pattern)]
+    if groups and moves.growth not in GROWTH_SCORES:
+        raise ValueError(
+            '`growth` must be "random", "momentum" or "gradient" where groups keep their n; '
+            f"{listed(groups)} have such a pattern."
+        )
+    without = [
+        name
+        for name, layer in layers.items()
+        if not all(keeps_momentum(optimizer, parameter) for parameter in layer.parameters)
+    ]
+    if without and "momentum" in moves.needs:
+        raise ValueError(
+            f"`optimizer` must keep a momentum, which the moves read; {type(optimizer).__name__} "
+            f'keeps none for {listed(without)}. Give it one (`momentum=0.9`), or use "gradient" or '
+            '"random" growth and "magnitude", "nonzero" or "none" redistribution.'
+        )
+
+
+def _start(init: Init) -> Callable[[Any], Any]:
+    """Return what makes the first treatment of one in the rules."""
+    if isinstance(init, Mapping):
+        masks = dict(init)
+        return lambda rule: partial(_given, masks)
+    if init == "resume":
+        return lambda rule: keep_nonzero
+    if not isinstance(init, str) or init not in _DRAWN:
+        raise ValueError(
+            f"`init` must be one of {listed([*_DRAWN, 'resume'])}, or a mask for each tensor by "
+            f"name; got {init!r}."
+        )
+    return lambda rule: _drawn(rule, _DRAWN[init])
+
+
+def _drawn(rule: Any, keywords: dict[str, Any]) -> Any:
+    treatment = as_treatment(rule)
+    if rule is treatment or is_array(rule) or not isinstance(treatment, Prune):
+        return rule  # says itself what the masks are
+    return Prune(treatment.sparsity, score=random, **keywords)
+
+
+def _given(masks: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    missing = [name for name in tensors if name not in masks]
+    if missing:
+        raise ValueError(f"`init` must hold a mask for each tensor; {listed(missing)} have none.")
+    return {name: masks[name] for name in tensors}
+
+
+def _check_names(init: Mapping[str, Any], names: list[str]) -> None:
+    unknown = [name for name in init if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`init` must name tensors that `rules` reach; {listed(unknown)} are none of "
+            f"{listed(names)}."
+        )
+
+
+def _pattern(rule: Any, name: str) -> Pattern:
+    pattern = rule.pattern if isinstance(rule, Prune) else unstructured
+    if pattern is unstructured or has_units(pattern) or isinstance(pattern, n_of_m):
+        return pattern
+    raise ValueError(
+        f'a pattern must be unstructured, of units or n_of_m for entries to move; "{name}" has '
+        f"{described(pattern)}."
+    )
+
+
+def _check(step: Step, layer: Layer) -> None:
+    name = step.target.name
+    if not isinstance(step.result, Tensor) or step.result.dtype.is_floating_point:
+        raise ValueError(
+            f'`rules` must give each tensor a bool mask that is set; "{name}" gets '
+            f"{described(step.treatment)}."
+        )
+    if _is_parametrized(step.target):
+        raise ValueError(
+            f'a tensor whose mask moves must not be parametrized underneath; "{name}" is. Take '
+            "that off first, or leave it out: a rule to None before this one."
+        )
+    shape = step.target.stored().shape
+    mask = as_mask(step.result, shape, step.target.stored().dtype)
+    if not number(mask):
+        raise ValueError(
+            f'`rules` must leave each tensor a connection or more; "{name}", {tuple(shape)}, would '
+            "have none. Lower its sparsity."
+        )
+    pattern = layer.pattern
+    mask = mask if pattern is unstructured else whole(mask)
+    held = pattern(mask.float()) if isinstance(pattern, n_of_m) else mask
+    if has_units(pattern):
+        held = pattern.spread(pattern.pool(mask.float()) > 0, shape)
+    if not held.equal(mask):
+        raise ValueError(f'`init` must keep to the pattern of the rule; the mask of "{name}" does '
+                         f"not keep {pattern}.")  # fmt: skip
+
+
+def _is_real(mask: nn.Module) -> bool:
+    return isinstance(mask, Mask) and mask.mask is not None and mask.mask.is_floating_point()
+
+
+def _is_parametrized(target: Target) -> bool:
+    stacks = [stack_of(site.module, site.attr) for site in target.sites]
+    masked = bool(target.masks())
+    return any(stack is not None and len(stack) > masked for stack in stacks)

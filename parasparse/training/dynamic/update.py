@@ -1,0 +1,266 @@
+"""One update of dynamic sparse training: prune, redistribute, grow, within an exact budget."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parasparse.patterns import n_of_m
+from parasparse.patterns.ranked import mask_for
+from parasparse.sharding.dtensors import number, spread_like, whole
+from parasparse.text import listed
+from parasparse.training.dynamic.moves import (
+    GROWTH,
+    GROWTH_SCORES,
+    PRUNE,
+    REDISTRIBUTION,
+    no_redistribution,
+    shared_out,
+)
+from parasparse.training.dynamic.view import Masking, Need, needs_of
+
+_FULL = 0.99  # of what is free in a layer is the most that it takes, as long as others can
+_NEARLY_FULL = 0.2  # of zeros
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The three functions; a string names one of `training.moves`."""
+
+    prune: Callable[..., Any]
+    growth: Callable[..., Any]
+    redistribution: Callable[..., Any]
+
+    @classmethod
+    def named(cls, prune: Any, growth: Any, redistribution: Any) -> Moves:
+        """Return the functions that names, or functions, stand for.
+
+        Raises:
+            ValueError: there is no move of that name.
+            TypeError: it is neither, or a function of other arguments.
+        """
+        moves = cls(
+            _named("prune", prune, PRUNE),
+            _named("growth", growth, GROWTH),
+            _named("redistribution", redistribution, REDISTRIBUTION),
+        )
+        _check_arguments("prune", moves.prune, "masking, mask, weight, name", "masking")
+        names = "masking, name, new_mask, total_regrowth, weight"
+        _check_arguments("growth", moves.growth, names, "masking, total_regrowth")
+        _check_arguments("redistribution", moves.redistribution, "masking, name, weight, mask")
+        return moves
+
+    @property
+    def needs(self) -> set[Need]:
+        """What the three read."""
+        return {*needs_of(self.prune), *needs_of(self.growth), *needs_of(self.redistribution)}
+
+    @property
+    def stay(self) -> bool:
+        """Whether each layer regrows what it loses."""
+        return self.redistribution is no_redistribution and not self.grow_globally
+
+    @property
+    def prune_globally(self) -> bool:
+        """Whether `prune(masking)` is for all layers at once."""
+        return not _takes(self.prune, 4)
+
+    @property
+    def grow_globally(self) -> bool:
+        """Whether `growth(masking, total_regrowth)` is for all layers at once."""
+        return not _takes(self.growth, 5)
+
+
+def next_masks(
+    view: Masking, moves: Moves, missing: Mapping[str, int], groups: Mapping[str, n_of_m]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the masks after an update, and what is missing of the budget by layer.
+
+    Args:
+        view: its dicts are filled in on the way.
+        moves: the functions.
+        missing: connections that growth fell short of so far.
+        groups: the pattern of layers whose groups keep their n.
+
+    Raises:
+        ValueError, TypeError: a move returns what it must not.
+    """
+    _set_importance(view, moves)
+    before = {name: mask.clone() for name, mask in view.masks.items()}
+    pruned = _pruned(view, moves, before)
+    view.masks.update({name: mask.clone() for name, mask in pruned.items()})
+    counts = {name: number(mask) for name, mask in pruned.items()}
+    view.name2removed.update({n: view.name2nonzeros[n] - count for n, count in counts.items()})
+    owed = sum(missing.values())
+    if moves.grow_globally:
+        moves.growth(view, view.total_removed + owed)
+        masks = {n: _checked(view.masks[n], pruned[n], "growth", n) for n in pruned}
+        grown = sum(number(mask) for mask in masks.values()) - sum(counts.values())
+        _check_number(grown, view.total_removed + owed, "all layers")
+        return masks, {"": view.total_removed + owed - grown}
+    shares = _shares(view, moves, missing, counts)
+    masks, left = {}, {}
+    for name, mask in pruned.items():
+        if name in groups:
+            masks[name] = _grown_in_groups(view, moves, name, mask, groups[name])
+            continue
+        masks[name] = _grown(view, moves, name, mask, shares[name])
+        grown = number(masks[name]) - counts[name]
+        _check_number(grown, shares[name], name)
+        left[name] = shares[name] - grown
+    return masks, left
+
+
+def _set_importance(view: Masking, moves: Moves) -> None:
+    found = {}
+    view.name2prune_rate.update(dict.fromkeys(view.masks, view.prune_rate))
+    for name, weight in view.weights.items():
+        # A function of a layer without connections would be a mean of nothing.
+        value = 0.0
+        if view.name2nonzeros[name]:
+            mask = view.masks[name].float()
+            value = _called(moves.redistribution, name, view, name, weight, mask)
+        found[name] = _importance(value, name)
+    total = sum(found.values())
+    if math.isinf(total):
+        raise ValueError("`redistribution` must return numbers whose sum is finite; got inf.")
+    mean = 1 / len(found)
+    view.name2variance.update({n: v / total if total else mean for n, v in found.items()})
+    for name, mask in view.masks.items():
+        sparsity = view.name2zeros[name] / mask.numel()
+        if sparsity < _NEARLY_FULL and view.name2variance[name] > mean:
+            view.name2prune_rate[name] = min(sparsity, view.prune_rate)
+
+
+def _called(move: Callable[..., Any], layer: str, *arguments: Any) -> Any:
+    try:
+        return move(*arguments)
+    except Exception as error:
+        error.add_note(f'while {getattr(move, "__name__", move)} was called for "{layer}"')
+        raise
+
+
+def _importance(value: Any, name: str) -> float:
+    """Return `value` as a float; what is below 0 has no importance."""
+    try:
+        value = whole(value) if isinstance(value, Tensor) else value
+        importance = float("nan" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f'`redistribution` must return a number; got {value!r:.60} for "{name}".'
+        ) from error
+    if not math.isfinite(importance):
+        raise ValueError(
+            f'`redistribution` must return a finite number; got {value!r:.60} for "{name}".'
+        )
+    return max(importance, 0.0)
+
+
+def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    if moves.prune_globally:
+        moves.prune(view)
+        new = view.masks
+    else:
+        new = {
+            name: _called(moves.prune, name, view, mask.float(), view.weights[name], name)
+            if view.name2nonzeros[name]
+            else mask
+            for name, mask in before.items()
+        }
+    masks = {name: _mask(new[name], mask, "prune", name) for name, mask in before.items()}
+    for name, mask in masks.items():
+        if number(mask & ~before[name]):
+            raise ValueError(f'`prune` must keep a part of the mask; it adds entries to "{name}".')
+    return masks
+
+
+def _shares(
+    view: Masking, moves: Moves, missing: Mapping[str, int], counts: dict[str, int]
+) -> dict[str, int]:
+    """Return how many connections each layer grows."""
+    if moves.stay:
+        return {name: view.name2removed[name] + missing.get(name, 0) for name in counts}
+    total = view.total_removed + sum(missing.values())
+    free = {name: mask.numel() - counts[name] for name, mask in view.masks.items()}
+    # A layer that lost its last connection would pass nothing on, ever again.
+    first = {name: int(count == 0) for name, count in counts.items()}
+    if sum(first.values()) > total:
+        first = dict.fromkeys(counts, 0)
+    room = {name: max(int(_FULL * free[name]) - first[name], 0) for name in counts}
+    left = total - sum(first.values())
+    if sum(room.values()) < left:
+        room = {name: free[name] - first[name] for name in counts}
+    importance = [view.name2variance[name] for name in counts]
+    shares = shared_out(left, importance, [room[name] for name in counts])
+    return {name: first[name] + share for name, share in zip(counts, shares, strict=True)}
+
+
+def _grown(view: Masking, moves: Moves, name: str, mask: Tensor, share: int) -> Tensor:
+    if not share:
+        return mask
+    new = _called(moves.growth, name, view, name, mask.clone(), share, view.weights[name])
+    return _checked(new, mask, "growth", name)
+
+
+def _grown_in_groups(
+    view: Masking, moves: Moves, name: str, mask: Tensor, pattern: n_of_m
+) -> Tensor:
+    scores = GROWTH_SCORES[moves.growth](view, view.weights[name])
+    return mask_for(pattern, torch.where(mask, math.inf, scores))
+
+
+def _checked(new: Any, pruned: Tensor, argument: str, name: str) -> Tensor:
+    mask = _mask(new, pruned, argument, name)
+    if number(pruned & ~mask):
+        raise ValueError(f'`{argument}` must keep the mask that it gets; it drops from "{name}".')
+    return mask
+
+
+def _mask(new: Any, like: Tensor, argument: str, name: str) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != like.shape or new.is_complex():
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(
+            f"`{argument}` must return a real or bool mask of shape {tuple(like.shape)} for "
+            f'"{name}"; got {got}.'
+        )
+    return spread_like(new.detach() != 0, like).to(like.device)
+
+
+def _check_number(grown: int, share: int, name: str) -> None:
+    if grown > share:
+        raise ValueError(
+            f'`growth` must add {share} connections at most to "{name}"; it adds {grown}.'
+        )
+
+
+def _named(argument: str, move: Any, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if isinstance(move, str):
+        if move not in known:
+            raise ValueError(
+                f"`{argument}` must be one of {listed(known)}, or a function; got {move!r}."
+            )
+        return known[move]
+    if not callable(move):
+        raise TypeError(f"`{argument}` must be a name or a function; got {move!r}.")
+    return move  # type: ignore[no-any-return]
+
+
+def _check_arguments(argument: str, move: Callable[..., Any], *signatures: str) -> None:
+    if not any(_takes(move, signature.count(",") + 1) for signature in signatures):
+        forms = " or ".join(f"({signature})" for signature in signatures)
+        raise TypeError(f"`{argument}` must take {forms}; got {inspect.signature(move)}.")
+
+
+def _takes(move: Callable[..., Any], number: int) -> bool:
+    """Whether `move` can be called with that many arguments."""
+    try:
+        inspect.signature(move).bind(*[None] * number)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What one does to a model, one verb a file."""

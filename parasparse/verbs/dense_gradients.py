@@ -1,0 +1,125 @@
+"""`dense_gradients`: gradients of whole weights for the length of a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parasparse.attach import reading
+from parasparse.attach.fsdp_gradients import reduced
+from parasparse.attach.probes import probed
+from parasparse.attach.stack import MaskedParametrizationList
+from parasparse.sharding.dtensors import by_part
+from parasparse.sharding.fsdp import managed_parameters, reshard
+from parasparse.targets.reach import masked
+from parasparse.targets.tensors import Target, part_stacks
+
+
+class DenseGradients(Mapping[str, Tensor | None]):
+    """Gradients of effective weights by plain name; None before the first backward."""
+
+    def __init__(self, probes: dict[str, list[Tensor | _Sum]]) -> None:
+        self._probes = probes
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        grads = [probe.grad for probe in self._probes[name]]
+        found = [grad for grad in grads if grad is not None]
+        if len(grads) == 1 or not found:
+            return grads[0]
+        # A pair: the gradient of one complex weight, as torch.autograd has it.
+        real, imaginary = (torch.zeros_like(found[0]) if g is None else g for g in grads)
+        return by_part(torch.complex, real, imaginary)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._probes)
+
+    def __len__(self) -> int:
+        return len(self._probes)
+
+
+@contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
+    """Collect the gradients that effective weights get, masked entries included.
+
+    `.grad` stays masked. Gradients accumulate over the backward passes in the block, under a
+    GradScaler times its scale. If `model` is, or holds, a DistributedDataParallel, those of what it
+    wraps are averaged over its processes once, at the end of the block, which all of them reach;
+    before that each sees its own. Where `fully_shard` manages weights, gradients are averaged as it
+    averages `.grad`, and each process holds a part.
+
+    Raises:
+        RuntimeError: a block of the same model is open already; `fully_shard` manages weights under
+            other than bool masks.
+
+    Yields:
+        A mapping from plain name to gradient, None where no backward came by.
+
+    Examples:
+        >>> from parasparse import sparsify
+        >>> model = sparsify(nn.Linear(2, 1, bias=False), {"weight": [[True, False]]})
+        >>> with dense_gradients(model) as grads:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> grads["weight"].tolist(), model.parametrizations.weight.original.grad.tolist()
+        ([[1.0, 1.0]], [[1.0, 0.0]])
+
+    Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
+    """
+    with collecting(model, masked(model)) as grads:
+        yield grads
+
+
+@contextmanager
+def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradients]:
+    """Collect the dense gradients of some masked tensors of `model`, as `dense_gradients` does."""
+    reshard(model)
+    sharded, probes = managed_parameters(model), {}
+    with ExitStack() as stack:
+        for target in targets:
+            probes[target.name] = [_armed(part, sharded, stack) for part in part_stacks(target)]
+        yield DenseGradients(probes)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            inside = {id(stack) for stack in _stacks(module)}
+            for target in targets:
+                for stacks, probe in zip(part_stacks(target), probes[target.name], strict=True):
+                    if isinstance(probe, Tensor) and any(id(s) in inside for s in stacks):
+                        _average(probe, module.process_group)
+
+
+@dataclass(eq=False)
+class _Sum:
+    """What the backward passes came to."""
+
+    grad: Tensor | None = None
+
+    def add(self, grad: Tensor) -> None:
+        self.grad = grad if self.grad is None else self.grad + grad
+
+
+def _armed(
+    stacks: list[MaskedParametrizationList], sharded: Mapping[int, Any], stack: ExitStack
+) -> Tensor | _Sum:
+    """Arm all places of one tensor, until `stack` ends; return what its gradient is read off."""
+    managed = sharded.get(id(stacks[0].original)) if stacks[0].is_tensor else None
+    if managed is None:
+        return stack.enter_context(probed(stacks))
+    total = _Sum()
+    stack.enter_context(reduced(managed, stacks, total.add))
+    return total
+
+
+def _average(probe: Tensor, group: torch.distributed.ProcessGroup) -> None:
+    # A process whose loss did not reach the tensor takes part all the same.
+    grad = torch.zeros_like(probe) if probe.grad is None else probe.grad
+    torch.distributed.all_reduce(grad, group=group)
+    probe.grad = grad / torch.distributed.get_world_size(group)
+
+
+def _stacks(model: nn.Module) -> list[MaskedParametrizationList]:
+    return [stack for module in model.modules() for _, stack in reading.masked_stacks(module)]

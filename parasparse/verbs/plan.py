@@ -1,0 +1,70 @@
+"""`plan`: what `sparsify` would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from parasparse.rules.assignments import resolve
+from parasparse.sharding.dtensors import number
+from parasparse.text import as_text, described
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What `sparsify` would do to one tensor.
+
+    Attributes:
+        name: plain name of the tensor.
+        shape: its shape.
+        rule: the left side of the rule that has it; "every weight" for a treatment alone.
+        treatment: the right side.
+        kept: entries that the mask keeps, of both tensors of a pair; None where that is not known:
+            an unset or learned mask, or a tensor on the meta device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: str
+    treatment: str
+    kept: int | None
+
+
+class Plan(tuple[PlanRow, ...]):
+    """The rows of `plan`; prints as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        rows = [
+            (r.name, r.shape, r.rule, r.treatment, "?" if r.kept is None else f"{r.kept:,}")
+            for r in self
+        ]
+        return as_text(("name", "shape", "rule", "treatment", "kept"), rows)
+
+
+def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
+    """Return the table of what `sparsify(model, rules)` would do; change nothing.
+
+    Args, Raises: as `sparsify`.
+
+    Examples:
+        >>> plan(nn.Linear(10, 10), 0.9)[0].kept
+        10
+    """
+    rows = []
+    for step in resolve(model, rules, pairs=pairs):
+        known = isinstance(step.result, Tensor) and not step.result.is_meta
+        kept = number(step.result) if known else None  # type: ignore[arg-type]
+        rows.append(
+            PlanRow(
+                name=step.target.name,
+                shape=tuple(step.target.stored().shape),
+                rule="every weight" if step.rule is None else described(step.rule),
+                treatment=described(step.treatment),
+                kept=None if kept is None else kept * len(step.target.parts),
+            )
+        )
+    return Plan(rows)

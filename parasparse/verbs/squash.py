@@ -1,0 +1,122 @@
+"""`squash` and `unsparsify`: take masks off, with their zeros or without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parasparse.attach import attaching, reading
+from parasparse.attach.stand_in import check_not_accelerated
+from parasparse.attach.undo import restored_on_error
+from parasparse.masks.mask import Mask
+from parasparse.masks.soft_mask import SoftMask
+from parasparse.sharding.fsdp import follow, is_sharded, reshard
+from parasparse.targets.reach import masked
+from parasparse.targets.tensors import Site, Target
+from parasparse.verbs.writable import check_foldable
+
+
+def squash(model: nn.Module, targets: Any = None) -> nn.Module:
+    """Fold masks into plain weights and take them off; return the model.
+
+    Afterwards classes, `state_dict` keys and the order of parameters are those of the dense model,
+    and the Parameters are the objects they were. The exception: where other parametrizations lie
+    under the mask, all of them are baked into one new Parameter.
+
+    Args:
+        model: any module; changed in place. One without masks stays as it is.
+        targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
+
+    Raises:
+        RuntimeError: a mask is not set; `fully_shard` manages the tensors that lie under one. The
+            model is as it was.
+        ValueError: a target reaches no masked tensor.
+
+    Examples:
+        >>> model = squash(sparsify(nn.Linear(10, 10), 0.9))
+        >>> type(model) is nn.Linear, int((model.weight != 0).sum())
+        (True, 10)
+    """
+    chosen = _to_take_off(model, targets)
+    if is_sharded(model) and any(len(s.stack()) > 1 for target in chosen for s in target.sites):
+        raise RuntimeError(
+            "a tensor that is parametrized under its mask must be squashed before `fully_shard`, "
+            "which manages what lies there. `dense_state_dict` gives its values."
+        )
+    for target in chosen:
+        target.effective()  # an unset mask raises here, before anything has changed
+    check_foldable(model, chosen)
+    with restored_on_error(site.module for target in chosen for site in target.sites):
+        for target in chosen:
+            mask = target.masks()[0]
+            values = [_values(part) for part in target.parts]  # both parts may go into each
+            for part, baked in zip(target.parts, values, strict=True):
+                _fold(part, baked)
+            # A place outside the model that was given may share it: scale once only
+            # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
+            if isinstance(mask, Mask) and mask.mask is not None:
+                mask.mask_(mask.mask != 0)
+            elif isinstance(mask, SoftMask):
+                mask.fold_()
+    _moved(model)
+    return model
+
+
+def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
+    """Take masks off without folding them: the stored weights come back; return the model.
+
+    Args, Raises: as `squash`, but a mask need not be set.
+
+    Examples:
+        >>> model = unsparsify(sparsify(nn.Linear(10, 10), 0.9))
+        >>> int((model.weight != 0).sum())
+        100
+    """
+    for target in _to_take_off(model, targets):
+        for site in target.sites:
+            attaching.detach(site.module, site.attr)
+    _moved(model)
+    return model
+
+
+def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
+    check_not_accelerated(model)
+    reshard(model)
+    return masked(model, targets)
+
+
+@torch.no_grad()
+def _values(part: tuple[Site, ...]) -> list[Tensor]:
+    return [reading.effective(site.module, site.attr) for site in part]
+
+
+def _fold(part: tuple[Site, ...], values: list[Tensor]) -> None:
+    """Make the masked values of one tensor, tied at the sites of `part`, its plain values."""
+    baked: Tensor | None = None
+    for site, value in zip(part, values, strict=True):
+        stack = site.stack()
+        if len(stack) == 1:
+            with torch.no_grad():
+                stack.original.copy_(value)
+            attaching.detach(site.module, site.attr)
+            continue
+        if baked is None:
+            tensors = reading.originals(site.module, site.attr)
+            grad = any(tensor.requires_grad for tensor in tensors)
+            held = isinstance(tensors[0], nn.Parameter)
+            baked = nn.Parameter(value, requires_grad=grad) if held else value
+        attaching.detach(site.module, site.attr, baked)
+
+
+def _moved(model: nn.Module) -> None:
+    """Tell `fully_shard` and DDP wrappers in `model` that Parameters and masks have moved.
+
+    Else DDP broadcasts an empty list at the next forward (ddp_forward_after_squash).
+    """
+    follow(model)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module._assign_modules_buffers()
