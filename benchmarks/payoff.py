@@ -24,10 +24,10 @@ import parasparse as ps
 from benchmarks._timing import Timing, compare, show, threads, write
 from parasparse.acceleration import measure
 from parasparse.acceleration.formats.format import FORMATS, Format, formats_of
-from parasparse.acceleration.installing import executable, installed
+from parasparse.acceleration.installing import installed, stored_or_masked
 from parasparse.acceleration.weight.layers import Use
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
-from parasparse.targets.tensors import collect_as_masked
+from parasparse.targets.tensors import masked_tensors_of
 
 Results = Iterator[tuple[str, dict[str, Timing]]]
 
@@ -149,10 +149,10 @@ def ceiling(model: nn.Module, x: Tensor, dense_ms: float) -> float:
     """Return the milliseconds that `model` would take with raw kernels in its sparse layers."""
     targets = {
         target.name: target
-        for target in collect_as_masked(model, pairs=False)
+        for target in masked_tensors_of(model, pairs=False)
         if target.ndim > 1 and 2 * target.stored().count_nonzero() <= target.stored().numel()
     }
-    originals = {name: executable(target) for name, target in targets.items()}
+    originals = {name: stored_or_masked(target) for name, target in targets.items()}
     probes = {name: SparseWeight(original) for name, original in originals.items()}
     with installed(targets, probes):
         uses = measure.recorded(model, probes, x).uses

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from parasparse.files.bits import buffer
 from parasparse.masks.mask import Mask
-from parasparse.sharding.dtensors import is_spread, part_of, sharding_dims
+from parasparse.sharding.dtensors import is_dtensor, sharding_dims, to_local
 from parasparse.sharding.fsdp import is_sharded
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
 
 
@@ -21,7 +21,7 @@ def digest(mask: Tensor | None) -> str:
     """Return the digest of the part of `mask` that this process holds."""
     if mask is None:
         return "unset"
-    data = part_of(mask).cpu().contiguous()
+    data = to_local(mask).cpu().contiguous()
     found = hashlib.blake2b(str((data.dtype, tuple(mask.shape))).encode(), digest_size=16)
     if data.numel():
         held = data.flatten().view(torch.uint8)
@@ -112,7 +112,7 @@ def shard_masks(model: nn.Module) -> nn.Module:
         raise RuntimeError(
             "`shard_masks` must be called before `fully_shard`, which takes Parameters over once."
         )
-    targets = masked(model)
+    targets = masked_targets(model)
     unset = [target.name for target in targets if target.mask() is None]
     if unset:
         raise RuntimeError(
@@ -128,11 +128,11 @@ def shard_masks(model: nn.Module) -> nn.Module:
 
 def _masks(model: nn.Module) -> Iterator[tuple[tuple[str, tuple[int, ...]], Tensor | None]]:
     """Yield name and mask, with which part of it this process holds; () if it is all."""
-    for target in masked(model):
+    for target in masked_targets(model):
         module = target.masks()[0]
         mask = module.mask if isinstance(module, Mask) else target.mask()
         coordinate: tuple[int, ...] = ()
-        if mask is not None and is_spread(mask):
+        if mask is not None and is_dtensor(mask):
             spread: Any = mask
             place = spread.device_mesh.get_coordinate()
             coordinate = (-1, *(place[dim] for dim in sharding_dims(mask)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parasparse.counts import check_sparsity
-from parasparse.sharding.dtensors import spread_like, whole
+from parasparse.sharding.dtensors import full_tensor, laid_out_like
 
 
 def sigmoid(
@@ -118,11 +118,11 @@ def straight_through(scores: Tensor, sparsity: Tensor | float) -> Tensor:
     """
     if not isinstance(sparsity, Tensor):
         sparsity = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
-    flat = whole(scores.detach()).flatten()
+    flat = full_tensor(scores.detach()).flatten()
     kept = flat.numel() - (flat.numel() * sparsity.double()).round()  # num_kept, half to even
     places = flat.argsort(descending=True, stable=True).argsort()
     mask = (places < kept.to(places.device)).to(scores.dtype).view(scores.shape)
-    mask = spread_like(mask, scores)
+    mask = laid_out_like(mask, scores)
     return mask + (scores - scores.detach())
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.attach import reading
 from parasparse.sharding.dtensors import fill_
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed, nearest
 
 State = dict[str, dict[str, Any]]
@@ -97,8 +96,7 @@ def check_held(
 
 def parameters_of(target: Target) -> list[Tensor]:
     """Return the tensors that an optimizer holds for `target`."""
-    sites = [part[0] for part in target.parts]
-    return [tensor for site in sites for tensor in reading.originals(site.module, site.attr)]
+    return [tensor for site in target.firsts for tensor in site.originals()]
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -186,9 +184,9 @@ def load_named_state(
 def _names(model: nn.Module) -> dict[int, str]:
     """Return the plain name of each tensor that an optimizer may hold, by identity."""
     names: dict[int, str] = {}
-    for target in collect(model, pairs=False):
+    for target in tensors_of(model, pairs=False):
         site = target.sites[0]
-        parts = reading.originals(site.module, site.attr)
+        parts = site.originals()
         for number, tensor in enumerate(parts):
             # weight_norm and the like keep one weight in several tensors.
             names[id(tensor)] = target.name if len(parts) == 1 else f"{target.name}.{number}"

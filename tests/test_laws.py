@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 import parasparse as ps
-from parasparse.targets.reach import masked
-from parasparse.targets.tensors import collect
+from parasparse.targets.reach import masked_targets
+from parasparse.targets.tensors import tensors_of
 from tests.cases import CASES, Tied
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -22,8 +22,8 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def tensors(model):
     """The values that module attributes give, by plain name, parts of pairs apart."""
     found = {}
-    for target in collect(model, pairs=False):
-        site = target.parts[0][0]
+    for target in tensors_of(model, pairs=False):
+        site = target.firsts[0]
         found[target.name] = getattr(site.module, site.attr).detach().clone()
     return found
 
@@ -48,7 +48,7 @@ def build(case):
 def masks_by_part(model):
     return {
         (site.module, site.attr): target.masks()[0].mask
-        for target in masked(model)
+        for target in masked_targets(model)
         for site in target.sites
     }
 
@@ -90,8 +90,8 @@ def test_kept_entries_pass_bit_for_bit_and_the_others_are_plus_zero(case):
     dense = tensors(model)
     ps.sparsify(model, case.rules)
     assert list(ps.named_masks(model))
-    for target in masked(model):
-        for part in target.parts:
+    for target in masked_targets(model):
+        for part in target.components:
             value = getattr(part[0].module, part[0].attr)
             mask = target.masks()[0].mask
             own = next(
@@ -114,8 +114,8 @@ def test_gradients_are_plus_zero_where_masked_and_the_dense_ones_elsewhere(case)
         return  # the stored tensors are others than the squashed ones
     dense = dict(squashed.named_parameters())
     compared = 0
-    for target in masked(model):
-        for part in target.parts:
+    for target in masked_targets(model):
+        for part in target.components:
             stored = ps.stored(model, _name(target, part))
             if stored.grad is None:
                 assert not stored.requires_grad or target.is_buffer
@@ -138,7 +138,7 @@ def _name(target, part):
 def masked_parameters(model):
     return [
         p
-        for target in masked(model)
+        for target in masked_targets(model)
         for p in [ps.stored(model, target.name)]
         if isinstance(p, nn.Parameter)
     ]
@@ -301,8 +301,8 @@ def test_assigning_writes_kept_entries_only_and_aliases_nothing(case):
         pytest.skip("the inverse of a normalisation does not give back any value")
     model, _ = build(case)
     ps.sparsify(model, case.rules)
-    for target in masked(model):
-        for part in target.parts:
+    for target in masked_targets(model):
+        for part in target.components:
             module, attr = part[0].module, part[0].attr
             before = ps.stored(model, _name(target, part)).detach().clone()
             mask = target.masks()[0].mask
@@ -320,13 +320,11 @@ def test_assigning_writes_kept_entries_only_and_aliases_nothing(case):
 def test_the_mask_has_the_memory_format_device_and_kind_it_should(case):
     model, _ = build(case)
     ps.sparsify(model, case.rules)
-    for target in masked(model):
+    for target in masked_targets(model):
         mask = target.masks()[0].mask
-        stored = ps.stored(model, _name(target, target.parts[0]))
+        stored = ps.stored(model, _name(target, target.components[0]))
         assert mask.dtype == torch.bool
         assert mask.shape == stored.shape
         assert mask.device == stored.device
         assert mask.stride() == stored.stride()
-        assert (
-            getattr(target.parts[0][0].module, target.parts[0][0].attr).stride() == stored.stride()
-        )
+        assert getattr(target.firsts[0].module, target.firsts[0].attr).stride() == stored.stride()

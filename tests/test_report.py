@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
-from parasparse.patterns.recognise import held
+from parasparse.patterns.recognise import recognised
 from tests.cases import PairLinear, Tied
 
 
@@ -138,9 +138,9 @@ def test_a_random_mask_is_not_called_n_of_m():
 def test_a_pattern_holds_only_if_its_last_group_does():
     mask = torch.tensor([1, 0, 0, 1]).bool().repeat(64, 64)
     mask[0, :4] = mask[0, :4].flip(0).roll(1)
-    assert "2:4" in held(mask)
+    assert "2:4" in recognised(mask)
     mask[-1, -1] = False
-    assert held(mask) == ["unstructured"]
+    assert recognised(mask) == ["unstructured"]
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
@@ -148,14 +148,14 @@ def test_groups_are_found_along_every_dimension(dim):
     shape = [6, 6, 6, 6]
     shape[dim] = 16
     mask = ps.patterns.n_of_m(1, 4, dim)(torch.rand(shape))
-    assert "1:4" + (f" along {dim}" if dim != 1 else "") in held(mask)
+    assert "1:4" + (f" along {dim}" if dim != 1 else "") in recognised(mask)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_dropped_channels_do_not_hide_groups(dim):
     shape = [(32, 21), (21, 32)][dim]
     made = ps.patterns.chain(ps.patterns.channel(1 - dim), ps.patterns.n_of_m(2, 4, dim))
-    assert "2:4" + (" along 0" if dim == 0 else "") in held(made(torch.rand(shape), 0.5))
+    assert "2:4" + (" along 0" if dim == 0 else "") in recognised(made(torch.rand(shape), 0.5))
 
 
 def keeps_to(mask, name):
@@ -194,7 +194,7 @@ def test_what_is_named_holds(shape, seed, share, repeats):
     mask = torch.rand(shape, generator=generator) < share
     for dim in range(mask.ndim):
         mask = mask.repeat_interleave(repeats[dim], dim)
-    names = held(mask)
+    names = recognised(mask)
     assert names
     assert names == ["unstructured"] or all(keeps_to(mask, name) for name in names)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse.patterns.selection import kth
-from parasparse.patterns.selection.kth import find_cut, highest
-from parasparse.patterns.selection.source import as_source
+from parasparse.patterns.selection.kth import find_threshold, highest
+from parasparse.patterns.selection.source import as_scores
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
 VALUES = [0.0, -0.0, 1.0, 1.5, -2.0, 7.0, math.inf, -math.inf]
@@ -153,7 +153,7 @@ def test_any_number_of_threads_gives_the_same_masks_and_torchs_randomness_stays(
 
 def test_the_cut_counts_what_is_above_and_equal():
     scores = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0, 2.0])]
-    cut = find_cut([as_source(score) for score in scores], 3)
+    cut = find_threshold([as_scores(score) for score in scores], 3)
     assert (cut.value, cut.above, cut.equal) == (2.0, 1, 3)
 
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import parasparse as ps
 from parasparse.targets.reach import reaches
-from parasparse.targets.tensors import collect
+from parasparse.targets.tensors import tensors_of
 from tests.cases import DictLinear, OddNames, PairLinear, Tied
 
 
@@ -229,7 +229,7 @@ def test_a_glob_reaches_exactly_what_fnmatch_says(glob):
     from fnmatch import fnmatchcase
 
     model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2), "ab": nn.Linear(2, 2)})})
-    for target in collect(model):
+    for target in tensors_of(model):
         parts = target.name.split(".")
         ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
         tensor = model.get_parameter(target.name)
@@ -260,7 +260,7 @@ def test_rules_partition_the_tensors_or_change_nothing(rules):
     owner = {}
     for name in ("0.weight", "1.weight", "2.weight"):
         for glob in rules:
-            if reaches(glob, next(t for t in collect(before) if t.name == name)):
+            if reaches(glob, next(t for t in tensors_of(before) if t.name == name)):
                 owner[name] = glob
                 break
     wanted = {n: num_kept(16, rules[g]) for n, g in owner.items() if rules[g] is not None}

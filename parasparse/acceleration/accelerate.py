@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.acceleration.choose import measured, weights_of
+from parasparse.acceleration.choose import choose_formats, weights_of
 from parasparse.acceleration.formats.regular import Channels
-from parasparse.acceleration.installing import executable, is_plain, put, take, weights_in
-from parasparse.acceleration.plans import Plan, checked_names, checked_plan, planned
+from parasparse.acceleration.installing import is_plain, put, stored_or_masked, take, weights_in
+from parasparse.acceleration.plans import SavedChoices, checked_names, checked_plan, planned
 from parasparse.acceleration.table import Acceleration
 from parasparse.acceleration.weight.sparse_weight import ON_CPU
 from parasparse.attach.stand_in import is_accelerated
-from parasparse.sharding.dtensors import is_spread
-from parasparse.targets.tensors import Target, collect_as_masked
+from parasparse.sharding.dtensors import is_dtensor
+from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import listed, nearest
 
 _ATTRIBUTE = "_acceleration"
@@ -26,7 +26,7 @@ def accelerate(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    formats: str | Collection[str] | Plan | None = None,
+    formats: str | Collection[str] | SavedChoices | None = None,
     keep_dense: bool = True,
 ) -> nn.Module:
     """Let the zeros of `model` save time: its weights multiply sparsely; return the model.
@@ -62,7 +62,7 @@ def accelerate(
         raise RuntimeError(
             "`model` must not be accelerated already. Call parasparse.restore(model) first."
         )
-    if any(is_spread(parameter) for parameter in model.parameters()):
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise RuntimeError(
             "`model` must hold its weights whole; processes share these. Gather them with "
             "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` into "
@@ -81,16 +81,16 @@ def _accelerated(
     model: nn.Module,
     example_inputs: Any,
     targets: Mapping[str, Target],
-    plan: Plan | None,
+    plan: SavedChoices | None,
     names: list[str],
     *,
     keep_dense: bool,
 ) -> nn.Module:
-    originals = {name: executable(target) for name, target in targets.items()}
+    originals = {name: stored_or_masked(target) for name, target in targets.items()}
     if plan is not None:
         rows, read = planned(plan, originals), set[str]()
     else:
-        rows, read = measured(model, example_inputs, targets, originals, names)
+        rows, read = choose_formats(model, example_inputs, targets, originals, names)
     kept = originals.keys() if keep_dense else {r.name for r in rows if r.format is None} | read
     for name, weight in weights_of(rows, originals, kept).items():
         for site in targets[name].sites:
@@ -138,18 +138,18 @@ def accelerated(model: nn.Module) -> Acceleration:
     there = {site for site, _ in weights_in(model)}
     now = {
         target.name
-        for target in collect_as_masked(model, pairs=False)
+        for target in masked_tensors_of(model, pairs=False)
         if there.intersection(target.sites)
     }
     sparse = {row.name for row in rows if row.format is not None}
     return Acceleration(row for row in rows if row.name in now or row.name not in sparse)
 
 
-def _candidates(model: nn.Module, plan: Plan | None) -> dict[str, Target]:
+def _candidates(model: nn.Module, plan: SavedChoices | None) -> dict[str, Target]:
     """Return the weights that may gain, by name; under a plan those that it names."""
     weights = {
         target.name: target
-        for target in collect_as_masked(model, pairs=False)
+        for target in masked_tensors_of(model, pairs=False)
         if target.ndim > 1 and (target.masks() or is_plain(target))
     }
     if plan is not None:

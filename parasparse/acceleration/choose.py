@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from parasparse.acceleration import measure
 from parasparse.acceleration.installing import installed
-from parasparse.acceleration.table import Accelerated, row_of
+from parasparse.acceleration.table import AccelerationRow, row_of
 from parasparse.acceleration.weight.sparse_weight import Choices, SparseWeight
 from parasparse.targets.tensors import Target
 
 _LIKE_LINEAR = (nn.Linear, nn.MultiheadAttention, nn.RNNBase)
 
 
-def measured(
+def choose_formats(
     model: nn.Module,
     inputs: Any,
     targets: Mapping[str, Target],
     originals: Mapping[str, Tensor],
     names: list[str],
-) -> tuple[list[Accelerated], set[str]]:
+) -> tuple[list[AccelerationRow], set[str]]:
     """Return what is the fastest, and the weights that are read other than by multiplying."""
     probes = {name: SparseWeight(original) for name, original in originals.items()}
     if inputs is None:
@@ -36,7 +36,7 @@ def measured(
     else:
         with installed(targets, probes):
             recording = measure.recorded(model, probes, inputs)
-    found = measure.measured(originals, recording.uses, names)
+    found = measure.time_formats(originals, recording.uses, names)
     rows = [
         row_of(name, originals[name], m.rows, m.format, m.dense_ms, m.chosen_ms)
         for name, every in found.items()
@@ -61,8 +61,8 @@ def _without_losses(
     recording: measure.Recording,
     targets: Mapping[str, Target],
     originals: Mapping[str, Tensor],
-    rows: list[Accelerated],
-) -> list[Accelerated]:
+    rows: list[AccelerationRow],
+) -> list[AccelerationRow]:
     """Return `rows` with the dense kernel where modules, or the model, do not gain as a whole."""
     used = {n: {use.rows for use in uses if use} for n, uses in recording.uses.items()}
     sparse = {r.name for r in rows if r.format is not None and r.rows in used[r.name]}
@@ -94,7 +94,7 @@ def _without_losses(
 
 
 def weights_of(
-    rows: list[Accelerated], originals: Mapping[str, Tensor], kept: Collection[str]
+    rows: list[AccelerationRow], originals: Mapping[str, Tensor], kept: Collection[str]
 ) -> dict[str, SparseWeight]:
     """Return the weights for which any format was chosen."""
     choices: dict[str, Choices] = {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
-from parasparse.attach.reading import masked_stacks, originals
+from parasparse.attach.reading import masked_stacks
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.targets.tensors import Site, Target
 
@@ -21,7 +21,7 @@ def is_plain(target: Target) -> bool:
     )
 
 
-def executable(target: Target) -> Tensor:
+def stored_or_masked(target: Target) -> Tensor:
     """Return what is multiplied: the Parameter itself, or what the mask makes of it."""
     site = target.sites[0]
     if is_plain(target):
@@ -29,7 +29,7 @@ def executable(target: Target) -> Tensor:
         assert parameter is not None
         return parameter
     # The flag is that of the stored tensor: who forgets `no_grad` is told so.
-    trained = any(t.requires_grad for t in originals(site.module, site.attr))
+    trained = any(t.requires_grad for t in site.originals())
     return target.effective().requires_grad_(trained)
 
 
@@ -37,7 +37,7 @@ def put(site: Site, weight: SparseWeight) -> None:
     """Let `weight` multiply at `site`."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
-        stack.execute(weight)
+        stack.let_stand_in(weight)
     else:
         _set(site, weight)
 
@@ -46,7 +46,7 @@ def take(site: Site, weight: SparseWeight) -> None:
     """Put back what was there before `put`."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
-        stack.__dict__.pop("executes", None)
+        stack.__dict__.pop("stand_in", None)
     else:
         assert weight.original is not None
         _set(site, weight.original.requires_grad_(weight.requires_grad))
@@ -77,7 +77,7 @@ def installed(targets: Mapping[str, Target], weights: Mapping[str, SparseWeight]
 def _weight_at(site: Site) -> SparseWeight | None:
     stack = stack_of(site.module, site.attr)
     masked = isinstance(stack, MaskedParametrizationList)
-    found = stack.executes if masked else site.module._parameters[site.attr]  # type: ignore[union-attr]
+    found = stack.stand_in if masked else site.module._parameters[site.attr]  # type: ignore[union-attr]
     return found if isinstance(found, SparseWeight) else None
 
 
@@ -85,8 +85,8 @@ def weights_in(model: nn.Module) -> Iterator[tuple[Site, SparseWeight]]:
     """Yield each weight of `model` that multiplies sparsely, and its place."""
     for module in model.modules():
         for name, stack in masked_stacks(module):
-            if isinstance(stack.executes, SparseWeight):
-                yield Site(module, name), stack.executes
+            if isinstance(stack.stand_in, SparseWeight):
+                yield Site(module, name), stack.stand_in
         for name, parameter in module._parameters.items():
             if isinstance(parameter, SparseWeight):
                 yield Site(module, name), parameter

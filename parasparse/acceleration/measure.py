@@ -109,7 +109,7 @@ def guessed_uses(weight: Tensor) -> list[Use | None]:
     return [Use(F.linear, torch.empty(1, weight.shape[1], device="meta"), (None,), 1)]
 
 
-def measured(
+def time_formats(
     weights: Mapping[str, Tensor], uses: Mapping[str, list[Use | None]], names: list[str]
 ) -> dict[str, tuple[Measured, ...]]:
     """Return the fastest of the formats `names` for each weight and number of rows.

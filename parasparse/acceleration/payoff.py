@@ -10,11 +10,11 @@ from torch import nn
 
 from parasparse.acceleration import measure
 from parasparse.acceleration.formats.format import FORMATS
-from parasparse.acceleration.installing import executable, installed, is_plain
+from parasparse.acceleration.installing import installed, is_plain, stored_or_masked
 from parasparse.acceleration.weight.layers import Use
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from parasparse.files.packing import pack_tensor
-from parasparse.targets.tensors import Site, Target, collect_as_masked
+from parasparse.targets.tensors import Site, Target, masked_tensors_of
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ def payoffs(model: nn.Module, example_inputs: Any, *, latency: bool) -> dict[Sit
         example_inputs: what it is called with: a tensor, a tuple or a dict.
         latency: measure masked weights of two or more dimensions.
     """
-    every = {target.name: target for target in collect_as_masked(model, pairs=False)}
+    every = {target.name: target for target in masked_tensors_of(model, pairs=False)}
     targets = {
         name: target
         for name, target in every.items()
         if target.ndim > 1 and (target.masks() or is_plain(target))
     }
-    originals = {name: executable(target) for name, target in targets.items()}
+    originals = {name: stored_or_masked(target) for name, target in targets.items()}
     probes = {name: SparseWeight(original) for name, original in originals.items()}
     with installed(targets, probes):
         uses = measure.recorded(model, probes, example_inputs).uses
     timed = {n: o for n, o in originals.items() if latency and targets[n].masks()}
-    times = measure.measured(timed, uses, list(FORMATS))
+    times = measure.time_formats(timed, uses, list(FORMATS))
     result = {}
     for name, target in every.items():
         own = uses.get(name, [None])

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from parasparse.acceleration.formats.format import FORMATS, formats_of
-from parasparse.acceleration.table import Accelerated, row_of
+from parasparse.acceleration.table import AccelerationRow, row_of
 from parasparse.text import listed
 
 # By name of the weight: pairs of rows and format, as JSON keeps them.
-Plan = Mapping[str, list[tuple[int, str | None]]]
+SavedChoices = Mapping[str, list[tuple[int, str | None]]]
 
 
 def checked_plan(formats: Any) -> dict[str, list[tuple[int, str | None]]] | None:
@@ -61,7 +61,7 @@ def checked_names(formats: Any) -> list[str]:
     return names
 
 
-def planned(plan: Plan, originals: Mapping[str, Tensor]) -> list[Accelerated]:
+def planned(plan: SavedChoices, originals: Mapping[str, Tensor]) -> list[AccelerationRow]:
     """Return the rows of `plan`.
 
     Raises:

@@ -11,7 +11,7 @@ from parasparse.text import as_html, as_text
 
 
 @dataclass(frozen=True)
-class Accelerated:
+class AccelerationRow:
     """How one weight multiplies one number of rows.
 
     Attributes:
@@ -33,7 +33,7 @@ class Accelerated:
     chosen_ms: float | None
 
 
-class Acceleration(tuple[Accelerated, ...]):
+class Acceleration(tuple[AccelerationRow, ...]):
     """What `accelerate` chose, weight by weight; prints as a table."""
 
     __slots__ = ()
@@ -78,7 +78,7 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def row_of(name: str, weight: Tensor, *measured: Any) -> Accelerated:
+def row_of(name: str, weight: Tensor, *measured: Any) -> AccelerationRow:
     """Return the row of a table: rows, format, and both times, or None, are `measured`."""
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
-    return Accelerated(name, tuple(weight.shape), sparsity, *measured)
+    return AccelerationRow(name, tuple(weight.shape), sparsity, *measured)

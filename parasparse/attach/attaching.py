@@ -22,7 +22,7 @@ from parasparse.attach.classes import base_class, is_masked_class, is_stock_clas
 from parasparse.attach.dense_keys import accept_dense_keys
 from parasparse.attach.older_hooks import pruned_names, undo_prune
 from parasparse.attach.pair_stack import PairParametrizationList
-from parasparse.attach.reading import _in_order, _stacks, masked_stacks, tensor_names
+from parasparse.attach.reading import in_order, masked_stacks, stacks_of, tensor_names
 from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_of
 
 
@@ -69,8 +69,8 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
         return
     tensor = stack.original if baked is None else baked
     persistent = "original" not in stack._non_persistent_buffers_set
-    del _stacks(module)[name]
-    if not _stacks(module):
+    del stacks_of(module)[name]
+    if not stacks_of(module):
         del module._modules["parametrizations"]
     parameters, buffers = module.__dict__["_dense_order"]
     _reclass(module)
@@ -98,7 +98,7 @@ def _reclass(module: nn.Module) -> None:
     elif isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)  # masked, they are computed at each reading
     base = base_class(module)
-    names = frozenset(_stacks(module))
+    names = frozenset(stacks_of(module))
     new = masked_class(base, masked, names) if names else base
     old = type(module)
     if old is base or is_masked_class(old) or is_stock_class(old):
@@ -132,5 +132,5 @@ def _is_key_hook(hook: Any) -> bool:
 
 
 def _reorder(held: dict[str, Any], first: list[str]) -> None:
-    for name in _in_order(list(held), first):
+    for name in in_order(list(held), first):
         held[name] = held.pop(name)

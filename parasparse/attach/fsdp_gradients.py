@@ -17,7 +17,7 @@ from torch import Tensor
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.masks.apply import apply_mask_
 from parasparse.masks.mask import Mask
-from parasparse.sharding.dtensors import spread_like
+from parasparse.sharding.dtensors import laid_out_like
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def reduced(
         if plain and not all(was_dense):
             mask = plain[0].mask
             assert mask is not None
-            apply_mask_(grad, spread_like(mask, grad))
+            apply_mask_(grad, laid_out_like(mask, grad))
 
     for mask in plain:
         mask.dense_gradient = True

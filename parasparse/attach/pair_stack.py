@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.attach.stack import MaskedParametrizationList
-from parasparse.sharding.dtensors import by_part, is_spread
+from parasparse.sharding.dtensors import is_dtensor, on_local
 
 
 class PairParametrizationList(MaskedParametrizationList):
@@ -31,7 +31,7 @@ class PairParametrizationList(MaskedParametrizationList):
 
     def forward(self) -> Tensor:
         """Return this part of the masked weight."""
-        if self.executes is not None or self.frozen is not None:
+        if self.stand_in is not None or self.frozen is not None:
             return super().forward()
         # A product knows no parts, and inductor no complex numbers.
         alone = self.mask.is_product
@@ -57,7 +57,7 @@ class PairParametrizationList(MaskedParametrizationList):
             "`squash` it first, or assign a plain tensor."
         )
 
-    def read_with(self) -> tuple[nn.Module, ...]:
+    def stacks_read(self) -> tuple[nn.Module, ...]:
         """Return the stacks of both parts."""
         return self.parts
 
@@ -100,6 +100,6 @@ def joined(real: Tensor, imaginary: Tensor) -> Tensor:
     """Return the complex tensor of two parts; of half precision one of 32 bits a part."""
     wide = torch.promote_types(real.dtype, torch.float32)
     real, imaginary = real.to(wide), imaginary.to(wide)
-    if not is_spread(real) or (torch.is_grad_enabled() and real.requires_grad):
+    if not is_dtensor(real) or (torch.is_grad_enabled() and real.requires_grad):
         return torch.complex(real, imaginary)
-    return by_part(torch.complex, real, imaginary)  # which DTensors of torch 2.9 do not know
+    return on_local(torch.complex, real, imaginary)  # which DTensors of torch 2.9 do not know

@@ -14,9 +14,14 @@ from parasparse.attach.stack import MaskedParametrizationList, original_names, s
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
     """Yield the name and the stack of each tensor of `module` itself that carries a mask."""
-    for name, stack in _stacks(module).items():
+    for name, stack in stacks_of(module).items():
         if isinstance(stack, MaskedParametrizationList):
             yield name, stack
+
+
+def all_masked_stacks(model: nn.Module) -> list[MaskedParametrizationList]:
+    """Return the stacks of all masked tensors of `model`, at each of their places."""
+    return [stack for module in model.modules() for _, stack in masked_stacks(module)]
 
 
 def mask_module(module: nn.Module, name: str) -> nn.Module | None:
@@ -73,18 +78,20 @@ def tensor_names(module: nn.Module) -> tuple[list[str], list[str]]:
     for name in pruned_names(module):
         parameters[parameters.index(f"{name}_orig")] = name
         buffers.remove(f"{name}_mask")
-    for name, stack in _stacks(module).items():
+    for name, stack in stacks_of(module).items():
         held = getattr(stack, original_names(stack)[0])
         (parameters if isinstance(held, nn.Parameter) else buffers).append(name)
     first_parameters, first_buffers = module.__dict__.get("_dense_order", ((), ()))
-    return _in_order(parameters, first_parameters), _in_order(buffers, first_buffers)
+    return in_order(parameters, first_parameters), in_order(buffers, first_buffers)
 
 
-def _stacks(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+def stacks_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Return the stack of each parametrized tensor of `module` itself, ours or torch's own."""
     if "parametrizations" not in module._modules:
         return {}
     return module._modules["parametrizations"]._modules  # type: ignore[union-attr, return-value]
 
 
-def _in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]:
+def in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]:
+    """Return `names` with those of `first` in front, in its order."""
     return [n for n in first if n in names] + [n for n in names if n not in first]

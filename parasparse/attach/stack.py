@@ -43,14 +43,14 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     Attributes:
         frozen: the value while the model is `frozen`, else None.
         probe: zeros that collect the dense gradient while `dense_gradients` is on, else None.
-        executes: what multiplies sparsely in its place while the model is accelerated, else None.
+        stand_in: what multiplies sparsely in its place while the model is accelerated, else None.
     """
 
     # None is a buffer. The first two live for the length of a `with` block: not saved or copied.
     frozen: Tensor | None = None
     probe: Tensor | None = None
-    executes: Tensor | None = None
-    _executed: list[tuple[int, int, int, bool]] | None = None
+    stand_in: Tensor | None = None
+    _stood_for: list[tuple[int, int, int, bool]] | None = None
 
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
         # Not ParametrizationList's: it reads the tensor, which an unset mask refuses, and calls
@@ -73,7 +73,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         """Put `module` in the place of the module that masks."""
         self._modules[str(len(self) - 1)] = module
 
-    def read_with(self) -> tuple[nn.Module, ...]:
+    def stacks_read(self) -> tuple[nn.Module, ...]:
         """Return the stacks that are computed when this one is read."""
         return (self,)
 
@@ -98,8 +98,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
     def forward(self) -> Tensor:
         """Return the masked tensor."""
-        if self.executes is not None:
-            return self._executing(self.executes)
+        if self.stand_in is not None:
+            return self._value_of(self.stand_in)
         if self.frozen is not None:
             return self._frozen_value(self.frozen)
         # Each masked tensor comes by here in each forward: no list of modules is made for one. But
@@ -216,7 +216,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
         So it is when `functional_call` puts back what it had read.
         """
-        own = {id(parameter) for stack in self.read_with() for parameter in stack.parameters()}
+        own = {id(parameter) for stack in self.stacks_read() for parameter in stack.parameters()}
         todo, seen = [value.grad_fn], set()
         while todo:
             node = todo.pop()
@@ -251,27 +251,27 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         if f"{prefix}original" in missing_keys and is_set and key not in state_dict:
             missing_keys.append(key)
 
-    def execute(self, weight: Tensor) -> None:
+    def let_stand_in(self, weight: Tensor) -> None:
         """Let `weight`, which holds the masked values, be what is read from now on."""
-        self.__dict__["executes"] = weight
-        self._executed = self._held()
+        self.__dict__["stand_in"] = weight
+        self._stood_for = self._fingerprint()
 
-    def _executing(self, executes: Tensor) -> Tensor:
+    def _value_of(self, stand_in: Tensor) -> Tensor:
         # While torch.compile looks on, nothing changes; it has no word for versions either.
-        if not torch.compiler.is_compiling() and self._executed != self._held():
-            del self.executes
+        if not torch.compiler.is_compiling() and self._stood_for != self._fingerprint():
+            del self.stand_in
             try:
                 with torch.no_grad():
-                    executes.data = self()  # other values, another mask, or another dtype
+                    stand_in.data = self()  # other values, another mask, or another dtype
             finally:
-                self.__dict__["executes"] = executes
-            executes.requires_grad_(any(trained for *_, trained in self._held()))
-            self._executed = self._held()
-        return executes
+                self.__dict__["stand_in"] = stand_in
+            stand_in.requires_grad_(any(trained for *_, trained in self._fingerprint()))
+            self._stood_for = self._fingerprint()
+        return stand_in
 
-    def _held(self) -> list[tuple[int, int, int, bool]]:
+    def _fingerprint(self) -> list[tuple[int, int, int, bool]]:
         """Return what tells whether the value may have changed."""
-        held = [
+        tensors = [
             tensor
             for module in self.modules()
             for tensor in (*module._parameters.values(), *module._buffers.values())
@@ -279,7 +279,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         ]
         return [
             (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
-            for t in held
+            for t in tensors
         ]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def is_accelerated(model: nn.Module) -> bool:
     return any(
         isinstance(tensor, StandIn)
         for module in model.modules()
-        for tensor in (*module._parameters.values(), module.__dict__.get("executes"))
+        for tensor in (*module._parameters.values(), module.__dict__.get("stand_in"))
     )
 
 

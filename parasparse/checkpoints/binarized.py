@@ -11,7 +11,7 @@ from torch import Tensor
 from parasparse.masks.apply import apply_mask
 from parasparse.masks.convert import as_mask
 from parasparse.names import PAIR_ENDINGS
-from parasparse.sharding.dtensors import spread_like
+from parasparse.sharding.dtensors import laid_out_like
 from parasparse.text import listed, nearest
 
 
@@ -59,7 +59,7 @@ def binarize_masks(
         for name in names:
             weight = state_dict[name]
             full = as_mask(mask, weight.shape, weight.dtype).to(weight.device)
-            product = apply_mask(weight.detach(), spread_like(full, weight))
+            product = apply_mask(weight.detach(), laid_out_like(full, weight))
             for twin in _twins(name, state_dict):  # the other names of a tied tensor
                 result[twin] = product
                 folded.add(twin)

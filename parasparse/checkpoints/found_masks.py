@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parasparse.rules.treatments import Fixed
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.verbs.sparsify import sparsify
 
 _OWN_MASK = re.compile(r"(?:(?P<layer>.+)\.)?parametrizations\.(?P<attr>[^.]+)\.\d+\.mask")
@@ -34,7 +34,7 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
     if parts:
         sparsify(model, {name: Fixed(None) for name in parts}, pairs=False)
     for key, target in found.items():
-        if len(target.parts) == 2 and not _OWN_MASK.fullmatch(key):
+        if target.is_pair and not _OWN_MASK.fullmatch(key):
             # The mask of a pair hangs at its layer; a stack knows what lies beside it only.
             state[_own_mask_key(target)] = state.pop(key)
     return [*names, *parts]
@@ -49,7 +49,7 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
             own[".".join(filter(None, match.groups()))] = key
     held = set(model.state_dict()) - set(own.values())
     found = {}
-    for target in collect(model):
+    for target in tensors_of(model):
         for name in target.names:
             layer, _, attr = name.rpartition(".")
             foreign = [f"{name}_mask"]
@@ -65,7 +65,7 @@ def _pairs_apart(found: dict[str, Target], state: Mapping[str, Any]) -> dict[int
     """Return the parts of the pairs whose two masks in `state` differ."""
     keys: dict[int, list[str]] = {}
     for key, target in found.items():
-        if len(target.parts) == 2 and _OWN_MASK.fullmatch(key):
+        if target.is_pair and _OWN_MASK.fullmatch(key):
             keys.setdefault(id(target), []).append(key)
     apart = {}
     for pair, both in keys.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from parasparse.checkpoints.found_masks import attach_found
 from parasparse.files.headers import FORMAT
-from parasparse.sharding.dtensors import is_spread
+from parasparse.sharding.dtensors import is_dtensor
 from parasparse.sharding.fsdp import is_sharded
 from parasparse.verbs.squash import unsparsify
 
@@ -49,7 +49,7 @@ def load_state_dict(
         raise ValueError("`state_dict` must be a state dict; this is a packed file: load_packed.")
     state = dict(state_dict)
     values = [value for value in state.values() if isinstance(value, Tensor)]
-    if is_sharded(model) and not any(is_spread(value) for value in values):
+    if is_sharded(model) and not any(is_dtensor(value) for value in values):
         raise RuntimeError(
             "`state_dict` must be sharded as the model is; this one is whole. Use "
             "torch.distributed.checkpoint.state_dict.set_model_state_dict with "

@@ -13,8 +13,8 @@ from parasparse.cli.reaching import Reached
 from parasparse.counts import num_kept
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.patterns import jointly, unstructured
-from parasparse.patterns.selection.kth import masks_of
-from parasparse.patterns.selection.source import Source, chunk_size
+from parasparse.patterns.selection.kth import highest_masks
+from parasparse.patterns.selection.source import Scores, chunk_size
 from parasparse.patterns.units import has_units
 from parasparse.rules.prune import Prune
 from parasparse.scores.piecewise import magnitudes
@@ -75,7 +75,7 @@ def _ranked_together(
         raise ValueError(f'`scope` must be "local" with {prune.pattern}.')
     sources = [one.source() for one in scored]
     number = num_kept(sum(one.numel for one in sources), prune.sparsity)
-    for each, mask in zip(group, masks_of(sources, number), strict=True):
+    for each, mask in zip(group, highest_masks(sources, number), strict=True):
         yield each, mask.view(source.infos[each.parts[0]].shape)
 
 
@@ -98,7 +98,7 @@ class _Scored:
             torch.set_rng_state(self._state)
             return self._prune.score(tensor, self._each.name)
 
-    def source(self) -> Source:
+    def source(self) -> Scores:
         """Return them as what is ranked."""
         info = self._source.infos[self._each.parts[0]]
         if self._prune.score is not magnitude:
@@ -107,7 +107,7 @@ class _Scored:
             like = torch.empty(0, dtype=info.dtype)
             like = like if len(self._each.parts) == 1 else joined(like, like)
             dtype, chunks, at = magnitude(like).dtype, self._magnitudes, self._magnitudes_at
-        return Source(info.numel, dtype, chunks, at, name=self._each.name)
+        return Scores(info.numel, dtype, chunks, at, name=self._each.name)
 
     def _split(self) -> Iterator[Tensor]:
         scores = self.whole().flatten()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from parasparse.cli import held_masks
-from parasparse.cli.progress import Advance, progress
-from parasparse.cli.reaching import Reached
+from parasparse.cli.output import copy, left_out, output
+from parasparse.cli.progress import progress
 from parasparse.files import packed_files
-from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
-from parasparse.files.layout import Layout, Put, pieces
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from parasparse.files.layout import Layout, pieces
 from parasparse.files.opening import PackedFile, open_checkpoint
-from parasparse.files.writing import TORCH, check_file, check_target, writing
+from parasparse.files.writing import check_file, check_target
 
 
 def squash(args: Namespace) -> str:
@@ -26,7 +24,7 @@ def squash(args: Namespace) -> str:
     weights, masks = {one.weight: one.name for one in held}, {one.mask for one in held}
     names = {key: weights.get(key, key) for key in source.infos if key not in masks}
     _fold(args, source, held, names)
-    return f"{args.output}: {len(held)} masks were folded in.{_left_out(source, args.output)}"
+    return f"{args.output}: {len(held)} masks were folded in.{left_out(source, args.output)}"
 
 
 def binarize(args: Namespace) -> str:
@@ -34,11 +32,11 @@ def binarize(args: Namespace) -> str:
     source, held = _masked(args)
     _fold(args, source, held, {key: key for key in source.infos})
     number = len({one.mask for one in held})
-    return f"{args.output}: {number} masks are bool.{_left_out(source, args.output)}"
+    return f"{args.output}: {number} masks are bool.{left_out(source, args.output)}"
 
 
 def _fold(
-    args: Namespace, source: Checkpoint, held: list[held_masks.Held], names: dict[str, str]
+    args: Namespace, source: Checkpoint, held: list[held_masks.MaskedKey], names: dict[str, str]
 ) -> None:
     """Write the tensors of `names`, key -> new name: weights masked, masks bool."""
     mask_of, masks = {one.weight: one.mask for one in held}, {one.mask for one in held}
@@ -46,13 +44,13 @@ def _fold(
     first: dict[tuple[str, str], str] = {}
     for key, name in names.items():
         info, mask = source.infos[key], mask_of.get(key, "")
-        layout.infos[name] = Info(torch.bool, info.shape) if key in masks else info
-        tied = (source.same.get(key, key), source.same.get(mask, mask))  # under one mask, too
+        layout.infos[name] = TensorInfo(torch.bool, info.shape) if key in masks else info
+        tied = (source.ties.get(key, key), source.ties.get(mask, mask))  # under one mask, too
         if first.setdefault(tied, name) != name:
-            layout.same[name] = first[tied]
-    with _output(args, source, layout) as (put, advance):
+            layout.ties[name] = first[tied]
+    with output(args, source, layout) as (put, advance):
         for key, name in names.items():
-            if name in layout.same:
+            if name in layout.ties:
                 continue
             tensor = source.read(key) != 0 if key in masks else source.read(key)
             put(name, pieces(tensor, source.read(mask_of[key]) if key in mask_of else None))
@@ -69,8 +67,8 @@ def masks(args: Namespace) -> str:
             raise CheckpointError(f'"{args.input}" holds no weight with a zero.')
     else:
         names = held_masks.mask_names(source)
-    infos = {name: Info(torch.bool, source.infos[key].shape) for name, key in names.items()}
-    with _output(args, source, Layout(infos, is_whole=False)) as (put, advance):
+    infos = {name: TensorInfo(torch.bool, source.infos[key].shape) for name, key in names.items()}
+    with output(args, source, Layout(infos, is_whole=False)) as (put, advance):
         for name, key in names.items():
             put(name, pieces(source.read(key) != 0))
             advance(source.infos[key].nbytes)
@@ -82,13 +80,13 @@ def pack(args: Namespace) -> str:
     source = open_checkpoint(args.input)
     check_file(args.output, force=args.force)
     like = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in source.infos.items()}
-    state = {**like, **source.others}
+    state = {**like, **source.not_tensors}
     try:
         packed_files.check_storable(state, state)
     except TypeError as error:
         raise CheckpointError(str(error)) from error
     header = {
-        "entries": packed_files.entries_of(state, source.same),
+        "entries": packed_files.entries_of(state, source.ties),
         "modules": source.modules,
         "metadata": source.metadata,
     }
@@ -101,7 +99,7 @@ def pack(args: Namespace) -> str:
         packed_files.write(args.output, read, header)
     size = os.path.getsize(args.output)
     line = f"{args.output}: {size:,} bytes, {size / max(1, source.nbytes):.1%} of the tensors'."
-    return line + _left_out(source, "")
+    return line + left_out(source, "")
 
 
 def unpack(args: Namespace) -> str:
@@ -110,41 +108,17 @@ def unpack(args: Namespace) -> str:
     if not isinstance(source, PackedFile):
         raise CheckpointError(f'"{args.input}" is not packed; there is nothing to do.')
     check_target(args.output, source, force=args.force)
-    with _output(args, source, Layout(source.infos, source.same)) as (put, advance):
+    with output(args, source, Layout(source.infos, source.ties)) as (put, advance):
         for name in source.infos:
-            if name not in source.same:
-                _copy(source, name, put, advance)
+            if name not in source.ties:
+                copy(source, name, put, advance)
     return f"{args.output}: {len(source.infos)} tensors."
 
 
-def _left_out(source: Checkpoint, output: str) -> str:
-    """Return what is said of the things around a state dict that do not come along."""
-    stays = output.lower().endswith(TORCH)
-    return "" if stays or not source.around else f" Left out: {', '.join(source.around)}."
-
-
-def _masked(args: Namespace) -> tuple[Checkpoint, list[held_masks.Held]]:
+def _masked(args: Namespace) -> tuple[Checkpoint, list[held_masks.MaskedKey]]:
     source = open_checkpoint(args.input)
     check_target(args.output, source, force=args.force)
-    return source, held_masks.held(source)
-
-
-@contextmanager
-def _output(args: Namespace, source: Checkpoint, layout: Layout) -> Iterator[tuple[Put, Advance]]:
-    with (
-        writing(args.output, source, layout) as put,
-        progress(args.command, source.nbytes) as advance,
-    ):
-        yield put, advance
-
-
-def _copy(source: Checkpoint, key: str, put: Put, advance: Advance) -> None:
-    put(key, pieces(source.read(key)))
-    advance(source.infos[key].nbytes)
-
-
-def _nbytes(source: Checkpoint, each: Reached) -> int:
-    return sum(source.infos[name].nbytes for name in each.parts)
+    return source, held_masks.masked_keys(source)
 
 
 def _has_zeros(tensor: Tensor) -> bool:

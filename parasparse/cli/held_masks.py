@@ -15,7 +15,7 @@ _STACK = re.compile(r"(?P<layer>(?:.+\.)?)parametrizations\.(?P<attr>[^.]+)\.(?P
 
 
 @dataclass(frozen=True)
-class Held:
+class MaskedKey:
     """A masked tensor of a checkpoint.
 
     Attributes:
@@ -29,7 +29,7 @@ class Held:
     mask: str
 
 
-def held(source: Checkpoint) -> list[Held]:
+def masked_keys(source: Checkpoint) -> list[MaskedKey]:
     """Return the masked tensors of `source`, in its order.
 
     Raises:
@@ -69,11 +69,11 @@ def held(source: Checkpoint) -> list[Held]:
 
 def mask_names(source: Checkpoint) -> dict[str, str]:
     """Return the key of each mask by the name that `sparsify` takes: a tie once, a pair as one."""
-    masked = {one.name: one for one in held(source)}
+    masked = {one.name: one for one in masked_keys(source)}
     first: dict[tuple[str, str], str] = {}
     names: dict[str, str] = {}
     for name, one in masked.items():
-        own = (source.same.get(one.weight, one.weight), source.same.get(one.mask, one.mask))
+        own = (source.ties.get(one.weight, one.weight), source.ties.get(one.mask, one.mask))
         if first.setdefault(own, name) != name:
             continue
         joint, other = _pair(name, masked)
@@ -99,7 +99,7 @@ def computed(source: Checkpoint) -> dict[str, list[str]]:
     return names
 
 
-def _pair(name: str, masked: Mapping[str, Held]) -> tuple[str, Held | None]:
+def _pair(name: str, masked: Mapping[str, MaskedKey]) -> tuple[str, MaskedKey | None]:
     """Return the joint name of a pair, and its other part; none if `name` is of no pair."""
     for endings in (*PAIR_ENDINGS, (".real", ".imag")):
         for own, other in (endings, endings[::-1]):
@@ -113,11 +113,11 @@ def _are_equal(source: Checkpoint, one: str, two: str) -> bool:
     return one == two or torch.equal(source.read(one), source.read(two))
 
 
-def _of_stack(name: str, keys: Mapping[str, str]) -> Held | None:
+def _of_stack(name: str, keys: Mapping[str, str]) -> MaskedKey | None:
     """Return what a stack of parametrizations holds; None if no mask is in it."""
     masks = [own for own in keys if re.fullmatch(r"\d+\.mask", own)]
     if "original" in keys and len(masks) == 1 and len(keys) == 2:
-        return Held(name, keys["original"], keys[masks[0]])
+        return MaskedKey(name, keys["original"], keys[masks[0]])
     if masks or any(own.endswith(".logits") for own in keys):
         raise CheckpointError(
             f'"{name}" must be a tensor and its mask; it has {", ".join(sorted(keys))}, which only '
@@ -126,17 +126,17 @@ def _of_stack(name: str, keys: Mapping[str, str]) -> Held | None:
     return None
 
 
-def _foreign(key: str, source: Checkpoint) -> list[Held]:
+def _foreign(key: str, source: Checkpoint) -> list[MaskedKey]:
     """Return what the mask `key` of another library masks; nothing if it is none."""
     layer, _, own = key.rpartition(".")
     dot = f"{layer}." if layer else ""
     if own.endswith("_mask") and f"{dot}{own.removesuffix('_mask')}_orig" in source.infos:
         name = dot + own.removesuffix("_mask")
-        return [Held(name, f"{name}_orig", key)]
+        return [MaskedKey(name, f"{name}_orig", key)]
     if own != "mask":
         return []
     names = [f"{dot}weight"] if f"{dot}weight" in source.infos else []
     names = names or [f"{dot}weight.real", f"{dot}weight.imag"]
     shape = source.infos[key].shape
     fits = all(n in source.infos and source.infos[n].shape == shape for n in names)
-    return [Held(name, name, key) for name in names] if fits else []
+    return [MaskedKey(name, name, key) for name in names] if fits else []

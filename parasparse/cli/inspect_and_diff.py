@@ -15,7 +15,7 @@ from torch import Tensor
 from parasparse.cli.progress import progress
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.files.opening import open_checkpoint
-from parasparse.patterns.recognise import held
+from parasparse.patterns.recognise import recognised
 from parasparse.text import as_text
 
 _PIECE = 1 << 20  # entries
@@ -79,14 +79,14 @@ def _rows(source: Checkpoint) -> Iterator[Row]:
     with progress("inspect", source.nbytes) as advance:
         for name, info in source.infos.items():
             dtype = str(info.dtype).removeprefix("torch.")
-            if name in source.same:
-                row = first[source.same[name]]
+            if name in source.ties:
+                row = first[source.ties[name]]
                 yield Row(name, info.shape, dtype, row.numel, row.zeros, row.patterns, 0, row.name)
                 continue
             kept = _nonzero(source.read(name))
             zeros = info.numel - int(kept.count_nonzero())
             is_weight = info.dtype.is_floating_point or info.dtype.is_complex
-            patterns = held(kept) if zeros and len(info.shape) > 1 and is_weight else []
+            patterns = recognised(kept) if zeros and len(info.shape) > 1 and is_weight else []
             own = (info.numel, zeros, tuple(patterns), info.nbytes, None)
             first[name] = Row(name, info.shape, dtype, *own)
             advance(info.nbytes)
@@ -107,7 +107,13 @@ def diff(args: Namespace) -> tuple[str, int]:
             lines += [line] if line else []
             same += not line
             advance(info.nbytes)
-    around = sorted({*one.around, *two.around, *map(str, {**one.others, **two.others})})
+    around = sorted(
+        {
+            *one.beside_state_dict,
+            *two.beside_state_dict,
+            *map(str, {**one.not_tensors, **two.not_tensors}),
+        }
+    )
     note = f" Not compared: {', '.join(around)}." if around else ""
     if not lines:
         return f"{same} tensors are the same; nothing differs.{note}", 0

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from parasparse.cli import choosing
-from parasparse.cli.commands import _copy, _left_out, _nbytes
+from parasparse.cli.output import copy, left_out
 from parasparse.cli.progress import progress
 from parasparse.cli.reaching import Reached, reached
-from parasparse.cli.rules import as_rules, read_config, split_rules
-from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.cli.rules import Rule, as_rules, read_config, split_rules
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.layout import Layout, Put, pieces
 from parasparse.files.opening import open_checkpoint
 from parasparse.files.writing import check_file, check_target, writing
@@ -26,55 +26,72 @@ from parasparse.text import as_text
 
 def prune(args: Namespace) -> str:
     """Write IN with masks folded in, chosen by rules."""
+    rules, seed = _rules(args)
+    source = open_checkpoint(args.input)
+    if not args.dry_run:
+        _check_outputs(args, source)
+    groups = reached(source, rules)
+    if not groups:
+        raise CheckpointError("every rule is none: nothing is to be pruned.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    with ExitStack() as stack:
+        return _pruned(source, _written(args, source, groups, stack), args)
+
+
+def _rules(args: Namespace) -> tuple[list[Rule], int | None]:
+    """Return the rules of the command line or of the file of `--config`, and the seed."""
     options, rules = read_config(args.config) if args.config else ({}, {})
     if args.rule and rules:
         raise CheckpointError("rules must come from --rule or from --config, not from both.")
     names = ("pattern", "scope", "score", "distribution", "seed")
     given = {name: getattr(args, name) for name in names}
     options |= {key: value for key, value in given.items() if value is not None}
-    parsed = as_rules(rules or split_rules(args.rule), options)
-    source = open_checkpoint(args.input)
-    if not args.dry_run:
-        check_target(args.output, source, force=args.force)
-    if args.masks and not args.dry_run:
+    return as_rules(rules or split_rules(args.rule), options), options.get("seed")
+
+
+def _check_outputs(args: Namespace, source: Checkpoint) -> None:
+    check_target(args.output, source, force=args.force)
+    if args.masks:
         check_file(args.masks, force=args.force)
         masks = Path(args.masks).resolve()
         for place in (Path(args.input).resolve(), Path(args.output).resolve()):
             if place in (masks, *masks.parents):
                 raise CheckpointError("--masks must name another file than IN and OUT, outside.")
-    groups = reached(source, parsed)
-    if not groups:
-        raise CheckpointError("every rule is none: nothing is to be pruned.")
-    if options.get("seed") is not None:
-        torch.manual_seed(options["seed"])
+
+
+def _written(
+    args: Namespace, source: Checkpoint, groups: list[list[Reached]], stack: ExitStack
+) -> list[tuple[Reached, int]]:
+    """Write the pruned checkpoint, and the masks; return how many entries each tensor keeps."""
     every = [each for group in groups for each in group]
-    layout = Layout(source.infos, source.same)
-    of_masks = Layout(
-        {each.name: Info(torch.bool, source.infos[each.parts[0]].shape) for each in every},
-        is_whole=False,
-    )
+    put: Put = _ignored
+    put_mask: Put = _ignored
+    if not args.dry_run:
+        put = stack.enter_context(writing(args.output, source, Layout(source.infos, source.ties)))
+        if args.masks:
+            put_mask = stack.enter_context(writing(args.masks, source, _of_masks(source, every)))
+    passes = sum(_nbytes(source, each) * _passes(each) for each in every)
+    advance = stack.enter_context(progress("prune", source.nbytes + passes))
     rows = []
-    with ExitStack() as stack:
-        put: Put = _ignored
-        put_mask: Put = _ignored
-        if not args.dry_run:
-            put = stack.enter_context(writing(args.output, source, layout))
-            if args.masks:
-                put_mask = stack.enter_context(writing(args.masks, source, of_masks))
-        passes = sum(_nbytes(source, each) * _passes(each) for each in every)
-        advance = stack.enter_context(progress("prune", source.nbytes + passes))
-        for group in groups:
-            for each, mask in choosing.masks(source, group, lambda e: advance(_nbytes(source, e))):
-                rows.append((each, int(mask.count_nonzero())))
-                put_mask(each.name, pieces(mask))
-                for name in each.parts:
-                    put(name, pieces(source.read(name), mask))
-                advance(_nbytes(source, each))
-        pruned = {name for each in every for name in each.parts}
-        for name in source.infos if not args.dry_run else ():
-            if name not in pruned and name not in source.same:
-                _copy(source, name, put, advance)
-    return _pruned(source, rows, args)
+    for group in groups:
+        for each, mask in choosing.masks(source, group, lambda e: advance(_nbytes(source, e))):
+            rows.append((each, int(mask.count_nonzero())))
+            put_mask(each.name, pieces(mask))
+            for name in each.parts:
+                put(name, pieces(source.read(name), mask))
+            advance(_nbytes(source, each))
+    pruned = {name for each in every for name in each.parts}
+    for name in source.infos if not args.dry_run else ():
+        if name not in pruned and name not in source.ties:
+            copy(source, name, put, advance)
+    return rows
+
+
+def _of_masks(source: Checkpoint, every: list[Reached]) -> Layout:
+    shapes = {each.name: source.infos[each.parts[0]].shape for each in every}
+    infos = {name: TensorInfo(torch.bool, shape) for name, shape in shapes.items()}
+    return Layout(infos, is_whole=False)
 
 
 def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace) -> str:
@@ -82,7 +99,7 @@ def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace
     kept, total = sum(kept for _, kept in rows), sum(numels)
     line = f"{1 - kept / max(1, total):.2%} of {total:,} entries in {len(rows)} tensors are masked"
     if not args.dry_run:
-        return f"{args.output}: {line}.{_left_out(source, args.output)}"
+        return f"{args.output}: {line}.{left_out(source, args.output)}"
     table = as_text(
         ("tensor", "shape", "rule", "kept", "sparsity"),
         [
@@ -100,6 +117,10 @@ def _passes(each: Reached) -> int:
     assert prune is not None
     alone = prune.scope == "local" and prune.pattern is not unstructured
     return 0 if alone else 1 if has_units(prune.pattern) else 2
+
+
+def _nbytes(source: Checkpoint, each: Reached) -> int:
+    return sum(source.infos[name].nbytes for name in each.parts)
 
 
 def _ignored(name: str, pieces: Iterable[Tensor]) -> None:

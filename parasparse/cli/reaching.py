@@ -14,7 +14,7 @@ from parasparse.cli.rules import Rule
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.names import ancestors
 from parasparse.targets.reach import group_by_rule
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.tensors import Target, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
     """
     _check_plain(source, rules)
     model, names = _model_of(source)
-    targets = collect(model)
+    targets = tensors_of(model)
     # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
     rules = [rule for rule in rules if not _is_idle(rule, source)]
     try:
@@ -91,7 +91,7 @@ def _is_idle(rule: Rule, source: Checkpoint) -> bool:
 
 
 def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:
-    parts = tuple(names[id(part[0].module), part[0].attr] for part in target.parts)
+    parts = tuple(names[id(site.module), site.attr] for site in target.firsts)
     return Reached(target.name, parts, rule)
 
 
@@ -110,7 +110,7 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
             raise CheckpointError(f'a tensor must not be called as a Module\'s own; "{name}" is.')
         kind: type[nn.Module] = nn.ParameterDict if attr in ("real", "imag") else _Place
         module = _module_at(path, modules, kind)
-        first = source.same.get(name, name)
+        first = source.ties.get(name, name)
         if first not in held:
             tensor = torch.empty(info.shape, dtype=info.dtype, device="meta")
             number = info.dtype.is_floating_point or info.dtype.is_complex

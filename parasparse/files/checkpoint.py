@@ -19,7 +19,7 @@ class CheckpointError(Exception):
 
 
 @dataclass(frozen=True)
-class Info:
+class TensorInfo:
     """What is known of a tensor without reading it."""
 
     dtype: torch.dtype
@@ -36,9 +36,9 @@ class Info:
         return self.numel * self.dtype.itemsize
 
 
-def info_of(tensor: Tensor) -> Info:
+def info_of(tensor: Tensor) -> TensorInfo:
     """Return what is known of `tensor`."""
-    return Info(tensor.dtype, tuple(tensor.shape))
+    return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
 @dataclass(eq=False)
@@ -51,20 +51,20 @@ class Checkpoint(ABC):
     Attributes:
         path: as the user wrote it.
         infos: what is known of each tensor, in the order of the file.
-        same: a name that is the same tensor as an earlier one -> that one.
+        ties: a name that is the same tensor as an earlier one -> that one.
         metadata: strings that safetensors keeps for the file as a whole.
         modules: what torch keeps beside a state dict: the versions of its modules.
-        others: what is no tensor with a name in a state dict.
-        around: what lies around a state dict: an optimizer, an epoch.
+        not_tensors: entries of the state dict that are not tensors.
+        beside_state_dict: the file's other entries, such as "optimizer" and "epoch".
     """
 
     path: str
-    infos: dict[str, Info] = field(default_factory=dict)
-    same: dict[str, str] = field(default_factory=dict)
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     modules: Mapping[str, Any] | None = None
-    others: dict[Any, Any] = field(default_factory=dict)
-    around: list[str] = field(default_factory=list)
+    not_tensors: dict[Any, Any] = field(default_factory=dict)
+    beside_state_dict: list[str] = field(default_factory=list)
     _read_bytes: int = 0
 
     def read(self, name: str) -> Tensor:
@@ -75,13 +75,13 @@ class Checkpoint(ABC):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors but those that are the same as an earlier one."""
         for name in self.infos:
-            if name not in self.same:
+            if name not in self.ties:
                 yield name, self.read(name)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all different tensors."""
-        return sum(info.nbytes for name, info in self.infos.items() if name not in self.same)
+        return sum(info.nbytes for name, info in self.infos.items() if name not in self.ties)
 
     def _about_to_read(self, nbytes: int) -> None:
         """Map the file anew if, with so many bytes more, too much of it would be in memory."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from parasparse.files.checkpoint import Info
+from parasparse.files.checkpoint import TensorInfo
 from parasparse.masks.apply import apply_mask
 
 _PIECE = 1 << 20  # entries
@@ -21,13 +21,13 @@ class Layout:
 
     Attributes:
         infos: of each tensor, in order.
-        same: a name that is the same tensor as another one -> that one, which is put for both.
+        ties: a name that is the same tensor as another one -> that one, which is put for both.
         origin: a name that the source has not -> the one of the source that it comes from.
         is_whole: what else the source holds (an optimizer, an index, a configuration) comes along.
     """
 
-    infos: dict[str, Info]
-    same: dict[str, str] = field(default_factory=dict)
+    infos: dict[str, TensorInfo]
+    ties: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     is_whole: bool = True
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parasparse.files import packed_files
-from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.headers import FORMAT
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
 from parasparse.files.torch_files import TorchFile, content_of
@@ -23,15 +23,15 @@ class PackedFile(Checkpoint):
         self.modules, self.metadata = self._header["modules"], self._header.get("metadata") or {}
         for name, entry in self._header["entries"].items():
             if "same" in entry:
-                self.same[name] = entry["same"]
+                self.ties[name] = entry["same"]
                 self.infos[name] = self.infos[entry["same"]]
             elif "value" in entry:
-                self.others[name] = entry["value"]
+                self.not_tensors[name] = entry["value"]
             else:
-                self.infos[name] = Info(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+                self.infos[name] = TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
 
     def _read(self, name: str) -> Tensor:
-        return self._unpacked(self.same.get(name, name))
+        return self._unpacked(self.ties.get(name, name))
 
     def _reopen(self) -> None:
         try:

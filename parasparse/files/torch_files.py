@@ -35,15 +35,15 @@ class TorchFile(Checkpoint):
         first: dict[tuple[Any, ...], str] = {}
         for name, value in self.state().items():
             if not isinstance(value, Tensor) or not isinstance(name, str):
-                self.others[name] = value
+                self.not_tensors[name] = value
                 continue
             check_dense(value, f'"{name}" of "{path}"')
             self.infos[name] = info_of(value)
             known = first.setdefault(identity(value), name)
             if known != name:
-                self.same[name] = known
+                self.ties[name] = known
         if self.key is not None:
-            self.around = [str(key) for key in self.content if key != self.key]
+            self.beside_state_dict = [str(key) for key in self.content if key != self.key]
 
     def state(self) -> Mapping[str, Any]:
         """Return the state dict, its tensors mapped."""
@@ -63,7 +63,7 @@ class TorchFile(Checkpoint):
         content = self.content if content is None else content
         state = content if self.key is None else content[self.key]
         around = {} if self.key is None else {k: v for k, v in content.items() if k != self.key}
-        return around, {key: state[key] for key in self.others}
+        return around, {key: state[key] for key in self.not_tensors}
 
     def tensor_of_rest(self, number: int) -> Tensor:
         """Return one of the tensors in `rest()`."""

@@ -47,12 +47,12 @@ def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any
     """Return what the new torch file holds, with tensors of any values, which share no memory."""
     state: OrderedDict[Any, Any] = OrderedDict()
     for name, info in layout.infos.items():
-        first = layout.same.get(name)
+        first = layout.ties.get(name)
         state[name] = torch.empty(info.shape, dtype=info.dtype) if first is None else state[first]
     if not layout.is_whole:
         return state
     made: dict[tuple[Any, ...], Tensor] = {}
-    state.update({key: renewed(value, made) for key, value in source.others.items()})
+    state.update({key: renewed(value, made) for key, value in source.not_tensors.items()})
     state._metadata = _modules_of(source, layout)  # type: ignore[attr-defined]
     if whole is None or whole.key is None:
         return state

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parasparse.files.bits import buffer
-from parasparse.files.checkpoint import Checkpoint, CheckpointError, Info
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.layout import Layout, Put
 from parasparse.files.replacing import replacing, replacing_folder, reserve
 from parasparse.files.safetensors_files import SafetensorsFolder
@@ -77,14 +77,14 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
     Raises:
         RuntimeError: a tensor was not put, or had another dtype or shape.
     """
-    missing = {name for name in layout.infos if name not in layout.same}
+    missing = {name for name in layout.infos if name not in layout.ties}
     suffix = Path(path).suffix.lower()
     with ExitStack() as stack:
         if suffix == ".safetensors":
-            if layout.is_whole and source.others:
+            if layout.is_whole and source.not_tensors:
                 raise CheckpointError(
                     f'safetensors files hold tensors by name alone; "{source.path}" holds '
-                    f'"{next(iter(source.others))}". Write a .pt file.'
+                    f'"{next(iter(source.not_tensors))}". Write a .pt file.'
                 )
             file = stack.enter_context(replacing(path))
             write = _safetensors_writer(file, layout, source.metadata)
@@ -105,7 +105,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
             raise RuntimeError(f"{sorted(missing)} were not put.")
 
 
-def _checked(name: str, info: Info, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+def _checked(name: str, info: TensorInfo, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield `pieces`; raise RuntimeError if they are not the tensor that was announced."""
     numel = 0
     for piece in pieces:
@@ -178,6 +178,6 @@ def _copy_files(
 
 def _ties(layout: Layout) -> dict[str, list[str]]:
     ties: dict[str, list[str]] = {}
-    for name, first in layout.same.items():
+    for name, first in layout.ties.items():
         ties.setdefault(first, []).append(name)
     return ties

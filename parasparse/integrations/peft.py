@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from parasparse.attach import reading
 from parasparse.masks.mask import Mask
-from parasparse.targets.reach import masked
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.reach import masked_targets
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed
 from parasparse.verbs.sparsify import sparsify
 from parasparse.verbs.squash import squash
@@ -35,7 +34,7 @@ def merge_and_unload(model: Any, **options: Any) -> nn.Module:
 
     Reference: Hu et al., "LoRA", 2021, arXiv:2106.09685, section 4.1.
     """
-    targets = masked(model)
+    targets = masked_targets(model)
     others = [target.name for target in targets if not _is_bool(target)]
     if others or not targets:
         which = f"those of {listed(others)} are not" if others else "it has none"
@@ -56,7 +55,7 @@ def merge_and_unload(model: Any, **options: Any) -> nn.Module:
         raise
     finally:
         masks = {kept.place: kept.mask for kept in tensors}  # modules and names in them stay
-        found = {t.name: masks.get(_place(t)) for t in collect(base)}
+        found = {t.name: masks.get(_place(t)) for t in tensors_of(base)}
         sparsify(base, {name: mask for name, mask in found.items() if mask is not None})
     return base  # type: ignore[no-any-return]
 
@@ -66,10 +65,7 @@ class _Kept:
 
     def __init__(self, target: Target) -> None:
         self.place, self.mask = _place(target), torch.clone(target.mask())  # type: ignore[arg-type]
-        self._parts = [
-            (site, reading.stored(site.module, site.attr).detach().clone())
-            for site in (part[0] for part in target.parts)
-        ]
+        self._parts = [(site, site.stored().detach().clone()) for site in target.firsts]
         self._effective = target.effective().clone()
         self._target = target
 
@@ -78,11 +74,11 @@ class _Kept:
         """Store again what was stored, unless something was merged into it."""
         if torch.equal(self._target.stored(), self._effective):
             for site, stored in self._parts:
-                reading.stored(site.module, site.attr).copy_(stored)
+                site.stored().copy_(stored)
 
 
 def _place(target: Target) -> tuple[int, str]:
-    site = target.parts[0][0]
+    site = target.firsts[0]
     return id(site.module), site.attr
 
 

@@ -16,7 +16,7 @@ except ImportError as error:
     raise
 
 from parasparse.integrations import resuming
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 
 FILE = "parasparse.pt"
 
@@ -104,9 +104,9 @@ def _declare_ties(model: nn.Module) -> None:
     It refuses shared tensors that no `_tied_weights_keys` names, and looks for these in every
     module (test_a_tied_embedding_is_saved_masked).
     """
-    for target in masked(model):
-        for part in target.parts:
-            for site in part[1:]:
+    for target in masked_targets(model):
+        for component in target.components:
+            for site in component[1:]:
                 keys = dict.fromkeys(site.stack().state_dict(), "")
                 site.stack()._tied_weights_keys = keys  # type: ignore[assignment]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from parasparse.sharding.dtensors import are_alike, by_part, is_spread, part_of
+from parasparse.sharding.dtensors import is_dtensor, on_local, same_layout, to_local
 
 _FIRST_VMAP: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = (Tensor, nn.Parameter)
@@ -42,7 +42,7 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> None:
 
     Of tensors that processes share, which are laid out alike, each process sets its part.
     """
-    part, kept = part_of(weight), part_of(mask)
+    part, kept = to_local(weight), to_local(mask)
     integer = _INTEGER_OF_SIZE.get(part.dtype.itemsize)
     if integer is None or not part.is_cpu or part.is_conj() or part.is_neg():
         part.masked_fill_(~kept.to(part.device), 0.0)
@@ -70,7 +70,7 @@ def apply_mask_straight_through(weight: Tensor, mask: Tensor, *, in_place: bool 
     if plain:  # 0 with a derivative of 1, also of inf and NaN
         finite = weight.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(mask, weight, finite - finite.detach())
-    if in_place and weight.is_cpu and not is_spread(weight):
+    if in_place and weight.is_cpu and not is_dtensor(weight):
         # By `.data`: what autograd has saved of it is 0 in those entries as well.
         apply_mask_(weight.data, mask)
         return weight
@@ -98,8 +98,8 @@ def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(
             indices, values, weight.shape, is_coalesced=True, check_invariants=False
         )
-    if are_alike(weight, mask):
-        return by_part(_masked_eagerly, weight, mask)
+    if same_layout(weight, mask):
+        return on_local(_masked_eagerly, weight, mask)
     integer = _INTEGER_OF_SIZE.get(weight.dtype.itemsize)
     plain = type(weight) in _PLAIN and weight.is_cpu and mask.dtype is torch.bool
     if not plain or integer is None:

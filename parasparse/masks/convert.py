@@ -33,7 +33,7 @@ def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if value.layout != torch.strided:
         value = value.to_dense()
     if value.dtype != torch.bool and not value.is_meta:
-        value = _bool_or_real(value, torch.float32 if dtype.itemsize == 1 else _real(dtype))
+        value = _bool_or_real(value, torch.float32 if dtype.itemsize == 1 else real_dtype(dtype))
     try:
         return value.expand(shape)
     except RuntimeError as error:
@@ -55,5 +55,6 @@ def _bool_or_real(value: Tensor, dtype: torch.dtype) -> Tensor:
     return real
 
 
-def _real(dtype: torch.dtype) -> torch.dtype:
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return `dtype`, of a complex one that of its parts."""
     return dtype.to_real() if dtype.is_complex else dtype

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.masks.apply import apply_mask, apply_mask_straight_through
-from parasparse.masks.convert import _real, as_mask
+from parasparse.masks.convert import as_mask, real_dtype
 from parasparse.masks.hooks import is_hooked
-from parasparse.sharding.dtensors import is_spread, part_of, spread_like
+from parasparse.sharding.dtensors import is_dtensor, laid_out_like, to_local
 
 
 class Mask(nn.Module):
@@ -50,7 +50,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", None)
         self._shape = like.shape
         # Says where and how a mask that is not set now will be: it follows `.to()` as weights do.
-        self._like = torch.empty((2,) * like.ndim, dtype=_real(like.dtype), device=like.device)
+        self._like = torch.empty((2,) * like.ndim, dtype=real_dtype(like.dtype), device=like.device)
         if _is_channels_last(like):
             self._like = self._like.contiguous(memory_format=_CHANNELS_LAST[like.ndim])
         self.mask_(mask)
@@ -77,11 +77,11 @@ class Mask(nn.Module):
             return self
         with torch.inference_mode(False), torch.no_grad():
             value = as_mask(mask, self._shape, self._like.dtype)
-            value = value if now is None else spread_like(value, now)
+            value = value if now is None else laid_out_like(value, now)
             value = value.to(self._like.device)
             if now is not None and now.dtype == value.dtype and now.device == value.device:
                 # In place: compiled graphs, DDP and FSDP hold this very one, perhaps the source.
-                old, new = part_of(now), part_of(value)
+                old, new = to_local(now), to_local(value)
                 same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
                 old.copy_(new.clone() if same else new)
                 return self
@@ -99,7 +99,7 @@ class Mask(nn.Module):
             self.register_parameter("mask", nn.Parameter(mask, requires_grad=False))
 
     def _check_replaced(self, now: Tensor | None, dtype: torch.dtype | None) -> None:
-        if now is not None and "mask" in self._parameters and is_spread(now):
+        if now is not None and "mask" in self._parameters and is_dtensor(now):
             kind = "unset" if dtype is None else f"of {dtype}"
             raise RuntimeError(
                 f"a mask that `fully_shard` has sharded must stay {now.dtype}; it would be {kind}. "
@@ -115,7 +115,7 @@ class Mask(nn.Module):
         return mask.is_contiguous()
 
     def _copied(self, mask: Tensor) -> Tensor:
-        if is_spread(mask):
+        if is_dtensor(mask):
             return mask.clone()
         new = torch.empty_like(mask, memory_format=torch.contiguous_format)
         if _is_channels_last(self._like):
@@ -154,7 +154,7 @@ class Mask(nn.Module):
         mask = self.mask
         if mask is None:
             raise RuntimeError("a tensor that has no sparsity mask cannot be assigned to.")
-        mask, value = spread_like(mask, stored), spread_like(value, stored)
+        mask, value = laid_out_like(mask, stored), laid_out_like(value, stored)
         if mask.dtype != torch.bool:
             value = value.to(torch.float32) if value.dtype.itemsize == 1 else value  # no float8 /
             value = value.to(stored.device) / mask
@@ -222,4 +222,4 @@ def _laid_out_like(mask: Tensor, weight: Tensor) -> Tensor:
     """Return `mask` spread over processes as `weight` is; a Proxy of torch.fx is no tensor yet."""
     if not isinstance(weight, Tensor):
         return mask
-    return spread_like(mask, weight)
+    return laid_out_like(mask, weight)

@@ -13,7 +13,13 @@ from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.fixed import n_of_m, nearly_diagonal
 from parasparse.patterns.selection.kth import highest
 from parasparse.patterns.units import block, channel, has_units, head
-from parasparse.sharding.dtensors import by_part, is_cut, is_spread, spread_like, whole
+from parasparse.sharding.dtensors import (
+    full_tensor,
+    is_dtensor,
+    is_sharded_along,
+    laid_out_like,
+    on_local,
+)
 
 __all__ = [
     "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
@@ -81,9 +87,9 @@ def jointly(
     if pattern is unstructured:
         masks = highest(list(scores.values()), num_kept(total, sparsity))
         return dict(zip(scores, masks, strict=True))
-    if any(is_spread(score) for score in scores.values()):
-        found = jointly({n: whole(s) for n, s in scores.items()}, sparsity, pattern=pattern)
-        return {name: spread_like(mask, scores[name]) for name, mask in found.items()}
+    if any(is_dtensor(score) for score in scores.values()):
+        found = jointly({n: full_tensor(s) for n, s in scores.items()}, sparsity, pattern=pattern)
+        return {name: laid_out_like(mask, scores[name]) for name, mask in found.items()}
     if has_units(pattern):
         kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
         return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
@@ -101,11 +107,11 @@ def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
 
     They are gathered for it where what it compares may lie on different processes.
     """
-    if not is_spread(scores) or pattern is unstructured:
+    if not is_dtensor(scores) or pattern is unstructured:
         return pattern(scores, *sparsity)
-    if isinstance(pattern, n_of_m) and not is_cut(scores, pattern.dim):
-        return by_part(pattern, scores)
-    return spread_like(pattern(whole(scores), *sparsity), scores)
+    if isinstance(pattern, n_of_m) and not is_sharded_along(scores, pattern.dim):
+        return on_local(pattern, scores)
+    return laid_out_like(pattern(full_tensor(scores), *sparsity), scores)
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def held(mask: Tensor) -> list[str]:
+def recognised(mask: Tensor) -> list[str]:
     """Return the names of the patterns that a bool mask keeps to, exactly and everywhere.
 
     "dense"; "empty"; "channel(d)", "channel(d) in runs of k"; "block(a x b)", the largest;

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from parasparse.patterns.selection.source import check_ranked
 
 
-def _pool(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
+def pooled(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
     """Return one score for each tile of `scores`: the mean or norm of its entries.
 
     Args:
@@ -64,7 +64,7 @@ def _to_32_bits(means: Tensor) -> Tensor:
     return torch.where(rounded.isfinite(), rounded, means)
 
 
-def _spread(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:
+def spread_out(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return a tensor of `shape` that has the value of its tile everywhere."""
     for dim, size in enumerate(tile):
         units = units.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parasparse.counts import check_sparsity, dimension, num_kept, whole_number
 from parasparse.patterns.selection.kth import highest
-from parasparse.patterns.tiles import _pool, _spread
+from parasparse.patterns.tiles import pooled, spread_out
 
 
 class Units(Protocol):
@@ -55,12 +55,12 @@ class _OfUnits(ABC):
     def pool(self, scores: Tensor) -> Tensor:
         """Return the score of each unit."""
         view, tile = self._tiles(scores.shape)
-        return _pool(scores.reshape(view), tile, self.norm)
+        return pooled(scores.reshape(view), tile, self.norm)
 
     def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
         """Return a tensor of `shape` whose entries have the value of their unit."""
         view, tile = self._tiles(shape)
-        return _spread(units, tile, view).reshape(shape)
+        return spread_out(units, tile, view).reshape(shape)
 
     @abstractmethod
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.scores.weights_alone import Score, magnitude
-from parasparse.sharding.dtensors import whole
+from parasparse.sharding.dtensors import full_tensor
 from parasparse.targets.tensors import Target
 
 _PIECE = 1 << 20  # entries that are looked at in one go
@@ -45,7 +45,7 @@ def kept_by(target: Target) -> Tensor | None:
         mask = target.effective() if mask is None else mask
     else:
         mask = target.mask()
-    return None if mask is None else whole(mask) != 0
+    return None if mask is None else full_tensor(mask) != 0
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def cells_of(target: Target, most: int) -> Tensor | None:
     mask = target.mask() if hasattr(target.masks()[0], "mask") else kept_by(target)
     if mask is None:
         return None
-    mask = whole(mask)
+    mask = full_tensor(mask)
     mask = mask.reshape(1, -1) if mask.ndim < 2 else mask.flatten(1)
     if mask.numel() == 0:
         return torch.zeros(1, 1)
@@ -76,11 +76,11 @@ def scores_of(target: Target, score: Score | None) -> Tensor:
     module = target.masks()[0]
     stored = target.stored()
     if score is not None:
-        return score(whole(stored), target.name).detach()
+        return score(full_tensor(stored), target.name).detach()
     if isinstance(module, SoftMask) and module.is_product:
-        logits = whole(module.logits.detach())
+        logits = full_tensor(module.logits.detach())
         return logits if module.pattern is None else module.pattern.spread(logits, stored.shape)
-    return magnitude(whole(stored))
+    return magnitude(full_tensor(stored))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | 
         )
     finite, dropped = scores.isfinite(), ~kept
     if not isinstance(target.masks()[0], SoftMask):
-        dropped &= whole(target.stored()) != 0
+        dropped &= full_tensor(target.stored()) != 0
     groups = [scores[kept & finite], scores[dropped & finite]]
     every = [group for group in groups if group.numel()]
     if not every:

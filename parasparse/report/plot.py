@@ -13,7 +13,7 @@ from parasparse.report.labels import labels
 from parasparse.report.numbers import cells_of, histogram_of, kept_by
 from parasparse.scores.weights_alone import Score
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target
 from parasparse.text import listed
 from parasparse.training.history import Update
@@ -85,7 +85,7 @@ def plot(
     if kind == "history":
         return _history(list(subject.history), accuracy or {})
     reshard(subject)
-    found = masked(subject, targets)
+    found = masked_targets(subject, targets)
     if not found:
         raise ValueError("`subject` must have masks; this model has none. Call `sparsify` first.")
     if any(target.stored().is_meta for target in found):

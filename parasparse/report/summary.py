@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.acceleration.payoff import Payoff, payoffs
-from parasparse.attach import reading
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.patterns.recognise import held
-from parasparse.sharding.dtensors import whole
-from parasparse.targets.reach import masked
-from parasparse.targets.tensors import Site, Target, collect_as_masked
+from parasparse.patterns.recognise import recognised
+from parasparse.sharding.dtensors import full_tensor
+from parasparse.targets.reach import masked_targets
+from parasparse.targets.tensors import Site, Target, masked_tensors_of
 from parasparse.text import as_html, as_text
 
 
@@ -158,9 +157,9 @@ def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = Fal
         raise ValueError("`latency` must come with `example_inputs`; got None.")
     asked = example_inputs is not None
     known = payoffs(model, example_inputs, latency=latency) if asked else {}
-    rows = [_row(target, known) for target in masked(model)]
+    rows = [_row(target, known) for target in masked_targets(model)]
     total = _total("masked tensors", rows, asked=asked)
-    others = [t for t in collect_as_masked(model) if not t.is_buffer and not t.masks()]
+    others = [t for t in masked_tensors_of(model) if not t.is_buffer and not t.masks()]
     dense = [_dense_row(target, known) for target in others]
     every = _total("all parameters", [*rows, *dense], asked=asked)
     return Summary(tuple(rows), total, replace(every, dense_ms=None, sparse_ms=None))
@@ -170,10 +169,10 @@ def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
     tensor = target.stored()
     module = target.masks()[0]
     mask = target.mask()
-    mask = None if mask is None else whole(mask)
+    mask = None if mask is None else full_tensor(mask)
     size = _bytes(target)
     extra = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-    parts = len(target.parts)
+    parts = len(target.components)
     row = SummaryRow(
         name=target.name,
         shape=tuple(tensor.shape),
@@ -187,7 +186,7 @@ def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
 
 
 def _dense_row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
-    size, numel = _bytes(target), target.stored().numel() * len(target.parts)
+    size, numel = _bytes(target), target.stored().numel() * len(target.components)
     shape = tuple(target.stored().shape)
     row = SummaryRow(target.name, shape, "", numel, numel, size, size)
     return _with_payoff(row, target, known)
@@ -196,7 +195,7 @@ def _dense_row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
 def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
     if not known:
         return row
-    parts = [known[part[0]] for part in target.parts]
+    parts = [known[site] for site in target.firsts]
     rows = _sum(part.rows for part in parts)
     # A vector is added or scales what comes by: less than a thousandth, and not counted.
     rows = 0 if target.ndim < 2 else rows
@@ -212,8 +211,7 @@ def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) 
 
 
 def _bytes(target: Target) -> int:
-    firsts = [part[0] for part in target.parts]
-    return sum(reading.stored(site.module, site.attr).nbytes for site in firsts)
+    return sum(site.stored().nbytes for site in target.firsts)
 
 
 def _total(name: str, rows: list[SummaryRow], *, asked: bool) -> SummaryRow:
@@ -248,4 +246,4 @@ def _pattern(module: nn.Module, mask: Tensor | None) -> str:
         return "soft" if isinstance(module, SoftMask) else "custom"
     if mask.dtype != torch.bool:
         return "real-valued"
-    return ", ".join(held(mask))
+    return ", ".join(recognised(mask))

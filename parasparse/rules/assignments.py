@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.attach import reading
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
 from parasparse.attach.stand_in import check_not_accelerated
 from parasparse.masks.convert import as_mask
@@ -19,16 +18,16 @@ from parasparse.masks.soft_mask import SoftMask
 from parasparse.patterns import unstructured
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import Fixed, Treatment, as_treatment, is_array, keep_nonzero
-from parasparse.sharding.dtensors import is_spread, spread_like, whole
+from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
 from parasparse.sharding.fsdp import is_sharded, reshard
-from parasparse.sharding.same_draws import drawn_alike
+from parasparse.sharding.same_draws import same_draws
 from parasparse.targets.reach import Spec, group_by_rule
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import described, listed
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Assignment:
     """What one tensor gets.
 
     Attributes:
@@ -55,8 +54,8 @@ def _treatment(spec: Spec | None, treatment: Any) -> Any:
         raise
 
 
-def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
-    """Return a step for each tensor of `model` that `rules` change.
+def assignments(model: nn.Module, rules: Any, *, pairs: bool) -> list[Assignment]:
+    """Return an assignment for each tensor of `model` that `rules` change.
 
     Raises:
         TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
@@ -66,25 +65,25 @@ def resolve(model: nn.Module, rules: Any, *, pairs: bool) -> list[Step]:
     check_not_accelerated(model)
     numbered = dict(enumerate(as_pairs(rules)))
     treatments = {n: _treatment(*rule) for n, rule in numbered.items()}
-    targets = collect(model, pairs=pairs)
+    targets = tensors_of(model, pairs=pairs)
     groups = group_by_rule({n: spec for n, (spec, _) in numbered.items()}, targets)
     users = Counter(id(mask) for target in targets for mask in target.masks())
     sharded = is_sharded(model)
     reshard(model)
-    steps = []
+    assigned = []
     for number, group in groups.items():
         treatment = treatments[number]
         if treatment is None:
             continue
         for target in group:
             _check_target(target)
-        with drawn_alike(model):
+        with same_draws(model):
             results = _results(treatment, group)
         for target in group:
             result = _checked(target, results[target.name], treatment, sharded=sharded)
             own = [m for m in target.masks() if isinstance(m, Mask) and users[id(m)] == 1]
-            steps.append(Step(target, *numbered[number], result, own[0] if own else None))
-    return steps
+            assigned.append(Assignment(target, *numbered[number], result, own[0] if own else None))
+    return assigned
 
 
 def as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
@@ -138,7 +137,7 @@ def _check_target(target: Target) -> None:
                 f'`model` must leave the name "parametrizations" to torch; the module that holds '
                 f'"{target.name}" has a submodule of its own there. Rename it.'
             )
-    if len(target.sites) > len(target.parts) and any(
+    if len(target.sites) > len(target.components) and any(
         site.attr in pruned_names(site.module) for site in target.sites
     ):
         raise ValueError(
@@ -152,7 +151,7 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     now = treatment is keep_nonzero
     tensors = {t.name: t.effective() if now else t.stored() for t in group}
     if not (now or isinstance(treatment, Prune | Fixed)):  # these know parts
-        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+        tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     try:
         with torch.no_grad():
             results = treatment(tensors)
@@ -190,15 +189,14 @@ def _checked(
     if result is None:
         return None
     if isinstance(result, nn.Module):
-        if is_spread(target.stored()):
+        if is_dtensor(target.stored()):
             raise RuntimeError(
                 f"{type(result).__name__} must be attached before weights are sharded; "
                 f'"{target.name}" is. Call `sparsify` before `fully_shard` or `parallelize_module`.'
             )
-        if len(target.parts) > 1 and isinstance(result, SoftMask):
+        if target.is_pair and isinstance(result, SoftMask):
             # It was made like the complex tensor, which is wider than parts of half precision.
-            site = target.parts[0][0]
-            result.to(reading.stored(site.module, site.attr).dtype)
+            result.to(target.firsts[0].stored().dtype)
         _check_module(target, result)
         return result
     try:
@@ -208,9 +206,9 @@ def _checked(
             mask = mask.clone()  # may be the live mask of another that gets a new one before this
         held = next((m.mask for m in masks if isinstance(m, Mask)), None)
         if held is not None:
-            return spread_like(mask, held)
+            return laid_out_like(mask, held)
         # Weights that `fully_shard` shards are whole where they are masked.
-        return whole(mask) if sharded else spread_like(mask, tensor)
+        return full_tensor(mask) if sharded else laid_out_like(mask, tensor)
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f'for the mask of "{target.name}"')
         raise
@@ -218,7 +216,7 @@ def _checked(
 
 def _check_module(target: Target, module: nn.Module) -> None:
     tensor = target.stored()
-    if len(target.parts) > 1 and not isinstance(module, SoftMask):  # it sees each part alone
+    if target.is_pair and not isinstance(module, SoftMask):  # it sees each part alone
         tensor = tensor.real
     with torch.no_grad():
         out = module(tensor)

@@ -15,7 +15,7 @@ from parasparse.patterns import Pattern, jointly, takes_sparsity
 from parasparse.patterns.ranked import mask_for
 from parasparse.scores.piecewise import highest_by_entry
 from parasparse.scores.weights_alone import Score, is_entrywise, magnitude
-from parasparse.sharding.dtensors import is_spread, spread_like, whole
+from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
 from parasparse.text import listed
 
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
@@ -116,8 +116,8 @@ class Prune:
         return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
 
     def _score(self, tensor: Tensor, name: str) -> Tensor:
-        if is_spread(tensor):  # each process keeps its part of the scores
-            return spread_like(self._score(whole(tensor), name), tensor)
+        if is_dtensor(tensor):  # each process keeps its part of the scores
+            return laid_out_like(self._score(full_tensor(tensor), name), tensor)
         try:
             result = self.score(tensor, name)
         except Exception as error:

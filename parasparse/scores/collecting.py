@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 
-from parasparse.attach import reading
 from parasparse.attach.fsdp_gradients import reduced
 from parasparse.attach.probes import probed
 from parasparse.attach.stack import stack_of
@@ -22,8 +20,8 @@ from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
 from parasparse.targets.reach import is_weight, reaches
-from parasparse.targets.tensors import Target, part_stacks
-from parasparse.targets.tensors import collect as tensors_of
+from parasparse.targets.tensors import Target
+from parasparse.targets.tensors import tensors_of as tensors_of
 from parasparse.text import listed
 
 
@@ -101,34 +99,34 @@ def _chosen(model: nn.Module, targets: Any) -> list[Target]:
 def _parts(model: nn.Module) -> dict[str, list[str]]:
     """Return the plain names of the parts of each tensor, which are two for a pair."""
     names = {site: t.name for t in tensors_of(model, pairs=False) for site in t.sites}
-    return {t.name: [names[part[0]] for part in t.parts] for t in tensors_of(model)}
+    return {t.name: [names[site] for site in t.firsts] for t in tensors_of(model)}
 
 
 def _watch(
     target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Any]
 ) -> None:
     site, masks = target.sites[0], target.masks()
-    if masks and any(reading.mask_module(s.module, s.attr) is None for s in target.sites):
+    if masks and any(site.mask_module() is None for site in target.sites):
         raise RuntimeError(
             f'a tied tensor must be masked at all its places, or at none; "{target.name}" is not. '
             "Call `sparsify` on the whole model."
         )
     parametrizations = stack_of(site.module, site.attr)
     is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
-    first = reading.originals(site.module, site.attr)[0]
+    first = site.originals()[0]
     leaf: Tensor | None = None
     managed = sharded.get(id(first)) if is_plain else None
     if managed is not None:
-        stack.enter_context(reduced(managed, part_stacks(target)[0], lambda grad: add(grad)))
+        stack.enter_context(reduced(managed, target.stacks()[0], lambda grad: add(grad)))
     elif masks:
-        leaf = stack.enter_context(probed(part_stacks(target)[0]))
+        leaf = stack.enter_context(probed(target.stacks()[0]))
         # Summed here: nobody reads it there.
         stack.callback(leaf.register_post_accumulate_grad_hook(_forget).remove)
     elif is_plain and first.requires_grad:
         leaf = first
     is_known = is_plain and all(isinstance(mask, Mask) for mask in masks)
     # While it computes, the module itself has what `fully_shard` has gathered.
-    read = first.detach if managed is not None else partial(reading.stored, site.module, site.attr)
+    read = first.detach if managed is not None else site.stored
     sums = Sums(read, leaf, first if is_known else None)
     statistics.sums[target.name] = sums
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parasparse.patterns.selection.kth import masks_of, shaped
-from parasparse.patterns.selection.source import Scratch, Source, chunk_size
+from parasparse.patterns.selection.kth import highest_masks, shaped
+from parasparse.patterns.selection.source import Scores, Scratch, chunk_size
 from parasparse.scores.weights_alone import magnitude
-from parasparse.sharding.dtensors import is_spread, part_of
+from parasparse.sharding.dtensors import is_dtensor, to_local
 
 
 def highest_by_entry(
@@ -30,7 +30,7 @@ def highest_by_entry(
         TypeError: complex scores.
     """
     sources = [_scored(tensor, score, name) for name, tensor in tensors.items()]
-    masks = shaped(masks_of(sources, kept), list(tensors.values()))
+    masks = shaped(highest_masks(sources, kept), list(tensors.values()))
     return dict(zip(tensors, masks, strict=True))
 
 
@@ -43,14 +43,14 @@ def magnitudes(tensor: Tensor) -> Iterator[Tensor]:
         yield torch.abs(piece, out=scratch.like(piece)) if real else magnitude(piece)
 
 
-def _scored(tensor: Tensor, score: Callable[..., Tensor], name: str) -> Source:
-    part = part_of(tensor)
+def _scored(tensor: Tensor, score: Callable[..., Tensor], name: str) -> Scores:
+    part = to_local(tensor)
     size, own = chunk_size(part), partial(score, name=name)
-    return Source(
+    return Scores(
         part.numel(),
         own(part.flatten()[:1]).dtype,
         lambda: magnitudes(part) if score is magnitude else map(own, part.flatten().split(size)),
         lambda places: own(part.flatten()[places.to(part.device)]),
-        tensor if is_spread(tensor) else None,
+        tensor if is_dtensor(tensor) else None,
         name,
     )

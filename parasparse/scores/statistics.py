@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.synaptic_flow import flows_of
-from parasparse.sharding.dtensors import by_part, whole
+from parasparse.sharding.dtensors import full_tensor, on_local
 from parasparse.sharding.fsdp import is_sharded
 from parasparse.text import listed
 
@@ -216,7 +216,7 @@ class Statistics:
 
     def _joined(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         found = [read(part) for part in self._parts(name)]
-        return found[0] if len(found) == 1 else by_part(torch.complex, *found)
+        return found[0] if len(found) == 1 else on_local(torch.complex, *found)
 
 
 class _Paused:
@@ -238,7 +238,7 @@ def _finite(values: Tensor, name: str) -> Tensor:
             f'what was collected of "{name}" must be finite; a loss was not. Collect anew, without '
             "the steps that a GradScaler skips."
         )
-    return whole(values)
+    return full_tensor(values)
 
 
 def _summed(value: Tensor | None, like: Tensor, group: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether processes hold parts of `tensor`."""
     # Plain tensors are the case that is hot, and import nothing; Proxies have every attribute.
     if type(tensor) in _PLAIN or not hasattr(tensor, "device_mesh"):
@@ -25,26 +25,26 @@ def is_spread(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def are_alike(one: Tensor, two: Tensor) -> bool:
+def same_layout(one: Tensor, two: Tensor) -> bool:
     """Whether both are spread, and each process holds the same part of both."""
-    if not (is_spread(one) and is_spread(two)):
+    if not (is_dtensor(one) and is_dtensor(two)):
         return False
     a: Any = one
     b: Any = two
     return (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return what this process holds of `tensor`, detached, in the same memory."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return tensor.detach()
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # no graph, no hooks
     return part.detach()
 
 
-def from_part(part: Tensor, like: Tensor) -> Tensor:
+def from_local(part: Tensor, like: Tensor) -> Tensor:
     """Return the tensor of which this process holds `part`, as it does of `like`."""
-    if not is_spread(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -59,7 +59,7 @@ def from_part(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
+def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
     """Return `value` laid out over processes as `like` is.
 
     Args:
@@ -67,27 +67,27 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
             own part then, and nothing is sent.
         like: any tensor.
     """
-    if not is_spread(like):
-        return whole(value)
-    if are_alike(value, like):
+    if not is_dtensor(like):
+        return full_tensor(value)
+    if same_layout(value, like):
         return value
-    return from_part(_cut(whole(value), like), like)
+    return from_local(_cut(full_tensor(value), like), like)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return `tensor` gathered from all processes, if it is spread over them."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return tensor
     spread: Any = tensor
     kind = spread.device_mesh.device_type
     if tensor.device.type == kind:
         return spread.full_tensor()  # type: ignore[no-any-return]
-    return from_part(part_of(tensor).to(kind), tensor).full_tensor().to(tensor.device)  # type: ignore[attr-defined, no-any-return]
+    return from_local(to_local(tensor).to(kind), tensor).full_tensor().to(tensor.device)  # type: ignore[attr-defined, no-any-return]
 
 
-def summed(counts: Tensor, like: Tensor) -> Tensor:
+def sum_over_shards(counts: Tensor, like: Tensor) -> Tensor:
     """Return the sum of `counts` over the processes that hold different parts of `like`."""
-    if not is_spread(like):
+    if not is_dtensor(like):
         return counts
     import torch.distributed as dist
 
@@ -103,46 +103,46 @@ def sharding_dims(tensor: Any) -> list[int]:
     return [dim for dim, placed in enumerate(tensor.placements) if not placed.is_replicate()]
 
 
-def layout(tensor: Any) -> tuple[Any, ...] | None:
+def shard_key(tensor: Any) -> tuple[Any, ...] | None:
     """Return what tensors have in common whose parts are counted together; None if plain."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return None
     return tensor.device_mesh, tuple(sharding_dims(tensor))
 
 
-def number(mask: Tensor) -> int:
+def count_nonzero(mask: Tensor) -> int:
     """Return how many entries of `mask` are not 0, on all processes."""
-    counted = part_of(mask).count_nonzero()
-    return int(summed(counted, mask))
+    counted = to_local(mask).count_nonzero()
+    return int(sum_over_shards(counted, mask))
 
 
 def fill_(tensor: Tensor, entries: Tensor, value: float) -> None:
     """Set `tensor` to `value` where `entries`, a mask of its shape, is True."""
-    part = part_of(tensor)
+    part = to_local(tensor)
     with torch.no_grad():
-        part.masked_fill_(part_of(spread_like(entries, tensor)).to(part.device), value)
+        part.masked_fill_(to_local(laid_out_like(entries, tensor)).to(part.device), value)
 
 
-def by_part(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def on_local(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return `function` of tensors that are laid out alike, entry by entry.
 
     Of spread ones without a graph: few operators are left to DTensor, which does not know all.
     """
-    if not is_spread(tensors[0]):
+    if not is_dtensor(tensors[0]):
         return function(*tensors)
-    return from_part(function(*map(part_of, tensors)), tensors[0])
+    return from_local(function(*map(to_local, tensors)), tensors[0])
 
 
-def places_in(tensor: Tensor, flat: Tensor) -> Tensor:
+def global_indices(tensor: Tensor, flat: Tensor) -> Tensor:
     """Return where entries of this process's part lie in the whole of `tensor`: flat indices.
 
     Args:
         tensor: any.
         flat: flat indices in the part, on its device.
     """
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return flat
-    part, found = part_of(tensor), torch.zeros_like(flat)
+    part, found = to_local(tensor), torch.zeros_like(flat)
     step, inner = 1, 1
     for dim in reversed(range(tensor.ndim)):
         index = flat // inner % max(1, part.shape[dim])
@@ -151,9 +151,9 @@ def places_in(tensor: Tensor, flat: Tensor) -> Tensor:
     return found
 
 
-def is_cut(tensor: Any, dim: int) -> bool:
+def is_sharded_along(tensor: Any, dim: int) -> bool:
     """Whether processes hold different stretches of dimension `dim`."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return False
     dim %= tensor.ndim
     return any(getattr(placed, "dim", None) == dim for placed in tensor.placements)

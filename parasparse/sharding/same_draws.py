@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from parasparse.sharding.dtensors import is_spread
+from parasparse.sharding.dtensors import is_dtensor
 
 
 @contextmanager
-def drawn_alike(model: nn.Module) -> Iterator[None]:
+def same_draws(model: nn.Module) -> Iterator[None]:
     """Let torch's global generators draw what those of the first process draw.
 
     The others' generators are afterwards as they were: their own streams, for dropout say, go on.
@@ -40,7 +40,7 @@ def drawn_alike(model: nn.Module) -> Iterator[None]:
                 torch.cuda.set_rng_state(state, device)
 
 
-def warn_if_unknown(model: nn.Module) -> None:
+def warn_if_alone(model: nn.Module) -> None:
     """Warn where there are several processes and `model` does not tell which of them train it."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1 and not _groups(model):
@@ -58,7 +58,7 @@ def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             groups.append((module.process_group, next(iter(module.parameters())).device))
-    spread: list[Any] = [parameter for parameter in model.parameters() if is_spread(parameter)]
+    spread: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
     for mesh in dict.fromkeys(parameter.device_mesh for parameter in spread):
         groups += [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
     return groups

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse.targets.tensors import Target, collect_as_masked
+from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import described, listed, nearest
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
 Spec = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
 
 
-def masked(model: nn.Module, specs: Any = None) -> list[Target]:
+def masked_targets(model: nn.Module, specs: Any = None) -> list[Target]:
     """Return the masked tensors of `model`; a pair is one where its parts share their mask.
 
     Args:
@@ -26,7 +26,7 @@ def masked(model: nn.Module, specs: Any = None) -> list[Target]:
     Raises:
         ValueError: one of `specs` reaches no masked tensor.
     """
-    found = [target for target in collect_as_masked(model) if target.masks()]
+    found = [target for target in masked_tensors_of(model) if target.masks()]
     if specs is None:
         return found
     wanted: set[int] = set()
@@ -65,12 +65,12 @@ def reaches(spec: Spec, target: Target) -> bool:
     """
     wide = not target.is_buffer and target.ndim >= 2
     if isinstance(spec, str):
-        if spec in target.names or (wide and spec in target.places):
+        if spec in target.names or (wide and spec in target.paths):
             return True
         return (
             wide
             and any(c in spec for c in "*?[")
-            and any(fnmatchcase(place, spec) for place in target.places)
+            and any(fnmatchcase(path, spec) for path in target.paths)
         )
     if isinstance(spec, re.Pattern):
         return wide and any(spec.fullmatch(name) for name in target.names)
@@ -120,7 +120,7 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     near = ""
     if isinstance(spec, str):
         names = [name for target in targets for name in target.names]
-        modules = [place for t in targets for place in t.places if place not in t.names]
+        modules = [path for t in targets for path in t.paths if path not in t.names]
         ending = re.search(r"\.?[*?\[].*", spec)
         globs = [module + ending[0] for module in modules] if ending else []
         globs = [glob for glob in globs if any(reaches(glob, target) for target in targets)]

@@ -29,10 +29,26 @@ class Site:
     attr: str
 
     def stack(self) -> MaskedParametrizationList:
-        """Return what masks it, where it is masked."""
+        """Return the stack of a masked tensor."""
         stack = stack_of(self.module, self.attr)
         assert isinstance(stack, MaskedParametrizationList)
         return stack
+
+    def mask_module(self) -> nn.Module | None:
+        """Return the module that masks the tensor, or None."""
+        return reading.mask_module(self.module, self.attr)
+
+    def stored(self) -> Tensor:
+        """Return the tensor without its mask."""
+        return reading.stored(self.module, self.attr)
+
+    def effective(self) -> Tensor:
+        """Return the tensor as its module sees it."""
+        return reading.effective(self.module, self.attr)
+
+    def originals(self) -> tuple[Tensor, ...]:
+        """Return the tensors that hold its values: their identities tell ties."""
+        return reading.originals(self.module, self.attr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,43 +60,51 @@ class Target:
         names: every name that reaches it: those of ties and of a pair's parts, with and without
             the prefixes of wrappers.
         owners: plain name and owning module, for types and predicates.
-        parts: the places of the tensor; of the real and of the imaginary tensor if it is a pair.
+        components: the sites of the tensor; of the real and of the imaginary tensor of a pair.
         is_buffer: it is no parameter.
         ndim: number of its dimensions.
-        places: its names, and those of the modules around it.
+        paths: its names, and those of the modules around it.
     """
 
     name: str
     names: tuple[str, ...]
     owners: tuple[tuple[str, nn.Module], ...]
-    parts: tuple[tuple[Site, ...], ...]
+    components: tuple[tuple[Site, ...], ...]
     is_buffer: bool
     ndim: int
-    places: frozenset[str]
+    paths: frozenset[str]
 
     @property
     def sites(self) -> list[Site]:
-        """Every place of every part."""
-        return [site for part in self.parts for site in part]
+        """Every site of every component."""
+        return [site for component in self.components for site in component]
+
+    @property
+    def firsts(self) -> list[Site]:
+        """The first site of each component."""
+        return [component[0] for component in self.components]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is a real and an imaginary tensor."""
+        return len(self.components) == 2
 
     def stored(self) -> Tensor:
         """Return the tensor without its mask, detached; complex if it is a pair."""
-        return self._joined(reading.stored)
+        return self._joined(Site.stored)
 
     def effective(self) -> Tensor:
         """Return the tensor as its module sees it, detached; complex if it is a pair."""
-        return self._joined(reading.effective)
+        return self._joined(Site.effective)
 
-    def _joined(self, read: Callable[[nn.Module, str], Tensor]) -> Tensor:
+    def _joined(self, read: Callable[[Site], Tensor]) -> Tensor:
         with torch.no_grad():
-            parts = [read(part[0].module, part[0].attr).detach() for part in self.parts]
-            if len(parts) == 1:
-                return parts[0]
-            return joined(*parts)
+            values = [read(site).detach() for site in self.firsts]
+            return joined(*values) if self.is_pair else values[0]
 
     def masks(self) -> list[nn.Module]:
         """Return what masks it: nothing, one module, or several where its places differ."""
-        found = [reading.mask_module(site.module, site.attr) for site in self.sites]
+        found = [site.mask_module() for site in self.sites]
         return list({id(mask): mask for mask in found if mask is not None}.values())
 
     def mask(self) -> Tensor | None:
@@ -93,6 +117,13 @@ class Target:
             return module.mask  # type: ignore[return-value]
         return self.effective() != 0
 
+    def stacks(self) -> list[list[MaskedParametrizationList]]:
+        """Return the stacks of each component, where its sites are masked."""
+        return [
+            [site.stack() for site in component if site.mask_module() is not None]
+            for component in self.components
+        ]
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -103,6 +134,9 @@ class _Entry:
     owners: list[tuple[str, nn.Module]] = field(default_factory=list)
     sites: dict[tuple[int, str], Site] = field(default_factory=dict)
     is_buffer: bool = False
+
+    def first(self) -> Site:
+        return next(iter(self.sites.values()))
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
@@ -125,7 +159,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Mo
     return walk("", "", model, None)
 
 
-def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
+def tensors_of(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     """Return the tensors of `model`, each once, in the order of `named_parameters`.
 
     Args:
@@ -139,7 +173,7 @@ def collect(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     return _paired(entries, _alike) if pairs else [_target(entry) for entry in entries]
 
 
-def collect_as_masked(model: nn.Module, *, pairs: bool = True) -> list[Target]:
+def masked_tensors_of(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     """Return the tensors of `model`; a pair is one unless its parts have masks of their own."""
     entries = _entries(model, by_mask=True)
     return _paired(entries, _share_a_mask) if pairs else [_target(entry) for entry in entries]
@@ -174,15 +208,14 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
     both = [entry] if imaginary is None else [entry, imaginary]
     names = [*joints, *(name for e in both for name in (*e.names, *e.raw))]
     owners = entry.owners if not joints else [(joints[0], owner) for _, owner in entry.owners]
-    site = next(iter(entry.sites.values()))
     return Target(
         name=names[0],
         names=tuple(dict.fromkeys(names)),
         owners=tuple(owners),
-        parts=tuple(tuple(e.sites.values()) for e in both),
+        components=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
-        ndim=reading.stored(site.module, site.attr).ndim,
-        places=frozenset(place for name in names for place in ancestors(name)),
+        ndim=entry.first().stored().ndim,
+        paths=frozenset(path for name in names for path in ancestors(name)),
     )
 
 
@@ -231,8 +264,7 @@ def _joints(entry: _Entry, ending: str) -> tuple[str, ...]:
 def _alike(real: _Entry, imaginary: _Entry) -> bool:
     if real.is_buffer or imaginary.is_buffer:
         return False
-    one, two = (next(iter(entry.sites.values())) for entry in (real, imaginary))
-    a, b = reading.stored(one.module, one.attr), reading.stored(two.module, two.attr)
+    a, b = real.first().stored(), imaginary.first().stored()
     return a.shape == b.shape and a.dtype == b.dtype and a.is_floating_point()
 
 
@@ -245,9 +277,3 @@ def _share_a_mask(real: _Entry, imaginary: _Entry) -> bool:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def part_stacks(target: Target) -> list[list[MaskedParametrizationList]]:
-    """Return the places of each part of `target` that are masked."""
-    found = [[stack_of(site.module, site.attr) for site in p] for p in target.parts]
-    return [[s for s in part if isinstance(s, MaskedParametrizationList)] for part in found]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.rules.assignments import resolve
-from parasparse.sharding.dtensors import number
-from parasparse.targets.reach import masked
+from parasparse.rules.assignments import assignments
+from parasparse.sharding.dtensors import count_nonzero
+from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
-from parasparse.verbs.sparsify import attach
+from parasparse.verbs.sparsify import apply
 
 
 class ContinuousSparsification:
@@ -73,9 +73,9 @@ class ContinuousSparsification:
                 "`steps` must be a whole number of at least 2, from T = 1 to the end; got "
                 f"{steps!r}."
             )
-        made = resolve(model, rules, pairs=True)
-        others = [step.target.name for step in made if not _is_sigmoid(step.result)]
-        if others or not made:
+        assigned = assignments(model, rules, pairs=True)
+        others = [each.target.name for each in assigned if not _is_sigmoid(each.result)]
+        if others or not assigned:
             raise ValueError(
                 "`rules` must give each tensor a `Gate` of `gates.sigmoid`, or None, and one or "
                 f"more a `Gate`; {listed(others) or 'none'} get something else."
@@ -83,8 +83,8 @@ class ContinuousSparsification:
         self.model, self.final_temperature, self.steps = model, final_temperature, steps
         self.step_in_round, self.rounds = 0, 0
         self.history: list[Update] = []
-        self._names = [step.target.name for step in made]
-        attach(model, made)
+        self._names = [each.target.name for each in assigned]
+        apply(model, assigned)
         self._start = self._last = self._hard()
         self._checkpoint: dict[str, Any] | None = None
 
@@ -168,7 +168,7 @@ class ContinuousSparsification:
     def remaining(self) -> float:
         """Return the share of mask entries that are not 0 now."""
         masks = [gate.mask for gate in self._gates()]
-        kept = sum(number(mask != 0) for mask in masks)
+        kept = sum(count_nonzero(mask != 0) for mask in masks)
         return kept / max(1, sum(mask.numel() for mask in masks))
 
     def step(self) -> None:
@@ -238,7 +238,7 @@ class ContinuousSparsification:
 
     def _by_name(self) -> dict[str, SoftMask]:
         names = set(self._names)
-        found = {t.name: t.masks()[0] for t in masked(self.model) if t.name in names}
+        found = {t.name: t.masks()[0] for t in masked_targets(self.model) if t.name in names}
         gates = {name: mask for name, mask in found.items() if isinstance(mask, SoftMask)}
         if gates.keys() != names:
             raise RuntimeError(

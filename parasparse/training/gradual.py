@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from parasparse.counts import check_sparsity
 from parasparse.optim import check_held, parameters_of, zero_entries
-from parasparse.rules.assignments import as_pairs, resolve
+from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.schedules import as_every
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target
 from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
-from parasparse.training.scaled_rules import scaled, with_sparsity, written
-from parasparse.verbs.sparsify import attach, sparsify
+from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
+from parasparse.verbs.sparsify import apply, sparsify
 
 
 class GradualPruning:
@@ -72,11 +72,11 @@ class GradualPruning:
         self._is_over = False
         self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         rules = self._rules_at(0)
-        steps = resolve(model, rules, pairs=True)
+        assigned = assignments(model, rules, pairs=True)
         if optimizer is not None:
-            check_held(optimizer, [step.target for step in steps])
-        self._names = [step.target.name for step in steps]
-        attach(model, steps)
+            check_held(optimizer, [each.target for each in assigned])
+        self._names = [each.target.name for each in assigned]
+        apply(model, assigned)
         self._start = copied(self._masks())
 
     def step(self) -> None:
@@ -132,11 +132,11 @@ class GradualPruning:
 
     def _rules_at(self, step: int) -> Any:
         share = check_sparsity(self.schedule(step), f"schedule({step})")
-        return written([(spec, scaled(prune, share)) for spec, prune in self._rules])
+        return as_rules([(spec, scaled(prune, share)) for spec, prune in self._rules])
 
     def _targets(self) -> list[Target]:
         names = set(self._names)
-        return [target for target in masked(self.model) if target.name in names]
+        return [target for target in masked_targets(self.model) if target.name in names]
 
     def _masks(self) -> dict[str, Tensor]:
         return masks_of(self._targets())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse.sharding.dtensors import number, spread_like
+from parasparse.sharding.dtensors import count_nonzero, laid_out_like
 from parasparse.targets.tensors import Target
 from parasparse.text import listed
 
@@ -46,9 +46,11 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
         0.5
     """
     numel = sum(mask.numel() for mask in after.values())
-    kept = {name: number(mask) for name, mask in after.items()}
-    changed = sum(number(mask ^ before[name]) for name, mask in after.items())
-    stayed = sum(number(mask & spread_like(start[name], mask)) for name, mask in after.items())
+    kept = {name: count_nonzero(mask) for name, mask in after.items()}
+    changed = sum(count_nonzero(mask ^ before[name]) for name, mask in after.items())
+    stayed = sum(
+        count_nonzero(mask & laid_out_like(start[name], mask)) for name, mask in after.items()
+    )
     every = sum(kept.values())
     return Update(
         step=step,
@@ -95,6 +97,6 @@ def first_masks_of(state_dict: Mapping[str, Any], own: Masks) -> dict[str, Tenso
             f"controller {listed(ours)}."
         )
     return {
-        name: spread_like(mask, own[name]).to(own[name].device).clone()
+        name: laid_out_like(mask, own[name]).to(own[name].device).clone()
         for name, mask in start.items()
     }

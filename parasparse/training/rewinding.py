@@ -33,9 +33,7 @@ def rewind(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 def _mask_keys(model: nn.Module) -> set[str]:
     """Return the keys of all that masks and gates hold."""
-    masks = {
-        id(stack.mask) for module in model.modules() for _, stack in reading.masked_stacks(module)
-    }
+    masks = {id(stack.mask) for stack in reading.all_masked_stacks(model)}
     names = [
         name for name, module in model.named_modules(remove_duplicate=False) if id(module) in masks
     ]

@@ -11,7 +11,7 @@ from parasparse.scores.weights_alone import magnitude
 from parasparse.text import described
 
 
-def written(pairs: list[tuple[Any, Any]]) -> Any:
+def as_rules(pairs: list[tuple[Any, Any]]) -> Any:
     """Return `pairs` of target and treatment as `sparsify` takes them."""
     return pairs[0][1] if pairs[0][0] is None else pairs
 

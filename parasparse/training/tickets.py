@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.optim import check_held
-from parasparse.rules.assignments import as_pairs, resolve
+from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.scores.weights_alone import Score
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
 from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
-from parasparse.training.scaled_rules import scaled, with_sparsity, written
-from parasparse.verbs.sparsify import attach
+from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
+from parasparse.verbs.sparsify import apply
 
 
 class LotteryTicket:
@@ -86,11 +86,11 @@ class LotteryTicket:
         self.steps, self.round = 0, 0
         self.history: list[Update] = []
         self._rules = [(spec, with_sparsity(rule)) for spec, rule in as_pairs(rules)]
-        made = resolve(model, self._rules_at(0, {}), pairs=True)
+        assigned = assignments(model, self._rules_at(0, {}), pairs=True)
         if optimizer is not None:
-            check_held(optimizer, [step.target for step in made])
-        self._names = {step.target.name for step in made}
-        attach(model, made)
+            check_held(optimizer, [each.target for each in assigned])
+        self._names = {each.target.name for each in assigned}
+        apply(model, assigned)
         self._start = copied(self._masks())
         self._checkpoint: dict[str, Any] | None = None
         self._remember()
@@ -123,7 +123,9 @@ class LotteryTicket:
                 "the masks of `model` must stay where they are; those of "
                 f"{listed(sorted(self._names - before.keys()))} were taken off."
             )
-        attach(self.model, resolve(self.model, self._rules_at(self.round + 1, before), pairs=True))
+        apply(
+            self.model, assignments(self.model, self._rules_at(self.round + 1, before), pairs=True)
+        )
         self.round += 1
         self.history.append(update_of(self.steps, before, self._masks(), self._start))
         rewind(self.model, self._checkpoint["model"])
@@ -167,7 +169,7 @@ class LotteryTicket:
             }  # fmt: skip
 
     def _rules_at(self, number: int, masks: Mapping[str, Tensor]) -> Any:
-        return written([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])
+        return as_rules([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])
 
     def _at(self, prune: Prune | None, number: int, masks: Mapping[str, Tensor]) -> Prune | None:
         if prune is None or prune.sparsity is None or number == 0:
@@ -178,7 +180,9 @@ class LotteryTicket:
         return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks, lowest))
 
     def _masks(self) -> dict[str, Tensor]:
-        return masks_of(target for target in masked(self.model) if target.name in self._names)
+        return masks_of(
+            target for target in masked_targets(self.model) if target.name in self._names
+        )
 
 
 def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:

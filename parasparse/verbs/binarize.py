@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from parasparse.attach.stand_in import check_not_accelerated
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.sharding.dtensors import spread_like
+from parasparse.sharding.dtensors import laid_out_like
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target
-from parasparse.verbs.squash import _values
 from parasparse.verbs.writable import check_writable
 
 
@@ -48,7 +47,7 @@ def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None =
     reshard(model)
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"`threshold` must be a finite number; got {threshold!r}.")
-    work = [target for target in masked(model, targets) if not _is_bool(target)]
+    work = [target for target in masked_targets(model, targets) if not _is_bool(target)]
     for target in work:
         target.effective()  # an unset mask raises here
         if any(len(site.stack()) > 1 for site in target.sites):
@@ -76,12 +75,12 @@ def _harden(target: Target, threshold: float | None) -> None:
         scale = mask.hardened(target.stored(), threshold)
     # Of what is no product, what it gives now is all that is known.
     keep = scale != 0 if isinstance(scale, Tensor) else target.effective() != 0
-    values = [_values(part)[0] for part in target.parts]  # both parts may go into each
-    for part, value in zip(target.parts, values, strict=True):
-        original = part[0].stack().original
-        kept = original * spread_like(scale, original) if isinstance(scale, Tensor) else value
+    values = [site.effective() for site in target.firsts]  # each may depend on both
+    for site, value in zip(target.firsts, values, strict=True):
+        original = site.stack().original
+        kept = original * laid_out_like(scale, original) if isinstance(scale, Tensor) else value
         subtracts = isinstance(mask, SoftMask) and scale is None  # places elsewhere read it plainly
-        kept_there = spread_like(keep, original)
+        kept_there = laid_out_like(keep, original)
         original.copy_(value if subtracts else torch.where(kept_there, kept, original))
     hard = mask.mask_(keep) if isinstance(mask, Mask) else Mask(values[0], keep)
     for site in target.sites:

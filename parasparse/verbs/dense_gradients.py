@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from parasparse.attach import reading
 from parasparse.attach.fsdp_gradients import reduced
 from parasparse.attach.probes import probed
+from parasparse.attach.reading import all_masked_stacks
 from parasparse.attach.stack import MaskedParametrizationList
-from parasparse.sharding.dtensors import by_part
+from parasparse.sharding.dtensors import on_local
 from parasparse.sharding.fsdp import managed_parameters, reshard
-from parasparse.targets.reach import masked
-from parasparse.targets.tensors import Target, part_stacks
+from parasparse.targets.reach import masked_targets
+from parasparse.targets.tensors import Target
 
 
 class DenseGradients(Mapping[str, Tensor | None]):
@@ -34,7 +34,7 @@ class DenseGradients(Mapping[str, Tensor | None]):
             return grads[0]
         # A pair: the gradient of one complex weight, as torch.autograd has it.
         real, imaginary = (torch.zeros_like(found[0]) if g is None else g for g in grads)
-        return by_part(torch.complex, real, imaginary)
+        return on_local(torch.complex, real, imaginary)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._probes)
@@ -70,7 +70,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
-    with collecting(model, masked(model)) as grads:
+    with collecting(model, masked_targets(model)) as grads:
         yield grads
 
 
@@ -81,13 +81,13 @@ def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradien
     sharded, probes = managed_parameters(model), {}
     with ExitStack() as stack:
         for target in targets:
-            probes[target.name] = [_armed(part, sharded, stack) for part in part_stacks(target)]
+            probes[target.name] = [_armed(part, sharded, stack) for part in target.stacks()]
         yield DenseGradients(probes)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            inside = {id(stack) for stack in _stacks(module)}
+            inside = {id(stack) for stack in all_masked_stacks(module)}
             for target in targets:
-                for stacks, probe in zip(part_stacks(target), probes[target.name], strict=True):
+                for stacks, probe in zip(target.stacks(), probes[target.name], strict=True):
                     if isinstance(probe, Tensor) and any(id(s) in inside for s in stacks):
                         _average(probe, module.process_group)
 
@@ -119,7 +119,3 @@ def _average(probe: Tensor, group: torch.distributed.ProcessGroup) -> None:
     grad = torch.zeros_like(probe) if probe.grad is None else probe.grad
     torch.distributed.all_reduce(grad, group=group)
     probe.grad = grad / torch.distributed.get_world_size(group)
-
-
-def _stacks(model: nn.Module) -> list[MaskedParametrizationList]:
-    return [stack for module in model.modules() for _, stack in reading.masked_stacks(module)]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from parasparse.verbs.dense_gradients import _stacks
+from parasparse.attach.reading import all_masked_stacks
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             "Write `with torch.no_grad(), frozen(model):`."
         )
     # A block around this one may hold some already: it lets go of those itself.
-    stacks = [stack for stack in _stacks(model) if stack.frozen is None]
+    stacks = [stack for stack in all_masked_stacks(model) if stack.frozen is None]
     try:
         for stack in stacks:
             stack.frozen = stack()

@@ -14,8 +14,8 @@ from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.reach import masked_targets
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed, nearest
 
 
@@ -36,7 +36,7 @@ def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
         >>> [(name, int(mask.sum())) for name, mask in named_masks(model)]
         [('weight', 10)]
     """
-    for target in masked(model):
+    for target in masked_targets(model):
         yield (f"{prefix}.{target.name}" if prefix else target.name), target.mask()
 
 
@@ -47,7 +47,7 @@ def is_sparse(model: nn.Module) -> bool:
         >>> is_sparse(nn.Linear(2, 2))
         False
     """
-    return any(any(True for _ in reading.masked_stacks(module)) for module in model.modules())
+    return bool(reading.all_masked_stacks(model))
 
 
 def penalty(model: nn.Module, targets: Any = None) -> Tensor:
@@ -68,9 +68,11 @@ def penalty(model: nn.Module, targets: Any = None) -> Tensor:
         6.0
     """
     if targets is None:  # torch.compile can follow this one
-        stacks = [s for module in model.modules() for _, s in reading.masked_stacks(module)]
+        stacks = reading.all_masked_stacks(model)
     else:
-        stacks = [site.stack() for target in masked(model, targets) for site in target.sites]
+        stacks = [
+            site.stack() for target in masked_targets(model, targets) for site in target.sites
+        ]
     sums, seen = [], set()
     for stack in stacks:
         gate = stack.mask
@@ -94,7 +96,7 @@ def mask_of(model: nn.Module, name: str) -> Tensor | None:
         >>> mask_of(sparsify(nn.Linear(2, 2), 0.5), "weight").sum().item()
         2
     """
-    return _find(masked(model), name, "masked tensor").mask()
+    return _find(masked_targets(model), name, "masked tensor").mask()
 
 
 def stored(model: nn.Module, name: str) -> Tensor:
@@ -110,16 +112,15 @@ def stored(model: nn.Module, name: str) -> Tensor:
         >>> int((stored(sparsify(nn.Linear(2, 2), 0.5), "weight") != 0).sum())
         4
     """
-    target = _find([*masked(model), *collect(model)], name, "tensor")
-    if len(target.parts) == 2:
-        parts = {p[0].attr: p[0] for p in target.parts}
+    target = _find([*masked_targets(model), *tensors_of(model)], name, "tensor")
+    if target.is_pair:
+        parts = {site.attr: site for site in target.firsts}
         joint = target.name.rpartition(".")[2]
         own = [s for attr, s in parts.items() if name.endswith(attr) and attr != joint]
         if not own or name == target.name:
             return target.stored()
-        return reading.stored(own[0].module, own[0].attr)
-    site = target.parts[0][0]
-    return reading.stored(site.module, site.attr)
+        return own[0].stored()
+    return target.firsts[0].stored()
 
 
 def deploy_masks(
@@ -160,7 +161,7 @@ def deploy_masks(
         raise TypeError("`masks` must be given, a mask by name; got None.")
     check_not_accelerated(model)
     reshard(model)
-    targets = masked(model)
+    targets = masked_targets(model)
     keys = mask_keys(targets)
     if prefix:
         start = f"{prefix}."

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse.rules.assignments import resolve
-from parasparse.sharding.dtensors import number
+from parasparse.rules.assignments import assignments
+from parasparse.sharding.dtensors import count_nonzero
 from parasparse.text import as_text, described
 
 
@@ -55,16 +55,16 @@ def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
         10
     """
     rows = []
-    for step in resolve(model, rules, pairs=pairs):
-        known = isinstance(step.result, Tensor) and not step.result.is_meta
-        kept = number(step.result) if known else None  # type: ignore[arg-type]
+    for each in assignments(model, rules, pairs=pairs):
+        known = isinstance(each.result, Tensor) and not each.result.is_meta
+        kept = count_nonzero(each.result) if known else None  # type: ignore[arg-type]
         rows.append(
             PlanRow(
-                name=step.target.name,
-                shape=tuple(step.target.stored().shape),
-                rule="every weight" if step.rule is None else described(step.rule),
-                treatment=described(step.treatment),
-                kept=None if kept is None else kept * len(step.target.parts),
+                name=each.target.name,
+                shape=tuple(each.target.stored().shape),
+                rule="every weight" if each.rule is None else described(each.rule),
+                treatment=described(each.treatment),
+                kept=None if kept is None else kept * len(each.target.components),
             )
         )
     return Plan(rows)

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from parasparse.attach import attaching, reading
+from parasparse.attach import attaching
 from parasparse.attach.pair_stack import join
 from parasparse.attach.undo import restored_on_error
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.rules.assignments import Step, resolve
+from parasparse.rules.assignments import Assignment, assignments
 from parasparse.sharding.fsdp import follow
 
 
@@ -39,38 +39,37 @@ def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
         >>> int((model.weight != 0).sum())
         10
     """
-    attach(model, resolve(model, rules, pairs=pairs))
+    apply(model, assignments(model, rules, pairs=pairs))
     return model
 
 
-def attach(model: nn.Module, steps: list[Step]) -> None:
-    """Do to `model` what `steps` say, all of them or none."""
-    with restored_on_error(site.module for step in steps for site in step.target.sites):
-        masks = [_attached(step) for step in steps]
-    for step, mask in zip(steps, masks, strict=True):
-        if isinstance(mask, Mask) and not isinstance(step.result, nn.Module):
-            mask.mask_(step.result, copy=False)
+def apply(model: nn.Module, assigned: list[Assignment]) -> None:
+    """Do to `model` what `assigned` say, all of them or none."""
+    with restored_on_error(site.module for each in assigned for site in each.target.sites):
+        masks = [_attached(each) for each in assigned]
+    for each, mask in zip(assigned, masks, strict=True):
+        if isinstance(mask, Mask) and not isinstance(each.result, nn.Module):
+            mask.mask_(each.result, copy=False)
             # A controller that wanted these has lost its masks.
             mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
     follow(model)
 
 
-def _attached(step: Step) -> nn.Module:
-    """Return what masks the tensor of `step`, hung at all its places."""
+def _attached(each: Assignment) -> nn.Module:
+    """Return what masks the tensor of `each`, hung at all its places."""
     mask: nn.Module
-    if isinstance(step.result, nn.Module):
-        mask = step.result
+    if isinstance(each.result, nn.Module):
+        mask = each.result
     else:
-        site = step.target.parts[0][0]
-        mask = step.reuse or Mask(reading.stored(site.module, site.attr))
-    for site in step.target.sites:
-        if reading.mask_module(site.module, site.attr) is None:
+        mask = each.reuse or Mask(each.target.firsts[0].stored())
+    for site in each.target.sites:
+        if site.mask_module() is None:
             attaching.attach(site.module, site.attr, mask)
         else:
             site.stack().replace_mask(mask)
-    if len(step.target.parts) > 1 and isinstance(mask, SoftMask):
+    if each.target.is_pair and isinstance(mask, SoftMask):
         # A part may be tied where the other is not: values are those of the first places.
-        real, imaginary = (part[0].stack() for part in step.target.parts)
-        for index, part in enumerate(step.target.parts):
-            join([site.stack() for site in part], index, real, imaginary)
+        real, imaginary = (first.stack() for first in each.target.firsts)
+        for index, component in enumerate(each.target.components):
+            join([site.stack() for site in component], index, real, imaginary)
     return mask

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from parasparse.attach import attaching, reading
+from parasparse.attach import attaching
 from parasparse.attach.stand_in import check_not_accelerated
 from parasparse.attach.undo import restored_on_error
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.fsdp import follow, is_sharded, reshard
-from parasparse.targets.reach import masked
+from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Site, Target
 from parasparse.verbs.writable import check_foldable
 
@@ -52,9 +52,10 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
-            values = [_values(part) for part in target.parts]  # both parts may go into each
-            for part, baked in zip(target.parts, values, strict=True):
-                _fold(part, baked)
+            with torch.no_grad():  # of all components first: each may depend on both
+                values = [[site.effective() for site in part] for part in target.components]
+            for component, masked in zip(target.components, values, strict=True):
+                _fold(component, masked)
             # A place outside the model that was given may share it: scale once only
             # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
             if isinstance(mask, Mask) and mask.mask is not None:
@@ -85,18 +86,13 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
 def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
     check_not_accelerated(model)
     reshard(model)
-    return masked(model, targets)
+    return masked_targets(model, targets)
 
 
-@torch.no_grad()
-def _values(part: tuple[Site, ...]) -> list[Tensor]:
-    return [reading.effective(site.module, site.attr) for site in part]
-
-
-def _fold(part: tuple[Site, ...], values: list[Tensor]) -> None:
-    """Make the masked values of one tensor, tied at the sites of `part`, its plain values."""
+def _fold(sites: tuple[Site, ...], values: list[Tensor]) -> None:
+    """Make the masked values of one tensor, tied at `sites`, its plain values."""
     baked: Tensor | None = None
-    for site, value in zip(part, values, strict=True):
+    for site, value in zip(sites, values, strict=True):
         stack = site.stack()
         if len(stack) == 1:
             with torch.no_grad():
@@ -104,7 +100,7 @@ def _fold(part: tuple[Site, ...], values: list[Tensor]) -> None:
             attaching.detach(site.module, site.attr)
             continue
         if baked is None:
-            tensors = reading.originals(site.module, site.attr)
+            tensors = site.originals()
             grad = any(tensor.requires_grad for tensor in tensors)
             held = isinstance(tensors[0], nn.Parameter)
             baked = nn.Parameter(value, requires_grad=grad) if held else value

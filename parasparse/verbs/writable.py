@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from parasparse.attach import reading
-from parasparse.targets.tensors import Target, collect_as_masked
+from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import listed
 
 
 def check_foldable(model: nn.Module, chosen: list[Target]) -> None:
     """Raise RuntimeError if the values of a target cannot be written back to where they are."""
     holders: dict[int, list[Target]] = {}  # of each stored tensor
-    for target in collect_as_masked(model):
+    for target in masked_tensors_of(model):
         for original in _originals(target):
             holders.setdefault(id(original), []).append(target)
     for target in chosen:
@@ -45,5 +44,5 @@ def is_writable(tensor: Tensor) -> bool:
 
 def _originals(target: Target) -> list[Tensor]:
     """Return the tensors that hold the values of `target`, each once."""
-    found = [t for site in target.sites for t in reading.originals(site.module, site.attr)]
+    found = [t for site in target.sites for t in site.originals()]
     return list({id(t): t for t in found}.values())

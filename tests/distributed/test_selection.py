@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import parasparse as ps
 from parasparse.patterns.selection.kth import highest
-from parasparse.sharding.dtensors import number
+from parasparse.sharding.dtensors import count_nonzero
 from tests.test_select import brute
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
@@ -106,7 +106,7 @@ def counts_are_of_the_whole(rank):
     values = torch.arange(15.0).view(5, 3)
     for placement in (Shard(0), Replicate()):
         (held,) = spread([values], [[placement]], mesh)
-        assert number(held > 4) == 10
+        assert count_nonzero(held > 4) == 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from parasparse.patterns.selection import sharded
 from parasparse.patterns.selection.source import (
-    Cut,
+    Scores,
     Scratch,
-    Source,
-    as_source,
+    Threshold,
+    as_scores,
     check_kind,
-    check_source,
+    check_scores,
     common_dtype,
     has_nan,
     refuse_nan,
 )
-from parasparse.sharding.dtensors import from_part, part_of
+from parasparse.sharding.dtensors import from_local, to_local
 
 _SAMPLE = 1 << 15
 
@@ -51,16 +51,16 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
         >>> highest([torch.tensor([1.0, 3.0]), torch.tensor([3.0, 2.0])], 2)
         [tensor([False,  True]), tensor([ True, False])]
     """
-    return shaped(masks_of([as_source(score) for score in scores], kept), scores)
+    return shaped(highest_masks([as_scores(score) for score in scores], kept), scores)
 
 
 def shaped(masks: Iterator[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return flat masks of the parts of `tensors` as masks of these."""
     pairs = zip(masks, tensors, strict=True)
-    return [from_part(mask.view(part_of(tensor).shape), tensor) for mask, tensor in pairs]
+    return [from_local(mask.view(to_local(tensor).shape), tensor) for mask, tensor in pairs]
 
 
-def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
+def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
     """Yield the flat masks of `highest`, each when it is asked for; of parts of spread tensors.
 
     Raises:
@@ -71,14 +71,14 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
     total = sum(source.every for source in sources)
     if kept in (0, total):
         for source in sources:
-            check_source(source)
+            check_scores(source)
             yield torch.full((source.numel,), kept > 0, device=next(source.chunks()).device)
         return
     narrow = common_dtype(sources).itemsize == 2 and total > 4 * _SAMPLE  # settled in one round
     if narrow or any(source.tensor is not None for source in sources):
-        yield from sharded.masks_of(sources, kept)
+        yield from sharded.highest_masks(sources, kept)
         return
-    cut = find_cut(sources, kept)
+    cut = find_threshold(sources, kept)
     ties = kept - cut.above
     some = ties < cut.equal  # of the equal ones stay
     wide, scratch = common_dtype(sources), Scratch()
@@ -96,7 +96,7 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
         yield mask
 
 
-def find_cut(scores: Sequence[Source], kept: int) -> Cut:
+def find_threshold(scores: Sequence[Scores], kept: int) -> Threshold:
     """Return the `kept`-th highest of all `scores`, and how many are above and equal to it.
 
     Args:
@@ -115,20 +115,20 @@ def find_cut(scores: Sequence[Source], kept: int) -> Cut:
         if rank <= upto_low:
             below = _count(scores, torch.lt, low)
             if rank > below:
-                return Cut(low, total - upto_low, upto_low - below)
+                return Threshold(low, total - upto_low, upto_low - below)
         elif rank <= upto_inside:
             value = inside.kthvalue(rank - upto_low).values
             upto_value = upto_low + int(torch.count_nonzero(inside <= value))
             equal = int(torch.count_nonzero(inside == value))
-            return Cut(value.item(), total - upto_value, equal)
+            return Threshold(value.item(), total - upto_value, equal)
         else:
             upto_high = _count(scores, torch.le, high)
             if rank <= upto_high:
-                return Cut(high, total - upto_high, upto_high - upto_inside)
+                return Threshold(high, total - upto_high, upto_high - upto_inside)
     raise AssertionError("the widest bracket holds every score")
 
 
-def _bracket(scores: Sequence[Source], share: float, sigmas: float) -> tuple[float, float]:
+def _bracket(scores: Sequence[Scores], share: float, sigmas: float) -> tuple[float, float]:
     """Return two scores that the one with `share` of all below it lies between, almost surely."""
     dtype = common_dtype(scores)
     if dtype.is_floating_point:
@@ -147,7 +147,7 @@ def _bracket(scores: Sequence[Source], share: float, sigmas: float) -> tuple[flo
     )
 
 
-def _sample(scores: Sequence[Source]) -> Tensor:
+def _sample(scores: Sequence[Scores]) -> Tensor:
     """Return about `_SAMPLE` of the scores: one of each stretch of equal length, at random."""
     total = sum(score.numel for score in scores)
     stretch = -(-total // _SAMPLE)
@@ -167,7 +167,7 @@ def _sample(scores: Sequence[Source]) -> Tensor:
     return torch.cat(found)
 
 
-def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Tensor]:
+def _between(scores: Sequence[Scores], low: float, high: float) -> tuple[int, Tensor]:
     """Return the number of scores <= `low`, and the scores between `low` and `high`."""
     count, inside, one, two = 0, [], Scratch(), Scratch()
     for source, raw in ((each, raw) for each in scores for raw in each.chunks()):
@@ -182,7 +182,7 @@ def _between(scores: Sequence[Source], low: float, high: float) -> tuple[int, Te
     return count, torch.cat(inside)
 
 
-def _count(scores: Sequence[Source], compare: Callable[..., Tensor], value: float) -> int:
+def _count(scores: Sequence[Scores], compare: Callable[..., Tensor], value: float) -> int:
     """Return the number of scores for which `compare(score, value)`."""
     chunks = _chunks(scores, common_dtype(scores))
     return sum(int(torch.count_nonzero(compare(chunk, value))) for chunk in chunks)
@@ -195,7 +195,7 @@ def _number(ones: Tensor) -> int:
     return int(ones.sum()) if exact else int(torch.count_nonzero(ones))
 
 
-def _chunks(scores: Sequence[Source], dtype: torch.dtype) -> Iterator[Tensor]:
+def _chunks(scores: Sequence[Scores], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield all scores as `dtype`."""
     for score in scores:
         for chunk in score.chunks():

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from parasparse.patterns.selection.source import (
+    Scores,
     Scratch,
-    Source,
-    check_source,
+    check_scores,
     common_dtype,
     has_nan,
 )
-from parasparse.sharding.dtensors import layout, places_in, summed
+from parasparse.sharding.dtensors import global_indices, shard_key, sum_over_shards
 
 _DIGIT = 16  # bits
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,7 +51,7 @@ class _Ordered:
         has_nan: whether the first pass saw NaN.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+    def __init__(self, source: Scores, dtype: torch.dtype) -> None:
         self.source, self.dtype, self.has_nan = source, dtype, False
         self._is_known, self._is_signless = False, True
 
@@ -69,7 +69,7 @@ class _Ordered:
         self._is_known = True
 
 
-def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
+def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
     """Yield flat bool masks of this process's parts: the `kept` highest of all `sources` together.
 
     Of equal scores the one in the earlier tensor is kept, and there the one with the lower flat
@@ -89,7 +89,7 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
     cut, below, equal = _lowest(keys, every - kept + 1, dtype.itemsize * 8)
     if int(_sum([(each.source.tensor, _count(each.has_nan)) for each in ordered])):
         for source in sources:  # on all processes, if it is on one
-            check_source(source)
+            check_scores(source)
     ties: int | None = kept - (every - below - equal)
     if ties == equal:
         ties = None
@@ -99,7 +99,7 @@ def masks_of(sources: Sequence[Source], kept: int) -> Iterator[Tensor]:
         yield mask
 
 
-def _whole(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
+def _whole(source: Scores, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
     """Return the mask of what each process holds, and how many ties are left for others.
 
     Args:
@@ -121,7 +121,7 @@ def _whole(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Ten
     return masks.mask, ties
 
 
-def _part(source: Source, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
+def _part(source: Scores, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
     """Return the mask of what this process holds; as `_whole`."""
     limit, number = source.every, 0  # entries before this place stay
     if ties == 0:
@@ -165,7 +165,7 @@ class _Filled:
         return part
 
 
-def _places(source: Source, keys: _Keys, cut: int) -> Iterator[Tensor]:
+def _places(source: Scores, keys: _Keys, cut: int) -> Iterator[Tensor]:
     """Yield where in the whole the scores lie that equal the cut."""
     start = 0
     for chunk in keys.chunks():
@@ -173,8 +173,8 @@ def _places(source: Source, keys: _Keys, cut: int) -> Iterator[Tensor]:
         start += chunk.numel()
 
 
-def _in_whole(source: Source, flat: Tensor) -> Tensor:
-    return flat if source.tensor is None else places_in(source.tensor, flat)
+def _in_whole(source: Scores, flat: Tensor) -> Tensor:
+    return flat if source.tensor is None else global_indices(source.tensor, flat)
 
 
 def _lowest(keys: Sequence[_Keys], rank: int, bits: int) -> tuple[int, int, int]:
@@ -223,9 +223,9 @@ def _sum(counts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
     """Return the sum over tensors, and over the processes that hold parts of these."""
     groups: dict[object, tuple[Tensor | None, Tensor]] = {}
     for tensor, number in counts:
-        key = layout(tensor)
+        key = shard_key(tensor)
         groups[key] = (tensor, groups[key][1] + number if key in groups else number)
-    sums = [n if tensor is None else summed(n, tensor) for tensor, n in groups.values()]
+    sums = [n if tensor is None else sum_over_shards(n, tensor) for tensor, n in groups.values()]
     return torch.stack(sums).sum(0)
 
 

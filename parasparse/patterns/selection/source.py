@@ -9,13 +9,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from parasparse.sharding.dtensors import is_spread, part_of, summed
+from parasparse.sharding.dtensors import is_dtensor, sum_over_shards, to_local
 
 _NOT_COMPARED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Scores:
     """Scores of one tensor, which may be computed each time they are wanted.
 
     Attributes:
@@ -42,7 +42,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """Where the kept scores begin.
 
     Attributes:
@@ -56,16 +56,16 @@ class Cut:
     equal: int
 
 
-def as_source(score: Tensor) -> Source:
+def as_scores(score: Tensor) -> Scores:
     """Return a tensor of scores as a source: pieces that stay in a CPU's cache."""
-    part = part_of(score)
+    part = to_local(score)
     size = chunk_size(part)
-    return Source(
+    return Scores(
         part.numel(),
         score.dtype,
         lambda: iter(part.flatten().split(size)),
         lambda places: part.flatten()[places.to(part.device)],
-        score if is_spread(score) else None,
+        score if is_dtensor(score) else None,
     )
 
 
@@ -88,7 +88,7 @@ class Scratch:
         return held if held.numel() == size else held[:size]
 
 
-def common_dtype(sources: Sequence[Source]) -> torch.dtype:
+def common_dtype(sources: Sequence[Scores]) -> torch.dtype:
     """Return a dtype to compare all scores in, without loss but for integers beside floats."""
     dtypes = {source.dtype for source in sources}
     floats = {torch.float32 if d.itemsize == 1 else d for d in dtypes if d.is_floating_point}
@@ -109,10 +109,10 @@ def check_ranked(*scores: Tensor) -> None:
         ValueError: NaN among them.
     """
     for score in scores:
-        check_source(as_source(score))
+        check_scores(as_scores(score))
 
 
-def check_source(source: Source) -> None:
+def check_scores(source: Scores) -> None:
     """Refuse scores that cannot be ranked, on all processes alike.
 
     Raises:
@@ -124,7 +124,7 @@ def check_source(source: Source) -> None:
         refuse_nan(source)
 
 
-def check_kind(source: Source) -> None:
+def check_kind(source: Scores) -> None:
     """Raise TypeError if scores are complex, or unsigned ones of more than a byte."""
     dtype = source.dtype
     if dtype.is_complex:
@@ -142,7 +142,7 @@ def has_nan(scores: Tensor) -> bool:
     return bool(wide.sum().isnan()) and bool(wide.isnan().any())
 
 
-def refuse_nan(source: Source) -> NoReturn:
+def refuse_nan(source: Scores) -> NoReturn:
     """Raise the ValueError for NaN, on all processes alike."""
     number = _on_all(source, sum(int(_isnan(chunk).sum()) for chunk in source.chunks()))
     error = ValueError(
@@ -154,11 +154,11 @@ def refuse_nan(source: Source) -> NoReturn:
     raise error
 
 
-def _on_all(source: Source, number: int) -> int:
+def _on_all(source: Scores, number: int) -> int:
     """Return the sum of `number` over the processes that hold parts of the source."""
     if source.tensor is None:
         return number
-    return int(summed(torch.tensor(number, device="cpu"), source.tensor))
+    return int(sum_over_shards(torch.tensor(number, device="cpu"), source.tensor))
 
 
 def _isnan(scores: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from parasparse.optim import check_held, momentum_of
 from parasparse.schedules import Constant, as_every
-from parasparse.sharding.dtensors import number
+from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
-from parasparse.sharding.same_draws import drawn_alike, warn_if_unknown
+from parasparse.sharding.same_draws import same_draws, warn_if_alone
 from parasparse.training.dynamic.layer import view_of
 from parasparse.training.dynamic.start import Init, check_moves, first_masks
 from parasparse.training.dynamic.update import Moves, next_masks
 from parasparse.training.dynamic.view import needs_of
 from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.verbs.dense_gradients import DenseGradients, collecting
-from parasparse.verbs.sparsify import attach
+from parasparse.verbs.sparsify import apply
 
 Move = str | Callable[..., Any]
 
@@ -102,18 +102,18 @@ class DynamicSparsity:
                 "`every` must say when updates are, so that the dense gradient is collected in the "
                 "step before; got None."
             )
-        steps, layers = first_masks(model, rules, init)
+        assigned, layers = first_masks(model, rules, init)
         self._layers = {layer.target.name: layer for layer in layers}
-        check_held(optimizer, [step.target for step in steps], even_frozen=True)
+        check_held(optimizer, [each.target for each in assigned], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
         self._is_next()  # a function that fails does so before anything has changed
-        attach(model, steps)
+        apply(model, assigned)
         for layer in layers:
             layer.module.dense_gradient = self._is_dense
             layer.module.zeroed_in_place = frozenset(map(id, layer.parameters))
             layer.zero_masked()
         self._start = copied(self._masks())
-        self.baseline_nonzero = sum(number(layer.seen_mask()) for layer in layers)
+        self.baseline_nonzero = sum(count_nonzero(layer.seen_mask()) for layer in layers)
         self._arm()
 
     def step(self) -> None:
@@ -221,8 +221,8 @@ class DynamicSparsity:
             self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
         )
         groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
-        warn_if_unknown(self.model)
-        with torch.no_grad(), drawn_alike(self.model):
+        warn_if_alone(self.model)
+        with torch.no_grad(), same_draws(self.model):
             masks, missing = next_masks(view, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
         update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
@@ -230,7 +230,7 @@ class DynamicSparsity:
         keep = not needs_of(self.moves.growth).isdisjoint({"momentum", "state"})
         for name, layer in self._layers.items():
             layer.set_mask(new[name], self.optimizer, keep_state_of_grown=keep)
-        self._missing = {name: number for name, number in missing.items() if number}
+        self._missing = {name: count for name, count in missing.items() if count}
         self.history.append(update)
 
     def _has_seen(self) -> bool:
@@ -254,7 +254,7 @@ class DynamicSparsity:
                 "weights have had no gradient yet."
             )
         finite = not any(
-            number(~_values(probe).isfinite()) for probe in probes if probe is not None
+            count_nonzero(~_values(probe).isfinite()) for probe in probes if probe is not None
         )
         return finite and not missing
 

@@ -14,7 +14,7 @@ from parasparse.masks.mask import Mask
 from parasparse.optim import momentum_of, parameters_of, zero_entries
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.patterns.units import has_units
-from parasparse.sharding.dtensors import fill_, spread_like, whole
+from parasparse.sharding.dtensors import fill_, full_tensor, laid_out_like
 from parasparse.targets.tensors import Target
 from parasparse.training.dynamic.view import Masking
 
@@ -61,12 +61,12 @@ class Layer:
         """The mask of all entries, laid out over processes as the weight is; the live one."""
         mask = self.module.mask
         assert mask is not None
-        return spread_like(mask, self.parameters[0])
+        return laid_out_like(mask, self.parameters[0])
 
     def seen_mask(self) -> Tensor:
         """Return a copy of the mask, of units where these count."""
         if has_units(self.pattern):
-            return self.pattern.pool(whole(self.mask).float()) > 0
+            return self.pattern.pool(full_tensor(self.mask).float()) > 0
         return self.mask.clone()
 
     def seen_weight(self) -> Tensor:
@@ -78,7 +78,7 @@ class Layer:
     def seen(self, parts: Sequence[Tensor]) -> Tensor:
         """Return values of the Parameters as moves get them: joined, and pooled by unit."""
         values = parts[0] if len(parts) == 1 else joined(*parts)
-        return self.pattern.pool(whole(values).abs()) if has_units(self.pattern) else values
+        return self.pattern.pool(full_tensor(values).abs()) if has_units(self.pattern) else values
 
     def of_each(self, read: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Return what `read` gives of the Parameters as moves get it; None if nothing is there."""
@@ -93,7 +93,7 @@ class Layer:
         """Return the mask of all entries that has `seen`, as moves give it."""
         if not has_units(self.pattern):
             return seen
-        return spread_like(self.pattern.spread(seen, self.mask.shape), self.mask)
+        return laid_out_like(self.pattern.spread(seen, self.mask.shape), self.mask)
 
     @torch.no_grad()
     def zero_masked(self) -> None:

@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from parasparse.patterns.selection.kth import highest
-from parasparse.sharding.dtensors import number, part_of, spread_like, summed, whole
+from parasparse.sharding.dtensors import (
+    count_nonzero,
+    full_tensor,
+    laid_out_like,
+    sum_over_shards,
+    to_local,
+)
 from parasparse.training.dynamic.view import Masking, needs
 
 
@@ -36,7 +42,7 @@ def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -
         arXiv:1907.04840, section 3.
     """
     kept = mask != 0
-    return _best(weight.detach().abs(), kept, number(kept) - _removed(masking, name))
+    return _best(weight.detach().abs(), kept, count_nonzero(kept) - _removed(masking, name))
 
 
 @needs("weights")
@@ -52,7 +58,11 @@ def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tens
     size = weight.detach().abs()
     below = torch.zeros_like(kept) if weight.is_complex() else weight < 0
     positive, negative = kept & ~below, kept & below
-    removed, positives, negatives = _removed(masking, name), number(positive), number(negative)
+    removed, positives, negatives = (
+        _removed(masking, name),
+        count_nonzero(positive),
+        count_nonzero(negative),
+    )
     of_positive = min(removed - min(removed // 2, negatives), positives)
     of_negative = removed - of_positive
     return _best(size, positive, positives - of_positive) | _best(
@@ -101,15 +111,15 @@ def momentum_neuron_growth(
 
     Differs: in sparse_learning, what a full output cannot take is lost; here others take it.
     """
-    size = whole(_momentum(masking, weight)).reshape(len(weight), -1)
-    free = ~whole(new_mask).reshape(size.shape)
+    size = full_tensor(_momentum(masking, weight)).reshape(len(weight), -1)
+    free = ~full_tensor(new_mask).reshape(size.shape)
     room = free.sum(1).tolist()
     shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
     order = torch.where(free, size, -1.0).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(size.shape[1], device=size.device).expand_as(size)
     rank = torch.empty_like(order).scatter_(1, order, places)
     grown = rank < torch.tensor(shares, device=size.device)[:, None]
-    return new_mask | spread_like(grown.view(new_mask.shape), new_mask)
+    return new_mask | laid_out_like(grown.view(new_mask.shape), new_mask)
 
 
 @needs("momentum")
@@ -130,7 +140,7 @@ def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: 
 @needs("weights")
 def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
     """Return the number of connections."""
-    return float(number(mask))
+    return float(count_nonzero(mask))
 
 
 @needs("weights")
@@ -162,7 +172,7 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
     ]
     for name, grown in zip(masking.weights, highest(scores, total_regrowth), strict=True):
         masking.masks[name] = masking.masks[name] | grown
-    return sum(number(mask) for mask in masking.masks.values())
+    return sum(count_nonzero(mask) for mask in masking.masks.values())
 
 
 def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
@@ -201,7 +211,7 @@ def shared_out(total: int, importance: list[float], room: list[int]) -> list[int
 def _draws(masking: Masking, weight: Tensor) -> Tensor:
     # All of them on each process, whose generators stand alike.
     draws = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
-    return spread_like(draws, weight)
+    return laid_out_like(draws, weight)
 
 
 def _momentum(masking: Masking, weight: Tensor) -> Tensor:
@@ -220,15 +230,15 @@ def _best(scores: Tensor, among: Tensor, kept: int) -> Tensor:
     """Return the `kept` entries of `among` with the highest scores, which are >= 0."""
     if kept <= 0:
         return torch.zeros_like(among)
-    (best,) = highest([torch.where(among, scores, -1.0)], min(kept, number(among)))
+    (best,) = highest([torch.where(among, scores, -1.0)], min(kept, count_nonzero(among)))
     return best
 
 
 def _mean(values: Tensor, mask: Tensor) -> float:
     """Return the mean of `values` where `mask` is not 0; 0 if that is nowhere."""
-    kept = number(mask)
-    inside = part_of(values)[part_of(mask) != 0].sum()
-    return float(summed(inside, values)) / kept if kept else 0.0
+    kept = count_nonzero(mask)
+    inside = to_local(values)[to_local(mask) != 0].sum()
+    return float(sum_over_shards(inside, values)) / kept if kept else 0.0
 
 
 # What a string stands for.

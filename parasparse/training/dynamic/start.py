@@ -16,18 +16,18 @@ from parasparse.masks.mask import Mask
 from parasparse.optim import keeps_momentum
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.patterns.units import has_units
-from parasparse.rules.assignments import Step, as_pairs, resolve
+from parasparse.rules.assignments import Assignment, as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import as_treatment, is_array, keep_nonzero
 from parasparse.scores.weights_alone import random
-from parasparse.sharding.dtensors import number, whole
+from parasparse.sharding.dtensors import count_nonzero, full_tensor
 from parasparse.targets.reach import group_by_rule
-from parasparse.targets.tensors import Target, collect
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import described, listed
 from parasparse.training.dynamic.layer import Layer
 from parasparse.training.dynamic.moves import GROWTH_SCORES, no_redistribution
 from parasparse.training.dynamic.update import Moves
-from parasparse.training.scaled_rules import written
+from parasparse.training.scaled_rules import as_rules
 
 _DRAWN: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -37,7 +37,7 @@ _DRAWN: dict[str, dict[str, Any]] = {
 Init = str | Mapping[str, Any]
 
 
-def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], list[Layer]]:
+def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Assignment], list[Layer]]:
     """Return the steps that give each tensor its first mask, and the layers that they make.
 
     Args:
@@ -54,22 +54,22 @@ def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Step], l
     pairs = as_pairs(rules)
     start = _start(init)
     wanted = [(spec, None if rule is None else start(rule)) for spec, rule in pairs]
-    steps = resolve(model, written(wanted), pairs=True)
-    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, collect(model))
+    assigned = assignments(model, as_rules(wanted), pairs=True)
+    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, tensors_of(model))
     patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
-    layers = [Layer(step.target, patterns[step.target.name]) for step in steps]
+    layers = [Layer(each.target, patterns[each.target.name]) for each in assigned]
     if isinstance(init, Mapping):
-        _check_names(init, [step.target.name for step in steps])
-    if not steps:
+        _check_names(init, [each.target.name for each in assigned])
+    if not assigned:
         raise ValueError("`rules` must give one tensor a mask or more; all of them are None.")
-    for step, layer in zip(steps, layers, strict=True):
-        _check(step, layer)
-        if init == "resume" and any(_is_real(mask) for mask in step.target.masks()):
+    for each, layer in zip(assigned, layers, strict=True):
+        _check(each, layer)
+        if init == "resume" and any(_is_real(mask) for mask in each.target.masks()):
             raise ValueError(
-                f'`init="resume"` must find bool masks; that of "{step.target.name}" is real. '
+                f'`init="resume"` must find bool masks; that of "{each.target.name}" is real. '
                 "`binarize` the model first."
             )
-    return steps, layers
+    return assigned, layers
 
 
 def check_moves(
@@ -156,27 +156,27 @@ def _pattern(rule: Any, name: str) -> Pattern:
     )
 
 
-def _check(step: Step, layer: Layer) -> None:
-    name = step.target.name
-    if not isinstance(step.result, Tensor) or step.result.dtype.is_floating_point:
+def _check(each: Assignment, layer: Layer) -> None:
+    name = each.target.name
+    if not isinstance(each.result, Tensor) or each.result.dtype.is_floating_point:
         raise ValueError(
             f'`rules` must give each tensor a bool mask that is set; "{name}" gets '
-            f"{described(step.treatment)}."
+            f"{described(each.treatment)}."
         )
-    if _is_parametrized(step.target):
+    if _is_parametrized(each.target):
         raise ValueError(
             f'a tensor whose mask moves must not be parametrized underneath; "{name}" is. Take '
             "that off first, or leave it out: a rule to None before this one."
         )
-    shape = step.target.stored().shape
-    mask = as_mask(step.result, shape, step.target.stored().dtype)
-    if not number(mask):
+    shape = each.target.stored().shape
+    mask = as_mask(each.result, shape, each.target.stored().dtype)
+    if not count_nonzero(mask):
         raise ValueError(
             f'`rules` must leave each tensor a connection or more; "{name}", {tuple(shape)}, would '
             "have none. Lower its sparsity."
         )
     pattern = layer.pattern
-    mask = mask if pattern is unstructured else whole(mask)
+    mask = mask if pattern is unstructured else full_tensor(mask)
     held = pattern(mask.float()) if isinstance(pattern, n_of_m) else mask
     if has_units(pattern):
         held = pattern.spread(pattern.pool(mask.float()) > 0, shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parasparse.patterns import n_of_m
 from parasparse.patterns.ranked import mask_for
-from parasparse.sharding.dtensors import number, spread_like, whole
+from parasparse.sharding.dtensors import count_nonzero, full_tensor, laid_out_like
 from parasparse.text import listed
 from parasparse.training.dynamic.moves import (
     GROWTH,
@@ -95,13 +95,13 @@ def next_masks(
     before = {name: mask.clone() for name, mask in view.masks.items()}
     pruned = _pruned(view, moves, before)
     view.masks.update({name: mask.clone() for name, mask in pruned.items()})
-    counts = {name: number(mask) for name, mask in pruned.items()}
+    counts = {name: count_nonzero(mask) for name, mask in pruned.items()}
     view.name2removed.update({n: view.name2nonzeros[n] - count for n, count in counts.items()})
     owed = sum(missing.values())
     if moves.grow_globally:
         moves.growth(view, view.total_removed + owed)
         masks = {n: _checked(view.masks[n], pruned[n], "growth", n) for n in pruned}
-        grown = sum(number(mask) for mask in masks.values()) - sum(counts.values())
+        grown = sum(count_nonzero(mask) for mask in masks.values()) - sum(counts.values())
         _check_number(grown, view.total_removed + owed, "all layers")
         return masks, {"": view.total_removed + owed - grown}
     shares = _shares(view, moves, missing, counts)
@@ -111,7 +111,7 @@ def next_masks(
             masks[name] = _grown_in_groups(view, moves, name, mask, groups[name])
             continue
         masks[name] = _grown(view, moves, name, mask, shares[name])
-        grown = number(masks[name]) - counts[name]
+        grown = count_nonzero(masks[name]) - counts[name]
         _check_number(grown, shares[name], name)
         left[name] = shares[name] - grown
     return masks, left
@@ -149,7 +149,7 @@ def _called(move: Callable[..., Any], layer: str, *arguments: Any) -> Any:
 def _importance(value: Any, name: str) -> float:
     """Return `value` as a float; what is below 0 has no importance."""
     try:
-        value = whole(value) if isinstance(value, Tensor) else value
+        value = full_tensor(value) if isinstance(value, Tensor) else value
         importance = float("nan" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
@@ -175,7 +175,7 @@ def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str,
         }
     masks = {name: _mask(new[name], mask, "prune", name) for name, mask in before.items()}
     for name, mask in masks.items():
-        if number(mask & ~before[name]):
+        if count_nonzero(mask & ~before[name]):
             raise ValueError(f'`prune` must keep a part of the mask; it adds entries to "{name}".')
     return masks
 
@@ -217,7 +217,7 @@ def _grown_in_groups(
 
 def _checked(new: Any, pruned: Tensor, argument: str, name: str) -> Tensor:
     mask = _mask(new, pruned, argument, name)
-    if number(pruned & ~mask):
+    if count_nonzero(pruned & ~mask):
         raise ValueError(f'`{argument}` must keep the mask that it gets; it drops from "{name}".')
     return mask
 
@@ -229,7 +229,7 @@ def _mask(new: Any, like: Tensor, argument: str, name: str) -> Tensor:
             f"`{argument}` must return a real or bool mask of shape {tuple(like.shape)} for "
             f'"{name}"; got {got}.'
         )
-    return spread_like(new.detach() != 0, like).to(like.device)
+    return laid_out_like(new.detach() != 0, like).to(like.device)
 
 
 def _check_number(grown: int, share: int, name: str) -> None:

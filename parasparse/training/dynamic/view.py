@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from parasparse.sharding.dtensors import number
+from parasparse.sharding.dtensors import count_nonzero
 from parasparse.text import listed
 
 Need = Literal["weights", "gradient", "momentum", "state"]
@@ -53,7 +53,7 @@ class Masking:
     name2removed: dict[str, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        kept = {name: number(mask) for name, mask in self.masks.items()}
+        kept = {name: count_nonzero(mask) for name, mask in self.masks.items()}
         zeros = {name: mask.numel() - kept[name] for name, mask in self.masks.items()}
         object.__setattr__(self, "name2nonzeros", kept)
         object.__setattr__(self, "name2zeros", zeros)
