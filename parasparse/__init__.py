@@ -23,8 +23,9 @@ from parasparse.training.gradual import GradualPruning
 from parasparse.training.tickets import LotteryTicket
 from parasparse.verbs.binarize import binarize
 from parasparse.verbs.dense_gradients import dense_gradients
+from parasparse.verbs.deploy import deploy_masks
 from parasparse.verbs.frozen import frozen
-from parasparse.verbs.masks import deploy_masks, is_sparse, mask_of, named_masks, penalty, stored
+from parasparse.verbs.masks import is_sparse, mask_of, named_masks, penalty, stored
 from parasparse.verbs.plan import plan
 from parasparse.verbs.sparsify import sparsify
 from parasparse.verbs.squash import squash, unsparsify

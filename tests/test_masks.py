@@ -77,7 +77,7 @@ def test_none_unsets_and_reset_unsets_all_others():
         ({"1": torch.ones(3, 4)}, {}, ValueError, "sparsify"),
         ({"0.bias": torch.ones(3)}, {}, ValueError, "sparsify"),
         ({"0": torch.ones(3, 4), "2": torch.ones(5)}, {}, RuntimeError, "must match the existing"),
-        ({"0": 1, "0.weight": 1}, {}, ValueError, "once"),
+        ({"0": 1, "0.weight": 0}, {}, ValueError, "once"),
         ({"0": torch.tensor(float("nan"))}, {}, ValueError, "NaN"),
         ({"0": 1}, {"prefix": "net"}, ValueError, "net"),
         (None, {}, TypeError, "masks"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from parasparse import names
 from parasparse.attach.stack import MaskedParametrizationList
 
 
@@ -20,22 +21,25 @@ def accept_dense_keys(
 ) -> None:
     """Rename in `state_dict` what others call the masked tensors of `module` (a load pre-hook).
 
-    `weight` and `weight_orig` become the stored tensor, `weight_mask` and `mask` the mask. What a
-    checkpoint that brings values says nothing of, such as the mask in a dense one, stays; but a
-    mask on the meta device, which has no values to stay, is unset where values are assigned.
+    `weight` and `weight_orig` become the stored tensor, `weight_mask` and `mask` the mask; see
+    `parasparse.names`. What a checkpoint with values does not contain, such as the mask in a dense
+    one, stays; but a mask on the meta device, which has no values, is unset where values are
+    assigned.
     """
     if not parametrize.is_parametrized(module):
         return
     stacks = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
+    used: dict[str, None] = {}
     for name, stack in stacks.items():
         if not isinstance(stack, MaskedParametrizationList):
             continue
         inside = f"{prefix}parametrizations.{name}."
         mask_key = f"{inside}{len(stack) - 1}.mask"
-        mask_names = [f"{name}_mask"] + (["mask"] if name in ("weight", "real", "imag") else [])
-        for key in mask_names:
-            if prefix + key in state_dict and not _owns(module, key):
-                state_dict[mask_key] = state_dict.pop(prefix + key)
+        for key in _mask_keys(f"{prefix}{name}"):
+            own = key.removeprefix(prefix)
+            if key in state_dict and key == prefix + own and not _owns(module, own):
+                state_dict[mask_key] = state_dict[key]
+                used[key] = None  # the other component of a pair may read it as well
         for key in (f"{prefix}{name}", f"{prefix}{name}_orig"):
             if key in state_dict:
                 value = state_dict.pop(key)
@@ -45,6 +49,13 @@ def accept_dense_keys(
                         state_dict.setdefault(own, tensor)
                     elif tensor.is_meta and local_metadata.get("assign_to_params_buffers"):
                         stack.mask.forget_(value.device)  # type: ignore[operator]
+    for key in used:
+        del state_dict[key]
+
+
+def _mask_keys(name: str) -> list[str]:
+    """Return what others may call the mask of `name`, or that of the pair it belongs to."""
+    return [key for one in (name, *dict(names.joints(name))) for key in names.mask_keys(one)]
 
 
 def _store(

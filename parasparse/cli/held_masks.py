@@ -1,4 +1,4 @@
-"""Masks that a checkpoint holds: ours, those of torch.nn.utils.prune and of cplxmodule."""
+"""The masks that a checkpoint holds, under any name that `parasparse.names` lists."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from parasparse import names
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
-from parasparse.names import PAIR_ENDINGS
-
-_STACK = re.compile(r"(?P<layer>(?:.+\.)?)parametrizations\.(?P<attr>[^.]+)\.(?P<own>.+)")
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,9 @@ class MaskedKey:
     """A masked tensor of a checkpoint.
 
     Attributes:
-        name: what it is called when it is dense.
+        name: its name when it is dense.
         weight: the key of its values.
-        mask: the key of its mask.
+        mask: the key of its mask, which broadcasts to it.
     """
 
     name: str
@@ -33,18 +31,12 @@ def masked_keys(source: Checkpoint) -> list[MaskedKey]:
     """Return the masked tensors of `source`, in its order.
 
     Raises:
-        CheckpointError: there is none; a mask has another shape; something lies under or in the
-            place of a mask that only the model can compute.
+        CheckpointError: there is none; a mask does not broadcast; only the model can compute the
+            masked tensor.
     """
-    stacks: dict[str, dict[str, str]] = {}
+    found = {name: _of_stack(name, keys) for name, keys in _stacks(source).items()}
     for key in source.infos:
-        match = _STACK.fullmatch(key)
-        if match:
-            name = match["layer"] + match["attr"]
-            stacks.setdefault(name, {})[match["own"]] = key
-    found = {name: _of_stack(name, keys) for name, keys in stacks.items()}
-    for key in source.infos:
-        for one in _foreign(key, source):
+        for one in _beside(key, source):
             found.setdefault(one.name, one)
     masked = [one for one in found.values() if one is not None]
     twice = [one.name for one in masked if one.weight != one.name and one.name in source.infos]
@@ -54,14 +46,15 @@ def masked_keys(source: Checkpoint) -> list[MaskedKey]:
         )
     if not masked:
         raise CheckpointError(
-            f'"{source.path}" must hold masks: of parasparse, of torch.nn.utils.prune or of '
-            "cplxmodule; it holds none."
+            f'"{source.path}" contains no masks that parasparse recognises, such as "weight_mask" '
+            'beside "weight_orig", "mask" beside "weight", or "parametrizations.weight.0.mask".'
         )
     for one in masked:
-        shapes = [source.infos[key].shape for key in (one.weight, one.mask)]
-        if shapes[0] != shapes[1]:
+        if not _broadcasts(one.mask, one.weight, source):
+            shapes = [source.infos[key].shape for key in (one.weight, one.mask)]
             raise CheckpointError(
-                f'the mask of "{one.name}" must have its shape, {shapes[0]}; it has {shapes[1]}.'
+                f'the mask of "{one.name}" must broadcast to its shape, {shapes[0]}; it has '
+                f"{shapes[1]}."
             )
     order = {key: number for number, key in enumerate(source.infos)}
     return sorted(masked, key=lambda one: order[one.weight])
@@ -71,41 +64,36 @@ def mask_names(source: Checkpoint) -> dict[str, str]:
     """Return the key of each mask by the name that `sparsify` takes: a tie once, a pair as one."""
     masked = {one.name: one for one in masked_keys(source)}
     first: dict[tuple[str, str], str] = {}
-    names: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, one in masked.items():
         own = (source.ties.get(one.weight, one.weight), source.ties.get(one.mask, one.mask))
         if first.setdefault(own, name) != name:
             continue
         joint, other = _pair(name, masked)
         if other is None or not _are_equal(source, one.mask, other.mask):
-            names[name] = one.mask
+            found[name] = one.mask
         else:
-            names.setdefault(joint, one.mask)
-    return names
+            found.setdefault(joint, one.mask)
+    return found
 
 
 def computed(source: Checkpoint) -> dict[str, list[str]]:
-    """Return what a model computes, by name, and the keys of what it is computed from.
+    """Return the tensors that a model computes, by name, and the keys they are computed from.
 
-    That is what lies under a mask, or under another parametrization.
+    These are the masked tensors, and those under another parametrization.
     """
-    names: dict[str, list[str]] = {}
+    found = {name: list(keys.values()) for name, keys in _stacks(source).items()}
     for key in source.infos:
-        match = _STACK.fullmatch(key)
-        if match:
-            names.setdefault(match["layer"] + match["attr"], []).append(key)
-        for one in _foreign(key, source):
-            names.setdefault(one.name, []).extend((one.weight, one.mask))
-    return names
+        for one in _beside(key, source):
+            found.setdefault(one.name, []).extend((one.weight, one.mask))
+    return found
 
 
 def _pair(name: str, masked: Mapping[str, MaskedKey]) -> tuple[str, MaskedKey | None]:
-    """Return the joint name of a pair, and its other part; none if `name` is of no pair."""
-    for endings in (*PAIR_ENDINGS, (".real", ".imag")):
-        for own, other in (endings, endings[::-1]):
-            found = masked.get(name.removesuffix(own) + other)
-            if name.endswith(own) and found is not None:
-                return name.removesuffix(own), found
+    """Return the joint name of a pair, and its other component; `name` and None if it is alone."""
+    for joint, other in names.joints(name):
+        if other in masked:
+            return joint, masked[other]
     return name, None
 
 
@@ -113,8 +101,18 @@ def _are_equal(source: Checkpoint, one: str, two: str) -> bool:
     return one == two or torch.equal(source.read(one), source.read(two))
 
 
+def _stacks(source: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return the keys of what parametrizes each tensor, by what they are called there."""
+    stacks: dict[str, dict[str, str]] = {}
+    for key in source.infos:
+        found = names.parametrized(key)
+        if found is not None:
+            stacks.setdefault(found[0], {})[found[1]] = key
+    return stacks
+
+
 def _of_stack(name: str, keys: Mapping[str, str]) -> MaskedKey | None:
-    """Return what a stack of parametrizations holds; None if no mask is in it."""
+    """Return the mask in what parametrizes `name`; None if there is none."""
     masks = [own for own in keys if re.fullmatch(r"\d+\.mask", own)]
     if "original" in keys and len(masks) == 1 and len(keys) == 2:
         return MaskedKey(name, keys["original"], keys[masks[0]])
@@ -126,17 +124,20 @@ def _of_stack(name: str, keys: Mapping[str, str]) -> MaskedKey | None:
     return None
 
 
-def _foreign(key: str, source: Checkpoint) -> list[MaskedKey]:
-    """Return what the mask `key` of another library masks; nothing if it is none."""
-    layer, _, own = key.rpartition(".")
-    dot = f"{layer}." if layer else ""
-    if own.endswith("_mask") and f"{dot}{own.removesuffix('_mask')}_orig" in source.infos:
-        name = dot + own.removesuffix("_mask")
-        return [MaskedKey(name, f"{name}_orig", key)]
-    if own != "mask":
+def _beside(key: str, source: Checkpoint) -> list[MaskedKey]:
+    """Return the tensors that `key` masks which lie beside it; nothing if it is no such mask."""
+    if not names.is_mask_key(key) or names.is_own_mask(key):
         return []
-    names = [f"{dot}weight"] if f"{dot}weight" in source.infos else []
-    names = names or [f"{dot}weight.real", f"{dot}weight.imag"]
-    shape = source.infos[key].shape
-    fits = all(n in source.infos and source.infos[n].shape == shape for n in names)
-    return [MaskedKey(name, name, key) for name in names] if fits else []
+    for name in names.masked_names(key)[:-1]:
+        stored = names.stored_keys(name, source.infos)
+        # Of torch.nn.utils.prune for certain; else a buffer may happen to be called like a mask.
+        certain = all(one.endswith("_orig") for one in stored)
+        if stored and (certain or all(_broadcasts(key, one, source) for one in stored)):
+            return [MaskedKey(names.dense_name(one), one, key) for one in stored]
+    return []
+
+
+def _broadcasts(mask: str, weight: str, source: Checkpoint) -> bool:
+    small, shape = source.infos[mask].shape, source.infos[weight].shape
+    sizes = zip(small[::-1], shape[::-1], strict=False)
+    return len(small) <= len(shape) and all(size in (1, full) for size, full in sizes)

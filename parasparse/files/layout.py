@@ -33,7 +33,11 @@ class Layout:
 
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size."""
+    """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size.
+
+    `mask` broadcasts to it.
+    """
+    mask = None if mask is None else mask.expand(tensor.shape).contiguous()
     if tensor.dim() == 0 or tensor.numel() <= _PIECE:
         yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()
         return

@@ -247,11 +247,11 @@ def _paired(entries: list[_Entry], belong: Callable[[_Entry, _Entry], bool]) -> 
 
 def _endings(site: Site) -> Iterator[tuple[str, str]]:
     """Yield how the name of the real tensor at `site` ends, and how the imaginary one's does."""
-    if isinstance(site.module, nn.ParameterDict) and site.attr == "real":
-        yield "real", "imag"
     for real, imag in PAIR_ENDINGS:
         if site.attr.endswith(real) and site.attr != real:
             yield real, imag
+        elif isinstance(site.module, nn.ParameterDict) and f".{site.attr}" == real:
+            yield real[1:], imag[1:]
 
 
 def _joints(entry: _Entry, ending: str) -> tuple[str, ...]:
