@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question. Compare ratios within one run; machines are shared."""
+"""Benchmarks, one script per question. Compare ratios within one run: machines are shared."""

@@ -1,11 +1,11 @@
-"""Run the benchmarks one after another, then put their tables into the documentation.
+"""Run the benchmarks one after another, then write their tables into the documentation.
 
     python -m benchmarks [NAME ...]
 
-Each runs in a process of its own, within a limit of time. One that fails, or runs out of time, is
-named at the end and keeps its old results; the exit code is then 1. With BENCH_QUICK=1 all is only
-tried, and nothing is written to benchmarks/results or to the documentation. What needs data, mnist
-and tickets, is not among these.
+Each benchmark runs in its own process, with a time limit. If one fails or runs out of time, its old
+results stay, its name is printed at the end, and the exit code is 1. BENCH_QUICK=1 makes a trial
+run that writes nothing to benchmarks/results or to the documentation. mnist and tickets need data
+and are not included.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import sys
 import time
 
 from benchmarks import tables
-from benchmarks._timing import QUICK
+from benchmarks.timing import QUICK
 
-# Minutes: three times what each takes on two idle cores, or more.
+# Minutes: at least three times as long as each needs on two idle cores.
 LIMITS = {
     "overhead": 20,
     "selection": 15,
@@ -38,7 +38,7 @@ LIMITS = {
 
 
 def run(name: str, limit: float) -> str | None:
-    """Run one benchmark for `limit` seconds at most; return what went wrong, if anything did."""
+    """Run one benchmark for at most `limit` seconds; return the failure, if there is one."""
     command = [sys.executable, "-u", "-m", f"benchmarks.{name}"]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
@@ -46,7 +46,7 @@ def run(name: str, limit: float) -> str | None:
         except subprocess.TimeoutExpired:
             return f"took more than {limit / 60:.0f} minutes"
         finally:
-            if process.poll() is None:  # those that it started go with it
+            if process.poll() is None:  # with the processes that it started
                 os.killpg(process.pid, signal.SIGKILL)
     return f"ended with exit code {code}" if code else None
 

@@ -1,12 +1,12 @@
-"""Equal blocks, each compiled by itself: how long does the first step take, and how many frames?
+"""Equal blocks, compiled one by one: how long does the first step take, and how many frames?
 
     python -m benchmarks.blocks
 
-`block.compile()` on 6 and on 12 residual blocks of two linear layers, with 90 % of their weights
-masked; then the first forward and backward, with empty caches. Blocks whose layers share their
-classes share one compiled frame. A stock parametrization makes a class for each layer, so that each
-block is compiled anew, up to torch's limit for one function (8); the blocks past it run without.
-Where the limit was reached, the time is that of compiling fewer blocks.
+`block.compile()` on 6 and on 12 residual blocks of two linear layers, with 90% of their weights
+masked, then the first forward and backward, with empty caches. Blocks whose layers share their
+classes share one compiled frame. A stock parametrization makes a class for each layer, so each
+block is compiled again, up to torch's limit for one function (8). Blocks beyond it run uncompiled,
+so the time is that of compiling fewer blocks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.ao.pruning import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
 import parasparse as ps
-from benchmarks._timing import Timing, compare, elapsed, own, show, write
-from benchmarks.overhead import Where
+from benchmarks.networks import Where
+from benchmarks.timing import Timing, compare, elapsed, own, show, write
 
 SIZE = 256
 
 
 class Block(nn.Module):
-    """The feed-forward half of a layer of a transformer."""
+    """The feed-forward half of a transformer layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def blocks(number: int, way: str) -> nn.Sequential:
 
 
 def first_step(number: int, way: str, backend: str) -> tuple[float, int, bool]:
-    """Return its milliseconds, the frames compiled, and whether the limit was reached."""
+    """Return the milliseconds, the number of compiled frames, and whether the limit was reached."""
     model, x = blocks(number, way), torch.randn(2, 16, SIZE, requires_grad=True)
     expected = model(x).detach()
     torch._dynamo.reset()
@@ -95,7 +95,7 @@ def first_step(number: int, way: str, backend: str) -> tuple[float, int, bool]:
 def first_steps(
     number: int, backend: str
 ) -> tuple[dict[str, Timing], dict[str, int], dict[str, bool]]:
-    """Return, for each way, what `first_step` does."""
+    """Return the results of `first_step` for each way."""
     frames, limits = {}, {}
 
     def step(way: str) -> float:
@@ -111,7 +111,7 @@ def main() -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     results, frames, limits = {}, {}, {}
     for backend in ("aot_eager", "inductor") if compiler else ("aot_eager",):
-        first_step(1, "dense", backend)  # what starts once in a process
+        first_step(1, "dense", backend)  # starts everything that starts once per process
         for number in (6, 12):
             question = f"{backend}, {number} blocks"
             results[question], frames[question], limits[question] = first_steps(number, backend)

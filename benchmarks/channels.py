@@ -1,13 +1,13 @@
-"""What do whole channels save, next to a library that takes channels out of the network?
+"""What do whole channels save, compared with a library that removes them from the network?
 
     python -m benchmarks.channels
 
 The same share of the output channels of every layer but the last, by 2-norm. Torch-Pruning
-(`pip install torch-pruning`) builds a smaller network: what a channel feeds goes with it, in the
-activations, in batch norm and in the weights of the next layers, and layers that are added up lose
-the same channels. parasparse ranks each layer by itself and changes no shape: its zeros are skipped
-layer by layer, outputs are as wide as before, and the next layers still hold weights for what is
-gone. So less is left of Torch-Pruning's network, and more than the share of channels says.
+(`pip install torch-pruning`) builds a smaller network: a channel is removed with everything that it
+feeds, in activations, batch norm and the weights of the next layers, and layers that are added up
+lose the same channels. parasparse ranks each layer separately and doesn't change shapes: zeros are
+skipped layer by layer, outputs stay as wide, and the next layers keep the weights of removed
+channels. So less is left of Torch-Pruning's network, and more than the share of channels says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import parasparse as ps
-from benchmarks._timing import compare, show, write
+from benchmarks.timing import compare, show, write
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 
@@ -36,7 +36,7 @@ def perceptron() -> nn.Module:
     )
 
 
-# How it is made, its last layer, the shape of one sample.
+# A function that makes the network, its last layer, the shape of one sample.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "ResNet-18": (lambda: resnet18(weights=None), "fc", (3, 224, 224)),
     "MLP, 2 x 4096": (perceptron, "4", (1024,)),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks._timing import compare, show, write
+from benchmarks.timing import compare, show, write
 from parasparse.cli.main import main
 
 TENSORS, SIDE = 16, 4096  # 64 MiB each, 1 GiB

@@ -2,7 +2,7 @@
 
     python -m benchmarks.dynamics
 
-An update every 100 steps: 99 steps without and one with it, against the same masks left alone.
+One update in 100 steps, compared with the same masks left unchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import parasparse as ps
-from benchmarks._timing import Timing, compare, show, threads, write
-from benchmarks.overhead import Recurrent
+from benchmarks.networks import Recurrent
+from benchmarks.timing import Timing, compare, show, threads, write
 
 EVERY = 100
 Results = Iterator[tuple[str, dict[str, Timing]]]
@@ -55,7 +55,7 @@ NEVER = 10**9
 
 
 def training(model: nn.Module, x: Tensor, made: Any = None) -> Callable[[], None]:
-    """Return a training step of `model`, with an optimizer of its own."""
+    """Return a training step of `model`, with its own optimizer."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     controller = None if made is None else made(model, optimizer)
@@ -71,7 +71,7 @@ def training(model: nn.Module, x: Tensor, made: Any = None) -> Callable[[], None
 
 
 def steps(model: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
-    """Return a step under static masks, a dense one, and two of each controller."""
+    """Return a step with static masks, a dense step, and two steps of each controller."""
 
     def fixed(model: nn.Module, _: object) -> None:
         ps.sparsify(model, 0.9)
@@ -86,7 +86,7 @@ def steps(model: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
 
 
 def amortised(timings: dict[str, Timing]) -> dict[str, float]:
-    """Return the time of a step on average, over one with the masks alone."""
+    """Return the average time of a step, relative to a step with unchanged masks."""
     return {
         name: ((EVERY - 1) * timings[f"{name}, between"].ratio + timings[f"{name}, update"].ratio)
         / EVERY
@@ -104,7 +104,7 @@ def topk(weights: Tensor, k: int) -> object:
 
 
 def updates() -> Results:
-    """One update of ResNet-18's 11 M weights, against one topk over as many."""
+    """One update of ResNet-18's 11 M weights, compared with one topk of as many weights."""
     for number in (1, 2):
         model = resnet18(weights=None)
         weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])
@@ -125,7 +125,7 @@ def updates() -> Results:
 
 
 def _update(controller: Any) -> Callable[[], None]:
-    """Return an update of masks that has the dense gradient of one backward pass."""
+    """Return a mask update that uses the dense gradient of one backward pass."""
     gradients = getattr(controller, "_gradients", None)
 
     def update() -> None:

@@ -1,4 +1,4 @@
-"""How good is a LeNet with 5 % of its weights, by sparse momentum, next to the dense one?
+"""How good is a LeNet with 5% of its weights, trained by sparse momentum, and a dense one?
 
     python -m benchmarks.mnist FOLDER
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks._timing import write_content
+from benchmarks.timing import write_content
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist_sparse_momentum.py"
 THREE, FOUR = range(17, 20), range(17, 21)

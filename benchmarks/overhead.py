@@ -1,10 +1,10 @@
-"""What do masks cost, against dense weights and against other ways to mask?
+"""What do masks cost, compared with dense weights and with other ways to mask?
 
     python -m benchmarks.overhead [weights] [networks] [reading]
 
-Peers: torch.nn.utils.prune and torch.ao.pruning's FakeSparsity store float masks (4 bytes an entry)
-and multiply, so that NaN stays NaN; stock parametrizations with `where`, and with a product, of a
-bool mask.
+Peers: torch.nn.utils.prune and the FakeSparsity of torch.ao.pruning store float masks, 4 bytes per
+entry, and multiply, so NaN stays NaN. Stock parametrizations use `where`, or a product, with a bool
+mask.
 """
 
 from __future__ import annotations
@@ -21,25 +21,15 @@ from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18, vit_b_16
 
 import parasparse as ps
-from benchmarks._timing import Timing, compare, show, threads, write
+from benchmarks.networks import Recurrent, Where
+from benchmarks.timing import Timing, compare, show, threads, write
 
 Read = Callable[[], Tensor]
 Results = Iterator[tuple[str, dict[str, Timing]]]
 
 
-class Where(nn.Module):
-    """The plain way to select by a bool mask."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0.0)
-
-
 class Product(Where):
-    """The plain way to multiply with a bool mask."""
+    """The usual parametrization for a bool mask: a product."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.mask * weight
@@ -53,11 +43,11 @@ def linear(size: int) -> tuple[nn.Linear, Tensor]:
 
 
 def peers(layer: nn.Linear, mask: Tensor) -> dict[str, tuple[Read, nn.Parameter]]:
-    """Return how each peer reads the masked weight of `layer`, and the Parameter it reads."""
+    """Return for each peer a function that reads the masked weight, and the stored Parameter."""
     found: dict[str, tuple[Read, nn.Parameter]] = {}
     pruned = copy.deepcopy(layer)
     prune.custom_from_mask(pruned, "weight", mask)
-    (hook,) = pruned._forward_pre_hooks.values()  # each forward computes the weight anew in it
+    (hook,) = pruned._forward_pre_hooks.values()  # each forward computes the weight in it
 
     def by_prune() -> Tensor:
         hook(pruned, None)
@@ -77,7 +67,7 @@ def peers(layer: nn.Linear, mask: Tensor) -> dict[str, tuple[Read, nn.Parameter]
 
 
 def weights() -> Results:
-    """A read of one weight, forward alone and with backward, against a plain copy."""
+    """Read one weight, forward only and with backward, compared with a plain copy."""
     for exponent, repeats in ((18, 200), (20, 60), (24, 15)):
         layer, mask = linear(1 << exponent)
         grad = torch.randn_like(layer.weight)
@@ -97,7 +87,7 @@ def weights() -> Results:
 
 
 def reading() -> Results:
-    """A read of a small weight, against the bare operation on the bare tensors."""
+    """Read a small weight, compared with the operation on plain tensors."""
     layer, mask = linear(64 * 64)
     weight, floats = layer.weight, mask.float()
     reads = {
@@ -114,20 +104,8 @@ def reading() -> Results:
             yield "reading one 64 x 64 weight, evaluation", compare(more, repeats=5_000)
 
 
-class Recurrent(nn.Module):
-    """Two layers of LSTM and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(256, 512, num_layers=2, batch_first=True)
-        self.head = nn.Linear(512, 100)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0])
-
-
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return one training step."""
+    """Return a function that does one training step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
 
     def run() -> None:
@@ -139,7 +117,7 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def networks() -> Results:
-    """Whole networks at 90 %: evaluation with 1 and 8 samples, a training step with 8."""
+    """Networks at 90%: evaluation with 1 and 8 samples, and a training step with 8."""
     models = {
         "ResNet-18": (lambda: resnet18(weights=None), (3, 224, 224), 9),
         "ViT-B/16": (lambda: vit_b_16(weights=None), (3, 224, 224), 5),
@@ -158,7 +136,7 @@ def networks() -> Results:
                     x = torch.randn(batch, *shape)
                     question = f"{where}, evaluation, batch {batch}"
                     pair = {"dense": partial(dense, x), "masked": partial(masked, x)}
-                    # By itself: what `masked` allocates takes the caches from whoever is next.
+                    # Separately, because memory that `masked` allocates evicts the caches.
                     others = {
                         "dense": partial(dense, x),
                         "masked, frozen": partial(frozen, x),
@@ -183,7 +161,7 @@ def main(asked: list[str]) -> None:
         for question, timings in QUESTIONS[name]():
             show(question, timings)
             results[question] = timings
-    if not asked:  # a part alone replaces nothing
+    if not asked:  # a single part replaces no results
         write("overhead", results)
 
 

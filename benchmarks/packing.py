@@ -1,8 +1,8 @@
-"""Packed state dicts: how many bytes, and how fast beside `torch.save`?
+"""Packed state dicts: how many bytes, and how fast compared with `torch.save`?
 
     python -m benchmarks.packing
 
-Sizes are those of the files, as ratios to the file that torch.save writes of the dense state.
+Sizes are ratios to the file that torch.save writes for the dense state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks._timing import compare, show, threads, write
+from benchmarks.timing import compare, show, threads, write
 from parasparse.checkpoints.packed import load_packed, save
 from parasparse.files.packing import pack, unpack
 

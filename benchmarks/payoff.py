@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50, vit_b_16
 
 import parasparse as ps
-from benchmarks._timing import Timing, compare, show, threads, write
+from benchmarks.timing import Timing, compare, show, threads, write
 from parasparse.acceleration import measure
 from parasparse.acceleration.formats.format import FORMATS, Format, formats_of
 from parasparse.acceleration.installing import installed, stored_or_masked
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention to what was there, and two linear layers."""
+    """Attention to earlier tokens, and two linear layers."""
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Two layers of LSTM."""
+    """A two-layer LSTM."""
 
     def __init__(self, size: int = 1024) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class LanguageModel(nn.Module):
 
 
 def networks() -> Results:
-    """Whole networks, one sample; every weight but those of embeddings."""
+    """Networks with one sample; every weight except embeddings."""
     models = {
         "ViT-B/16": (lambda: vit_b_16(weights=None), torch.randn(1, 3, 224, 224), 11),
         "decoder, 8 tokens": (Decoder, torch.randint(1000, (1,)), 15),
@@ -185,7 +185,7 @@ def dense_and_raw(weight: Tensor, use: Use) -> tuple[float, float]:
 
 
 def convolved(made: Format, x: Tensor, weight: Tensor, use: Use) -> Tensor:
-    """Return W @ patches, as short as it can be written."""
+    """Return W @ patches in the shortest form."""
     _, stride, padding, dilation, _ = use.more
     if weight.shape[2:] == (1, 1):
         patches = x[:, :, :: stride[0], :: stride[1]].flatten(2)[0]
@@ -195,7 +195,7 @@ def convolved(made: Format, x: Tensor, weight: Tensor, use: Use) -> Tensor:
 
 
 def agrees(dense: nn.Module, fast: nn.Module, x: Tensor) -> None:
-    """Check that both give the same, within what another order of sums explains."""
+    """Check that the outputs are equal, up to the order of sums."""
     torch.testing.assert_close(fast(x), dense(x), rtol=1e-3, atol=1e-4)
 
 

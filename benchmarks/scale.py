@@ -1,10 +1,10 @@
-"""Global magnitude masks for 90 % of a large bf16 model: does cost stay linear, memory small?
+"""Global magnitude masks at 90% of a large bf16 model: is the cost linear, the memory small?
 
     python -m benchmarks.scale
 
 Time is compared with one pass of an allocating `abs` over the weights, layer by layer, in the same
-run. Memory is the growth of a fresh process's peak over its size with the model in place, in bytes
-a weight: the masks themselves are 1.
+run. Memory is the growth of the peak of a fresh process, beyond its size with the model, in bytes
+per weight. The masks alone are 1 byte per weight.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from benchmarks._timing import compare, show, threads, write
-from benchmarks.selection import peak
+from benchmarks.memory import peak
+from benchmarks.timing import compare, show, threads, write
 
 RULES = ps.Prune(0.9, scope="global")
 # Width and number of square layers.
@@ -25,7 +25,7 @@ SIZES = {"10 M": (800, 16), "100 M": (2048, 24), "1 B": (4096, 60)}
 
 
 def made(size: str) -> nn.Module:
-    """Return a model in bf16, with weights as a fresh one has them."""
+    """Return a freshly initialized model in bf16."""
     width, layers = SIZES[size]
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def made(size: str) -> nn.Module:
 
 
 def measure_memory(size: str) -> float:
-    """Return the bytes a weight that `sparsify` takes, in this process, which must be new."""
+    """Return the bytes per weight that `sparsify` needs, measured in this fresh process."""
     ps.sparsify(nn.Linear(600, 600, dtype=torch.bfloat16), RULES)  # loads what the first use loads
     model = made(size)
     before = peak()
@@ -46,7 +46,7 @@ def measure_memory(size: str) -> float:
 
 
 def memory(size: str) -> float:
-    """Return the same, measured in a process of its own."""
+    """Return the same, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.scale", size]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)

@@ -1,26 +1,25 @@
-"""Global magnitude masks for 90 %: how long, how much memory, and does the cost stay linear?
+"""Global magnitude masks at 90%: time, memory, and whether the cost stays linear.
 
     python -m benchmarks.selection
 
-Memory is the growth of a fresh process's peak over its size with the weights in place, in bytes a
-weight. All but torch.nn.utils.prune build bool masks; it builds float ones, and masked weights.
+Memory is the growth of the peak of a fresh process, beyond its size with the weights, in bytes per
+weight. torch.nn.utils.prune builds float masks and masked weights, and the others bool masks.
 """
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import parasparse as ps
-from benchmarks._timing import compare, show, threads, write
+from benchmarks.memory import peak
+from benchmarks.timing import compare, show, threads, write
 
 Weights = dict[str, Tensor]
 SPARSITY = 0.9
@@ -60,23 +59,14 @@ PEERS: dict[str, Callable[[Weights], list[Tensor]]] = {
 
 
 def draw(total: int) -> Weights:
-    """Return twenty tensors of `total` weights together."""
+    """Return twenty tensors with `total` weights altogether."""
     generator = torch.Generator().manual_seed(0)
     return {f"w{i}": torch.empty(total // 20).normal_(generator=generator) for i in range(20)}
 
 
-def peak() -> int:
-    """Return the most bytes that this process has had."""
-    status = Path("/proc/self/status")
-    if not status.exists():  # `ru_maxrss` counts the parent's, too, on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def measure_memory(name: str, total: int) -> float:
-    """Return the bytes a weight that `name` takes, measured in this process, which must be new."""
-    PEERS[name](draw(20_000))  # what is loaded at first use
+    """Return the bytes per weight that `name` needs, measured in this fresh process."""
+    PEERS[name](draw(20_000))  # loads everything that the first use loads
     weights = draw(total)
     before = peak()
     masks = PEERS[name](weights)
@@ -85,7 +75,7 @@ def measure_memory(name: str, total: int) -> float:
 
 
 def memory(name: str, total: int) -> float:
-    """Return the same, measured in a process of its own."""
+    """Return the same, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.selection", name, str(total)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)

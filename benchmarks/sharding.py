@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import parasparse as ps
-from benchmarks._timing import write_content
+from benchmarks.timing import write_content
 
 WIDTH, LAYERS = 3200, 20
 

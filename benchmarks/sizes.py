@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18
 
 import parasparse as ps
-from benchmarks._timing import compare, show, write
+from benchmarks.timing import compare, show, write
 
 Sizes = dict[str, int]
 State = dict[str, Any]

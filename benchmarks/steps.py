@@ -1,9 +1,9 @@
-"""What does a step of dynamic training cost, next to float masks that are multiplied in place?
+"""What does a step of dynamic training cost, compared with float masks multiplied in place?
 
     python -m benchmarks.steps
 
-The least that anybody does who trains with masks by hand: a dense network, whose weights are
-multiplied by float masks after each step of the optimizer. Processor time of 40 steps without an
+The baseline is the least that a program written by hand does: it multiplies the weights of a dense
+network by float masks after each step of the optimizer. Processor time of 40 steps without an
 update of the masks, one thread.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import parasparse as ps
-from benchmarks._timing import HERE, compare, own, show, threads, write
+from benchmarks.timing import HERE, compare, own, show, threads, write
 
 SPARSITY, BATCH, STEPS, NEVER = 0.95, 100, 40, 10**9
 NETWORKS = runpy.run_path(str(HERE.parent / "examples" / "lenets.py"))["MODELS"]

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import parasparse as ps
-from benchmarks._timing import write_content
+from benchmarks.timing import write_content
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from data import mnist

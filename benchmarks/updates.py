@@ -1,14 +1,13 @@
-"""How long does it take to choose a network's masks, and to choose them anew?
+"""How long does it take to compute all masks of a network, and to compute them again?
 
     python -m benchmarks.updates
 
-90 % of the weights of ResNet-18 by magnitude, each tensor alone (local) and all together (global).
-*Fresh* is on a network without masks, *again* on one that has them. What *again* means differs:
-parasparse ranks all that is stored, so that dropped entries can come back. torch.nn.utils.prune
-prunes 90 % of the tenth that is left. WeightNormSparsifier ranks all entries, dropped ones as 0.
-
-torch.ao.pruning makes masks for two dimensions, so against it the weights are those of linear
-layers: ResNet-18's as matrices. There masks agree entry by entry, which is checked.
+90% of the weights of ResNet-18 by magnitude, in each tensor (local) or in all together (global).
+*Fresh* is a network without masks, *again* one that has masks. *Again* does not mean the same
+everywhere: parasparse ranks all stored weights, so dropped entries can come back.
+torch.nn.utils.prune prunes 90% of the remaining tenth. WeightNormSparsifier ranks all entries,
+dropped ones as 0. torch.ao.pruning makes masks only in two dimensions, so in that comparison the
+weights of ResNet-18 are matrices of linear layers. It also checks that the masks are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.nn.utils import prune
 from torchvision.models import resnet18
 
 import parasparse as ps
-from benchmarks._timing import Timing, after, compare, own, show, threads, write
+from benchmarks.timing import Timing, after, compare, own, show, threads, write
 
 SPARSITY = 0.9
 Results = Iterator[tuple[str, dict[str, Timing]]]

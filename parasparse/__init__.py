@@ -2,6 +2,7 @@
 
 from parasparse import distributed, distributions, gates, optim, patterns, schedules, scores
 from parasparse.acceleration.accelerate import accelerate, accelerated, restore
+from parasparse.acceleration.table import Acceleration, AccelerationRow
 from parasparse.checkpoints.binarized import binarize_masks
 from parasparse.checkpoints.dense import dense_state_dict
 from parasparse.checkpoints.loading import load_state_dict
@@ -12,40 +13,55 @@ from parasparse.files.packing import Packed, pack, unpack
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.report.plot import plot
-from parasparse.report.summary import summary
+from parasparse.report.summary import Summary, SummaryRow, summary
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import Fixed, Gate
+from parasparse.rules.types import Rules
+from parasparse.scores.statistics import Statistics
 from parasparse.training.continuous import ContinuousSparsification
 from parasparse.training.dynamic import moves
 from parasparse.training.dynamic.controller import DynamicSparsity
 from parasparse.training.dynamic.methods import rigl, sparse_evolutionary_training, sparse_momentum
+from parasparse.training.dynamic.view import Masking
 from parasparse.training.gradual import GradualPruning
+from parasparse.training.history import Update
 from parasparse.training.tickets import LotteryTicket
 from parasparse.verbs.binarize import binarize
-from parasparse.verbs.dense_gradients import dense_gradients
+from parasparse.verbs.dense_gradients import DenseGradients, dense_gradients
 from parasparse.verbs.deploy import deploy_masks
 from parasparse.verbs.frozen import frozen
 from parasparse.verbs.masks import is_sparse, mask_of, named_masks, penalty, stored
-from parasparse.verbs.plan import plan
+from parasparse.verbs.plan import Plan, PlanRow, plan
 from parasparse.verbs.sparsify import sparsify
 from parasparse.verbs.squash import squash, unsparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
+    "AccelerationRow",
     "BaseDataSparsifier",
     "ContinuousSparsification",
     "DataNormSparsifier",
     "DataPruner",
+    "DenseGradients",
     "DynamicSparsity",
     "Fixed",
     "Gate",
     "GradualPruning",
     "LotteryTicket",
     "Mask",
+    "Masking",
     "Packed",
+    "Plan",
+    "PlanRow",
     "Prune",
+    "Rules",
     "SoftMask",
+    "Statistics",
+    "Summary",
+    "SummaryRow",
+    "Update",
     "accelerate",
     "accelerated",
     "binarize",

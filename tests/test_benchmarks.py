@@ -1,4 +1,4 @@
-"""The tables of the documentation show what the benchmarks found, and all of it."""
+"""The tables and charts of the documentation show all results of the benchmarks, and no others."""
 
 import copy
 import json
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import benchmarks.__main__ as runner
-from benchmarks import _timing, tables
-from benchmarks._losses import COMPARED, Compared, losses, quotients
-from benchmarks._markdown import machine, significant, table
+from benchmarks import tables, timing
+from benchmarks.tables import charts
+from benchmarks.tables.losses import COMPARED, Compared, losses, quotients
+from benchmarks.tables.markdown import machine, significant, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -23,6 +24,13 @@ MEASURED = sorted({name.partition(".")[0] for name in tables.TABLES} & RESULTS.k
 def test_a_page_is_in_step_with_the_results(page):
     text = page.read_text()
     assert tables.filled(text, RESULTS) == text, "run: python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("name", charts.CHARTS)
+def test_a_chart_is_in_step_with_the_results(name):
+    path = ROOT / "docs" / "images" / f"{name}.svg"
+    assert charts.is_current(path, RESULTS), "run: python -m benchmarks.tables"
+    assert not charts.is_current(path, {})
 
 
 def leaves(content, path=()):
@@ -90,13 +98,13 @@ def test_what_is_slower_by_more_than_noise_is_listed():
     timing = {"dense": {"ratio": 1.0}, "masked": {"ratio": 1.5}}
     content = {"results": {"one": timing, "two": {**timing, "masked": {"ratio": 1.01}}}}
     text = losses({"overhead": content})
-    assert "| dense | 1 of 2 | 1.50 | one |" in text
+    assert "| networks with masks | 1.50 | dense | 1 of 2 | one |" in text
     assert len(text.splitlines()) == 3
 
 
 def test_a_loss_in_bytes_is_listed():
     text = losses({"channels": {"bytes": {"all": {"Torch-Pruning": 2, "parasparse": 6}}}})
-    assert "| whole channels, bytes | Torch-Pruning | 1 of 1 | 3.00 | all |" in text
+    assert "| whole channels, bytes | 3.00 | Torch-Pruning | 1 of 1 | all |" in text
 
 
 @pytest.mark.parametrize("compared", COMPARED, ids=lambda c: f"{c.what} in {c.key}")
@@ -137,6 +145,9 @@ def test_check_says_which_page_is_out_of_step(tmp_path, monkeypatch, capsys):
     assert "page.md is out of step" in capsys.readouterr().out
     assert page.read_text() == old
     assert tables.main([]) == 0
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
+        "payoff.svg", "performance.svg",
+    ]  # fmt: skip
     assert page.read_text() != old
     assert page.read_text().startswith("a\n")
     assert page.read_text().endswith("\n\nb\n")
@@ -174,28 +185,35 @@ def test_the_runner_says_what_went_wrong():
 
 def test_the_runner_knows_every_benchmark():
     scripts = {p.stem for p in (ROOT / "benchmarks").glob("[!_]*.py")}
-    assert runner.LIMITS.keys() == scripts - {"tables", "mnist", "tickets"}
+    shared = {"timing", "networks", "memory"}
+    assert runner.LIMITS.keys() == scripts - shared - {"mnist", "tickets"}
+
+
+def test_no_benchmark_imports_another():
+    for path in (ROOT / "benchmarks").glob("[!_]*.py"):
+        imported = re.findall(r"^from benchmarks\.?(\w*) import", path.read_text(), re.MULTILINE)
+        assert set(imported) <= {"timing", "networks", "memory"}, path.name
 
 
 def test_timings_are_of_interleaved_calls_and_ratios_are_paired():
     calls = []
     functions = {"one": lambda: calls.append(1) or 2.0, "two": lambda: calls.append(2) or 3.0}
-    found = _timing.compare(functions, repeats=4, warm_up=0, clock=_timing.own)
+    found = timing.compare(functions, repeats=4, warm_up=0, clock=timing.own)
     assert calls == [1, 2] * 4
     assert (found["one"].ratio, found["two"].ratio, found["two"].median) == (1.0, 1.5, 3.0)
 
 
 def test_what_is_prepared_is_not_timed():
     prepared = []
-    call = _timing.after(lambda: prepared.append(1) or "x", lambda it: prepared.append(it))
+    call = timing.after(lambda: prepared.append(1) or "x", lambda it: prepared.append(it))
     assert call() >= 0
     assert prepared == [1, "x"]
 
 
 def test_results_are_json_with_their_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(_timing, "RESULTS", tmp_path)
-    monkeypatch.setattr(_timing, "HERE", tmp_path / "benchmarks")
-    _timing.write("some", {"q": {"a": _timing.Timing(1, 1, 1, 1)}}, more=[1])
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "HERE", tmp_path / "benchmarks")
+    timing.write("some", {"q": {"a": timing.Timing(1, 1, 1, 1)}}, more=[1])
     content = json.loads((tmp_path / "some.json").read_text())
     assert content["machine"]["torch"]
     assert content["more"] == [1]

@@ -122,8 +122,8 @@ ROWS = {
     "a masked entry is 0 where the stored one is NaN or inf": masks_nan,
     "`torch.compile(fullgraph=True)`": compiles,
     "complex weights": masks_complex,
-    "a tied weight is masked at every place": masks_every_place,
-    "a mask takes 1 byte an entry": stores_a_byte,
+    "a tied weight is masked everywhere it is used": masks_every_place,
+    "a mask takes 1 byte per entry": stores_a_byte,
 }
 
 

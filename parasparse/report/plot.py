@@ -13,7 +13,7 @@ from parasparse.report.labels import labels
 from parasparse.report.numbers import cells_of, histogram_of, kept_by
 from parasparse.scores.weights_alone import Score
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked_targets
+from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Target
 from parasparse.text import listed
 from parasparse.training.history import Update
@@ -33,7 +33,7 @@ def plot(
     subject: Any,
     *,
     kind: str | None = None,
-    targets: Any = None,
+    targets: Specs | None = None,
     score: Score | None = None,
     accuracy: Mapping[int, float] | None = None,
 ) -> Figure:

@@ -17,7 +17,8 @@ from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.patterns import unstructured
 from parasparse.rules.prune import Prune
-from parasparse.rules.treatments import Fixed, Treatment, as_treatment, is_array, keep_nonzero
+from parasparse.rules.treatments import Fixed, as_treatment, is_array, keep_nonzero
+from parasparse.rules.types import Rules, Treatment
 from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
 from parasparse.sharding.fsdp import is_sharded, reshard
 from parasparse.sharding.same_draws import same_draws
@@ -54,7 +55,7 @@ def _treatment(spec: Spec | None, treatment: Any) -> Any:
         raise
 
 
-def assignments(model: nn.Module, rules: Any, *, pairs: bool) -> list[Assignment]:
+def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> list[Assignment]:
     """Return an assignment for each tensor of `model` that `rules` change.
 
     Raises:
@@ -86,7 +87,7 @@ def assignments(model: nn.Module, rules: Any, *, pairs: bool) -> list[Assignment
     return assigned
 
 
-def as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
+def as_pairs(rules: Rules) -> list[tuple[Spec | None, Any]]:
     """Return `rules` as (target, treatment); the target of a treatment alone is None."""
     if is_array(rules) and not _are_pairs(rules):
         raise TypeError(
@@ -104,7 +105,7 @@ def as_pairs(rules: Any) -> list[tuple[Spec | None, Any]]:
     return pairs
 
 
-def _are_pairs(rules: Any) -> bool:
+def _are_pairs(rules: Rules) -> bool:
     return isinstance(rules, (list, tuple)) and all(
         isinstance(pair, tuple) and len(pair) == 2 for pair in rules
     )

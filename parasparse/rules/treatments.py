@@ -19,9 +19,8 @@ from parasparse import gates
 from parasparse.counts import check_sparsity
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.prune import Prune
+from parasparse.rules.types import Treatment
 from parasparse.text import described
-
-Treatment = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

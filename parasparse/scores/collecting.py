@@ -19,14 +19,14 @@ from parasparse.masks.mask import Mask
 from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
-from parasparse.targets.reach import is_weight, reaches
+from parasparse.targets.reach import Specs, as_list, is_weight, reaches
 from parasparse.targets.tensors import Target
 from parasparse.targets.tensors import tensors_of as tensors_of
 from parasparse.text import listed
 
 
 @contextmanager
-def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
+def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statistics]:
     """Watch the forward and backward passes in the block; yield what scores need of them.
 
     Gradients are those of the weights as the modules see them, masked entries included as long as
@@ -79,11 +79,11 @@ def collect(model: nn.Module, targets: Any = None) -> Iterator[Statistics]:
 _watched: WeakSet[nn.Module] = WeakSet()
 
 
-def _chosen(model: nn.Module, targets: Any) -> list[Target]:
+def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
     """Return the tensors that `targets` reach, the parts of pairs each by itself."""
     found = tensors_of(model)
     chosen: list[Target] = []
-    for spec in targets if isinstance(targets, (list, set)) else [targets]:
+    for spec in [None] if targets is None else as_list(targets):
         reached = [t for t in found if (is_weight(t) if spec is None else reaches(spec, t))]
         if not reached:
             what = "a sparsity alone" if spec is None else repr(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,10 +13,12 @@ from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import described, listed, nearest
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
-Spec = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
+# The left side of a rule, and several of them.
+Spec: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
+Specs: TypeAlias = Spec | list[Spec] | list[str] | tuple[Spec, ...] | set[str]
 
 
-def masked_targets(model: nn.Module, specs: Any = None) -> list[Target]:
+def masked_targets(model: nn.Module, specs: Specs | None = None) -> list[Target]:
     """Return the masked tensors of `model`; a pair is one where its parts share their mask.
 
     Args:
@@ -30,13 +32,18 @@ def masked_targets(model: nn.Module, specs: Any = None) -> list[Target]:
     if specs is None:
         return found
     wanted: set[int] = set()
-    several = isinstance(specs, (list, tuple, set)) and not _is_types(specs)
-    for spec in specs if several else [specs]:
+    for spec in as_list(specs):
         reached = [target for target in found if reaches(spec, target)]
         if not reached:
             raise ValueError(_misses(spec, found, "`targets` must each reach a masked tensor"))
         wanted |= {id(target) for target in reached}
     return [target for target in found if id(target) in wanted]
+
+
+def as_list(specs: Specs) -> list[Spec]:
+    """Return `specs`, the left side of a rule or several of them, as a list."""
+    several = isinstance(specs, (list, tuple, set)) and not _is_types(specs)
+    return list(specs) if several else [specs]  # type: ignore[arg-type, list-item]
 
 
 def is_weight(target: Target) -> bool:

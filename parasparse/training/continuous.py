@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from parasparse import gates
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import assignments
+from parasparse.rules.types import Rules
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
@@ -62,7 +63,7 @@ class ContinuousSparsification:
     """
 
     def __init__(
-        self, model: nn.Module, rules: Any, *, final_temperature: float = 200.0, steps: int
+        self, model: nn.Module, rules: Rules, *, final_temperature: float = 200.0, steps: int
     ) -> None:
         if not (math.isfinite(final_temperature) and final_temperature >= 1):
             raise ValueError(

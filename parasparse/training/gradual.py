@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from parasparse.counts import check_sparsity
 from parasparse.optim import check_held, parameters_of, zero_entries
 from parasparse.rules.assignments import as_pairs, assignments
+from parasparse.rules.types import Rules
 from parasparse.schedules import as_every
 from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
@@ -59,7 +60,7 @@ class GradualPruning:
     def __init__(
         self,
         model: nn.Module,
-        rules: Any,
+        rules: Rules,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         schedule: Callable[[int], float],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from parasparse.optim import check_held
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
+from parasparse.rules.types import Rules
 from parasparse.scores.weights_alone import Score
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
@@ -70,7 +71,7 @@ class LotteryTicket:
     def __init__(
         self,
         model: nn.Module,
-        rules: Any,
+        rules: Rules,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         rounds: int,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,14 @@ from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.dtensors import laid_out_like
 from parasparse.sharding.fsdp import reshard
-from parasparse.targets.reach import masked_targets
+from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Target
 from parasparse.verbs.writable import check_writable
 
 
-def binarize(model: nn.Module, targets: Any = None, *, threshold: float | None = None) -> nn.Module:
+def binarize(
+    model: nn.Module, targets: Specs | None = None, *, threshold: float | None = None
+) -> nn.Module:
     """Make soft and real-valued masks bool, fold their scale into the weights; return the model.
 
     An entry is kept where its mask is not 0. Under a `Gate` it is kept where its logit (`sigmoid`),

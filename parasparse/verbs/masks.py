@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parasparse.attach import reading
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.targets.reach import masked_targets
+from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed, nearest
 
@@ -46,7 +45,7 @@ def is_sparse(model: nn.Module) -> bool:
     return bool(reading.all_masked_stacks(model))
 
 
-def penalty(model: nn.Module, targets: Any = None) -> Tensor:
+def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
     """Return the sum of the penalties of the gates of `model`, a scalar with its graph.
 
     Add it to the loss, times a lambda: each gate's `SoftMask.penalty` of the weight that it gets.

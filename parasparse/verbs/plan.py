@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from parasparse.rules.assignments import assignments
+from parasparse.rules.types import Rules
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.text import as_text, described
 
@@ -45,7 +45,7 @@ class Plan(tuple[PlanRow, ...]):
         return as_text(("name", "shape", "rule", "treatment", "kept"), rows)
 
 
-def plan(model: nn.Module, rules: Any, *, pairs: bool = True) -> Plan:
+def plan(model: nn.Module, rules: Rules, *, pairs: bool = True) -> Plan:
     """Return the table of what `sparsify(model, rules)` would do; change nothing.
 
     Args, Raises: as `sparsify`.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from parasparse.attach import attaching
@@ -12,10 +10,11 @@ from parasparse.attach.undo import restored_on_error
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import Assignment, assignments
+from parasparse.rules.types import Rules
 from parasparse.sharding.fsdp import follow
 
 
-def sparsify(model: nn.Module, rules: Any, *, pairs: bool = True) -> nn.Module:
+def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
     """Attach masks to the tensors of `model` that `rules` reach; return the model.
 
     Parameters stay the objects they were: optimizers, hooks and DDP wrappers made before go on

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,12 +12,12 @@ from parasparse.attach.undo import restored_on_error
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.fsdp import follow, is_sharded, reshard
-from parasparse.targets.reach import masked_targets
+from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Site, Target
 from parasparse.verbs.writable import check_foldable
 
 
-def squash(model: nn.Module, targets: Any = None) -> nn.Module:
+def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     """Fold masks into plain weights and take them off; return the model.
 
     Afterwards classes, `state_dict` keys and the order of parameters are those of the dense model,
@@ -66,7 +64,7 @@ def squash(model: nn.Module, targets: Any = None) -> nn.Module:
     return model
 
 
-def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
+def unsparsify(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     """Take masks off without folding them: the stored weights come back; return the model.
 
     Args, Raises: as `squash`, but a mask need not be set.
@@ -83,7 +81,7 @@ def unsparsify(model: nn.Module, targets: Any = None) -> nn.Module:
     return model
 
 
-def _to_take_off(model: nn.Module, targets: Any) -> list[Target]:
+def _to_take_off(model: nn.Module, targets: Specs | None) -> list[Target]:
     check_not_accelerated(model)
     reshard(model)
     return masked_targets(model, targets)

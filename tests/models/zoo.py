@@ -1,7 +1,7 @@
 """The law of squash on every model of torchvision: `python -m tests.models.zoo [name ...]`.
 
-Each is built with random weights, sparsified to 80 %, and squashed; the outputs of masked and
-squashed model must agree bit for bit. Writes docs/models.md when all models were asked for.
+Each model is built with random weights, sparsified to 80%, and squashed. The outputs of the masked
+and the squashed model must be equal bit for bit. Without names, docs/models.md is written.
 """
 
 from __future__ import annotations
@@ -55,6 +55,30 @@ SHAPES = {
     "*rcnn*": (1, 3, 96, 128),
     "*": (1, 3, 64, 64),
 }
+TEXT = """\
+# Models
+
+All {number} models of `torchvision.models.list_models()` give the same outputs before and after
+`squash`. Each model is built with random weights, sparsified to {sparsity}, and squashed. For every
+model:
+
+* The outputs of the masked model, of a squashed copy and of the squashed model are equal, bit for
+  bit.
+* The squashed weights are equal, bit for bit, to the weights that `torch.where` selects.
+* The classes of the modules, the state dict keys, and the Parameters and their order are those of
+  the original model.
+
+torch {torch}, torchvision {torchvision}, CPU; {number} models, {minutes} minutes.
+
+<details class="note" markdown="1">
+<summary>All models</summary>
+
+| model | parameters | masked tensors | entries | kept | input | outputs compared |
+|---|---:|---:|---:|---:|---|---:|
+{table}
+
+</details>
+"""
 
 
 @dataclass(frozen=True)
@@ -165,32 +189,23 @@ def check(name: str) -> Row:
 
 
 def page(rows: list[Row]) -> str:
-    """Return the table as Markdown."""
-    lines = [
-        "# Models",
-        "",
-        f"Every model of `torchvision.models.list_models()`, with random weights, sparsified to "
-        f"{SPARSITY:.0%} and squashed:",
-        "the outputs of the masked model, of a squashed copy and of the squashed model are equal "
-        "bit for bit, and so are",
-        "the squashed weights and those that `torch.where` selects. Classes, state dict keys, and "
-        "the Parameters and their",
-        "order, are those of before. `make test-models` makes this page.",
-        "",
-        f"torch {torch.__version__.split('+')[0]}, torchvision "
-        f"{torchvision.__version__.split('+')[0]}, CPU; {len(rows)} models, "
-        f"{sum(row.seconds for row in rows) / 60:.0f} minutes.",
-        "",
-        "| model | parameters | masked tensors | entries | kept | input | outputs compared |",
-        "|---|---:|---:|---:|---:|---|---:|",
-    ]
-    for row in rows:
-        size = " x ".join(map(str, row.shape))
-        lines.append(
-            f"| {row.name} | {row.parameters:,} | {row.tensors} | {row.masked:,} | {row.kept:,} "
-            f"| {size} | {row.outputs:,} |"
-        )
-    return "\n".join(lines) + "\n"
+    """Return the page as Markdown."""
+    return TEXT.format(
+        number=len(rows),
+        sparsity=f"{SPARSITY:.0%}",
+        torch=torch.__version__.split("+")[0],
+        torchvision=torchvision.__version__.split("+")[0],
+        minutes=f"{sum(row.seconds for row in rows) / 60:.0f}",
+        table="\n".join(map(line, rows)),
+    )
+
+
+def line(row: Row) -> str:
+    size = " x ".join(map(str, row.shape))
+    return (
+        f"| {row.name} | {row.parameters:,} | {row.tensors} | {row.masked:,} | {row.kept:,} "
+        f"| {size} | {row.outputs:,} |"
+    )
 
 
 def main(names: list[str]) -> int:

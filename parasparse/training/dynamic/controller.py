@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.optim import check_held, momentum_of
+from parasparse.rules.types import Rules
 from parasparse.schedules import Constant, as_every
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
@@ -77,7 +78,7 @@ class DynamicSparsity:
     def __init__(
         self,
         model: nn.Module,
-        rules: Any,
+        rules: Rules,
         optimizer: torch.optim.Optimizer,
         *,
         prune: Move = "magnitude",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
+from parasparse.rules.types import Rules
 from parasparse.schedules import Cosine, Every
 from parasparse.training.dynamic.controller import DynamicSparsity
 from parasparse.training.dynamic.start import Init
@@ -15,7 +15,7 @@ from parasparse.training.dynamic.start import Init
 
 def sparse_evolutionary_training(
     model: nn.Module,
-    rules: Any,
+    rules: Rules,
     optimizer: torch.optim.Optimizer,
     *,
     every: int | Callable[[int], bool] | None = None,
@@ -50,7 +50,7 @@ def sparse_evolutionary_training(
 
 def rigl(
     model: nn.Module,
-    rules: Any,
+    rules: Rules,
     optimizer: torch.optim.Optimizer,
     *,
     stop: int,
@@ -87,7 +87,7 @@ def rigl(
 
 def sparse_momentum(
     model: nn.Module,
-    rules: Any,
+    rules: Rules,
     optimizer: torch.optim.Optimizer,
     *,
     stop: int,

@@ -19,6 +19,7 @@ from parasparse.patterns.units import has_units
 from parasparse.rules.assignments import Assignment, as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import as_treatment, is_array, keep_nonzero
+from parasparse.rules.types import Rules
 from parasparse.scores.weights_alone import random
 from parasparse.sharding.dtensors import count_nonzero, full_tensor
 from parasparse.targets.reach import group_by_rule
@@ -37,7 +38,7 @@ _DRAWN: dict[str, dict[str, Any]] = {
 Init = str | Mapping[str, Any]
 
 
-def first_masks(model: nn.Module, rules: Any, init: Init) -> tuple[list[Assignment], list[Layer]]:
+def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[list[Assignment], list[Layer]]:
     """Return the steps that give each tensor its first mask, and the layers that they make.
 
     Args:

@@ -1,7 +1,7 @@
-"""How the benchmarks time: warm-up, interleaved repeats, median and spread, results as JSON.
+"""Timing for benchmarks: warm-up, interleaved repeats, median and spread, results as JSON.
 
-With BENCH_QUICK=1 in the environment each function is called four times, to see that all runs, and
-results go to `out/benchmarks`.
+With BENCH_QUICK=1 in the environment each function is called only four times, as a trial, and
+results are written to `out/benchmarks`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = HERE.parent / "out" / "benchmarks" if QUICK else HERE / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, and the quartiles around it; and the median of the paired ratios."""
+    """Median and quartiles in milliseconds, and the median of the paired ratios."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ def elapsed(function: Callable[[], object]) -> float:
 
 
 def after(prepare: Callable[[], Any], function: Callable[[Any], object]) -> Callable[[], float]:
-    """Return a call of `function` on what `prepare` makes, whose making is not in its time."""
+    """Return a timed call of `function` on the result of `prepare`, which is not timed."""
 
     def call() -> float:
         prepared = prepare()
@@ -59,9 +59,10 @@ def compare(
     before: Callable[[], object] = lambda: None,
     clock: Callable[[Callable[[], Any]], float] = elapsed,
 ) -> dict[str, Timing]:
-    """Time `functions` in turn, so that drift hits all alike; ratios are to the first of them.
+    """Time `functions` in turn, so drift affects all equally; ratios are to the first function.
 
-    `before` is called before each and not timed. `clock=own`: the functions return their time.
+    `before` runs before each call and is not timed. With `clock=own` the functions return their
+    time.
     """
     if QUICK:
         repeats, warm_up = 3, min(warm_up, 1)
@@ -86,13 +87,13 @@ def compare(
 
 
 def own(function: Callable[[], float]) -> float:
-    """Return the milliseconds that `function` says it took."""
+    """Return the milliseconds that `function` returns."""
     return function()
 
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use `number` threads for the length of the block."""
+    """Let torch use `number` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -102,21 +103,21 @@ def threads(number: int) -> Iterator[None]:
 
 
 def show(question: str, timings: dict[str, Timing]) -> None:
-    """Print the answer to one question."""
+    """Print the timings of one question."""
     print(question)
     for label, t in timings.items():
         print(f"  {label:<28}{t.median:12.4f} ms [{t.low:.4f}, {t.high:.4f}]  x {t.ratio:.3f}")
 
 
 def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> None:
-    """Write timings, with the machine and the versions they were had on."""
+    """Write timings, with the machine and the versions."""
     timings = {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()}
     unit = "milliseconds; ratio to the first of each question"
     write_content(name, {"unit": unit, "results": timings, **more})
 
 
 def write_content(name: str, content: dict[str, object]) -> None:
-    """Write anything else, with the same."""
+    """Write other content, with the machine and the versions."""
     RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
@@ -124,7 +125,7 @@ def write_content(name: str, content: dict[str, object]) -> None:
 
 
 def machine() -> dict[str, object]:
-    """Return what the results were had on."""
+    """Return the machine, the versions and the date."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -136,7 +137,7 @@ def machine() -> dict[str, object]:
 
 
 def _processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
+    """Return the name of the processor, if the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

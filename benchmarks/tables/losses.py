@@ -1,18 +1,18 @@
-"""Where parasparse takes longer, or more bytes, than what it is compared with."""
+"""Comparisons with dense networks and other tools, and where parasparse is slower or larger."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from benchmarks._markdown import Content, percent, table, times
+from benchmarks.tables.markdown import Content, plain, table, times
 
-NOISE = 1.02  # what is less counts as equal
+NOISE = 1.02  # smaller ratios count as equal
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Of which questions of a file: whose time or bytes, against whose."""
+    """The questions of a results file in which the time or bytes of `ours` and `theirs` compare."""
 
     what: str
     file: str
@@ -25,20 +25,20 @@ class Compared:
 PRUNE, FAKE = "torch.nn.utils.prune", "torch.ao FakeSparsity"
 MASKERS = (PRUNE, FAKE, "stock where", "stock product")
 COMPARED = (
-    Compared("one weight", "overhead", r"2\^.*", "parasparse", MASKERS),
+    Compared("one masked weight", "overhead", r"2\^.*", "parasparse", MASKERS),
     Compared("reading a small weight", "overhead", "reading.*", "parasparse", MASKERS),
-    Compared("evaluation and training with masks", "overhead", ".*", "masked", ("dense",)),
-    Compared("choosing global masks", "selection", ".*", "parasparse",
+    Compared("networks with masks", "overhead", ".*", "masked", ("dense",)),
+    Compared("selecting global masks", "selection", ".*", "parasparse",
              ("kthvalue", "topk", "global_unstructured")),
-    Compared("masks chosen anew", "updates", ".*", "parasparse",
+    Compared("computing all masks", "updates", ".*", "parasparse",
              (PRUNE, "torch.ao WeightNormSparsifier")),
     Compared("compiling blocks", "blocks", ".*", "parasparse",
              ("dense", PRUNE, FAKE, "stock where")),
-    Compared("one layer, single entries", "payoff", r"\d+ x .*", "accelerated", ("dense", "raw")),
-    Compared("networks, single entries", "payoff", ".* of the ceiling", "accelerated", ("dense",)),
+    Compared("one layer, unstructured", "payoff", r"\d+ x .*", "accelerated", ("dense", "raw")),
+    Compared("networks, unstructured", "payoff", ".* of the ceiling", "accelerated", ("dense",)),
     Compared("one layer, blocks of 16 x 16", "payoff", ".*", "accelerated, 16 x 16 blocks",
              ("dense",)),
-    Compared("whole channels, latency", "channels", ".*", "parasparse", ("dense", "Torch-Pruning")),
+    Compared("whole channels, time", "channels", ".*", "parasparse", ("dense", "Torch-Pruning")),
     Compared("whole channels, bytes", "channels", ".*", "parasparse", ("dense", "Torch-Pruning"),
              "bytes"),
     Compared("masked checkpoint, bytes", "sizes", ".*", "parasparse, masked",
@@ -53,7 +53,7 @@ COMPARED = (
 
 
 def losses(contents: dict[str, Content]) -> str:
-    """Return a row for each that was lost at least once: how often, how much at most, and where."""
+    """Return a row for each comparison with a loss: the worst ratio, how often, and the case."""
     rows = []
     for compared in COMPARED:
         for peer in compared.theirs:
@@ -62,8 +62,8 @@ def losses(contents: dict[str, Content]) -> str:
             if lost:
                 worst = max(lost, key=lambda question: lost[question])
                 often = f"{len(lost)} of {len(found)}"
-                rows.append([compared.what, peer, often, times(lost[worst]), percent(worst)])
-    return table(["what", "against", "lost in", "at most, times", "there"], rows)
+                rows.append([compared.what, times(lost[worst]), peer, often, plain(worst)])
+    return table(["comparison", "worst ratio", "against", "cases", "worst case"], rows)
 
 
 def quotients(content: Content, compared: Compared, peer: str) -> dict[str, float]:
