@@ -10,7 +10,9 @@ from parasparse.checkpoints.packed import load_packed, save
 from parasparse.data_sparsifiers.base import BaseDataSparsifier
 from parasparse.data_sparsifiers.ready_made import DataNormSparsifier, DataPruner
 from parasparse.files.packing import Packed, pack, unpack
+from parasparse.masks.gate_kinds import GateKind, ProductGate
 from parasparse.masks.mask import Mask
+from parasparse.masks.protocol import MaskModule
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.report.plot import plot
 from parasparse.report.summary import Summary, SummaryRow, summary
@@ -19,6 +21,7 @@ from parasparse.rules.treatments import Fixed, Gate
 from parasparse.rules.types import Rules
 from parasparse.scores.statistics import Statistics
 from parasparse.training.continuous import ContinuousSparsification
+from parasparse.training.controller import Controller
 from parasparse.training.dynamic import moves
 from parasparse.training.dynamic.controller import DynamicSparsity
 from parasparse.training.dynamic.methods import rigl, sparse_evolutionary_training, sparse_momentum
@@ -42,19 +45,23 @@ __all__ = [
     "AccelerationRow",
     "BaseDataSparsifier",
     "ContinuousSparsification",
+    "Controller",
     "DataNormSparsifier",
     "DataPruner",
     "DenseGradients",
     "DynamicSparsity",
     "Fixed",
     "Gate",
+    "GateKind",
     "GradualPruning",
     "LotteryTicket",
     "Mask",
+    "MaskModule",
     "Masking",
     "Packed",
     "Plan",
     "PlanRow",
+    "ProductGate",
     "Prune",
     "Rules",
     "SoftMask",

@@ -7,6 +7,24 @@ from torch import nn
 import parasparse as ps
 from parasparse import gates
 
+
+def softplus(logits):
+    """A gate of a user's own, as a function."""
+    return nn.functional.softplus(logits)
+
+
+class Cubed(ps.ProductGate):
+    """A gate of a user's own, as a class."""
+
+    init = 1.0
+
+    def multiplier(self, mask, noise):
+        return mask.logits**3
+
+    def penalty(self, mask, weight):
+        return mask.spread(mask.logits.abs()).sum()
+
+
 GATES = {
     "sigmoid": ps.Gate(init=0.2),
     "hard_concrete": ps.Gate(gates.hard_concrete, init=0.5),
@@ -16,6 +34,9 @@ GATES = {
     "channels": ps.Gate(init=0.2, pattern=ps.patterns.channel(0)),
     "blocks": ps.Gate(gates.hard_concrete, pattern=ps.patterns.block((2, 2))),
     "rows": ps.Gate(gates.soft_threshold, init=-1.0, pattern=ps.patterns.channel(0)),
+    "function": ps.Gate(softplus, init=0.3),
+    "class": ps.Gate(Cubed()),
+    "class_of_units": ps.Gate(Cubed(), pattern=ps.patterns.channel(0)),
     "units": ps.Gate(gates.straight_through, sparsity=0.5, pattern=ps.patterns.channel(1)),
 }
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from parasparse import names
 from parasparse.attach.stack import MaskedParametrizationList
+from parasparse.masks import protocol
 
 
 def accept_dense_keys(
@@ -48,7 +49,7 @@ def accept_dense_keys(
                     if own != mask_key:  # an absent mask stays anyhow, and may be shared
                         state_dict.setdefault(own, tensor)
                     elif tensor.is_meta and local_metadata.get("assign_to_params_buffers"):
-                        stack.mask.forget_(value.device)  # type: ignore[operator]
+                        protocol.forget_(stack.mask, value.device)
     for key in used:
         del state_dict[key]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.attach.stack import MaskedParametrizationList
+from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.dtensors import is_dtensor, on_local
 
 
@@ -23,6 +24,11 @@ class PairParametrizationList(MaskedParametrizationList):
 
     parts: tuple[PairParametrizationList, PairParametrizationList]
     index: int
+
+    @property
+    def mask(self) -> SoftMask:
+        """The module that masks."""
+        return self[-1]  # type: ignore[return-value]
 
     def received(self) -> Tensor:
         """Return the complex weight that the mask receives."""
@@ -44,9 +50,9 @@ class PairParametrizationList(MaskedParametrizationList):
             stored = self.received()
         self.check_assigned(value, stored.shape)
         with torch.no_grad():
-            now = self.mask.through(stored, None)  # type: ignore[operator]
+            now = self.mask.through(stored, None)
             both = (now.real, value) if self.index else (value, now.imag)
-            merged = self.mask.merged(joined(*both), stored)  # type: ignore[operator]
+            merged = self.mask.merged(joined(*both), stored)
             for part, new in zip(self.parts, (merged.real, merged.imag), strict=True):
                 part.store(new)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from parasparse.attach.any_names import AnyNames
+from parasparse.masks import protocol
 from parasparse.masks.apply import is_tracing
 
 
@@ -130,15 +131,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             stored = self.stored()
         self.check_assigned(value, stored.shape)
         with torch.no_grad():
-            mask = self.mask
-            merged = getattr(mask, "merged", None)
-            if merged is None and not hasattr(mask, "right_inverse"):
-                raise RuntimeError(
-                    f"a tensor masked by {type(mask).__name__}, which has no `right_inverse`, "
-                    "cannot be assigned to. Write to `parametrizations.<name>.original` instead."
-                )
-            inverse: Any = mask.right_inverse(value) if merged is None else merged(value, stored)  # type: ignore[operator]
-            self.store(inverse)
+            self.store(protocol.merged(self.mask, value, stored))
 
     def swap(self, value: Any) -> None:
         """Store `value`, or what was read before: `functional_call` does it both ways.
@@ -146,7 +139,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         Raises:
             RuntimeError: what was read before does not tell what was stored.
         """
-        if not getattr(self.mask, "is_told_by_its_values", True):
+        if not protocol.is_told_by_its_values(self.mask):
             raise RuntimeError(
                 "`functional_call` must not swap a tensor under a gate that draws noise or does "
                 "not multiply, as it could not be put back. Use the key "

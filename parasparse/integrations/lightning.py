@@ -89,7 +89,8 @@ class Sparsity(Callback):
         """Take back what `setup` and the controller hung on the module."""
         if self._hook is not None:
             self._hook.remove()
-        resuming.close(self.controller)
+        if self.controller is not None:
+            self.controller.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, error: Any) -> None:
         """Take back the same: there is no teardown then."""

@@ -14,6 +14,7 @@ from parasparse.checkpoints.found_masks import attach_found
 from parasparse.distributed import digest
 from parasparse.optim import load_named_state, named_state
 from parasparse.text import listed
+from parasparse.training.controller import Controller
 from parasparse.verbs.masks import named_masks
 
 
@@ -30,7 +31,7 @@ def _attach(module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
 
 
 def state_of(
-    controller: Any, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    controller: Controller, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Return what `resumed` and `reorder` need to know of a run."""
     return {
@@ -41,22 +42,19 @@ def state_of(
     }
 
 
-def is_of(controller: Any, model: nn.Module) -> bool:
+def is_of(controller: Controller | None, model: nn.Module) -> bool:
     """Whether `controller`, if there is one, is of this very model, which still has its masks."""
-    own = getattr(controller, "model", None)
+    if controller is None or model not in (
+        controller.model, getattr(controller.model, "module", None)
+    ):  # fmt: skip
+        return False
     names = {name for name, _ in named_masks(model)}
-    return model in (own, getattr(own, "module", None)) and names >= set(
-        controller.state_dict()["start"]
-    )
+    return names >= set(controller.state_dict()["start"])
 
 
-def close(controller: Any) -> None:
-    """Let `controller` go, so that another one can collect gradients."""
-    if hasattr(controller, "close"):
-        controller.close()
-
-
-def resumed(model: nn.Module, make: Callable[[], Any], state: Mapping[str, Any]) -> Any:
+def resumed(
+    model: nn.Module, make: Callable[[], Controller], state: Mapping[str, Any]
+) -> Controller:
     """Return a controller that stands where `state` says, on the masks that `model` has.
 
     Args:

@@ -88,7 +88,8 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take back what the controller hung on the model."""
-        resuming.close(self.controller)
+        if self.controller is not None:
+            self.controller.close()
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the controller's state into the checkpoint."""

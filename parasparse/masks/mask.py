@@ -160,6 +160,15 @@ class Mask(nn.Module):
             value = value.to(stored.device) / mask
         return torch.where(mask != 0, value.to(stored), stored)
 
+    def fold_(self, keep: Tensor | None = None) -> None:
+        """Make the mask bool, after its scale has been folded into a weight.
+
+        Args:
+            keep: bool, the mask from now on; None: where it is not 0.
+        """
+        if self.mask is not None:
+            self.mask_(self.mask != 0 if keep is None else keep)
+
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value`: what a stock `register_parametrization` stores."""
         return value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
+from parasparse.masks.protocol import has_mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.scores.weights_alone import Score, magnitude
 from parasparse.sharding.dtensors import full_tensor
@@ -54,7 +55,7 @@ def cells_of(target: Target, most: int) -> Tensor | None:
 
     Rows are entries of dimension 0, columns those of all others; at most `most` of each.
     """
-    mask = target.mask() if hasattr(target.masks()[0], "mask") else kept_by(target)
+    mask = target.mask() if has_mask(target.masks()[0]) else kept_by(target)
     if mask is None:
         return None
     mask = full_tensor(mask)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse.counts import check_sparsity
+from parasparse.masks.gate_kinds import GateKind
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Treatment
@@ -73,7 +74,8 @@ class Gate:
     Args:
         function: one of `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
             `gates.straight_through` (movement pruning), `gates.soft_threshold` (STR),
-            `gates.variational_dropout`.
+            `gates.variational_dropout`; or a gate of your own: a function from logits to the mask,
+            or a `GateKind`.
         init: what all its parameters are at first; None: see `SoftMask`.
         pattern: of units (channels, blocks, heads), each of which has one logit.
         sparsity: share of zeros, for `straight_through`.
@@ -90,7 +92,7 @@ class Gate:
     Reference: see each of the functions.
     """
 
-    function: Callable[..., Tensor] = gates.sigmoid
+    function: Callable[..., Tensor] | GateKind = gates.sigmoid
     init: float | None = field(default=None, kw_only=True)
     pattern: Any = field(default=None, kw_only=True)
     sparsity: float | None = field(default=None, kw_only=True)
@@ -102,7 +104,7 @@ class Gate:
             self._made(torch.empty(1))  # refuses what does not go together
 
     def __repr__(self) -> str:
-        name = [] if self.function is gates.sigmoid else [self.function.__name__]
+        name = [] if self.function is gates.sigmoid else [described(self.function)]
         given = {"init": self.init, "pattern": self.pattern, "sparsity": self.sparsity}
         rest = [f"{key}={value!r}" for key, value in given.items() if value is not None]
         return f"Gate({', '.join(name + rest)})"

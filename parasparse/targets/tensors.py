@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from parasparse.attach import reading
 from parasparse.attach.pair_stack import joined
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
+from parasparse.masks.protocol import has_mask
 from parasparse.names import PAIR_ENDINGS, ancestors
 
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
@@ -113,7 +114,7 @@ class Target:
         Under a module that has no `mask` it is what is not 0 now.
         """
         module = self.masks()[0]
-        if hasattr(module, "mask"):
+        if has_mask(module):
             return module.mask  # type: ignore[return-value]
         return self.effective() != 0
 

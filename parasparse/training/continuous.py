@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse import gates
+from parasparse.masks.gate_kinds import Sigmoid
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import assignments
 from parasparse.rules.types import Rules
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
-from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
+from parasparse.training.controller import Record, Recorded
+from parasparse.training.history import copied, first_masks_of
 from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
 from parasparse.verbs.sparsify import apply
 
 
-class ContinuousSparsification:
+class ContinuousSparsification(Recorded):
     """Trains a soft mask beside each weight, w sigmoid(T s) / sigmoid(s0), and raises T.
 
     Minimise the task's loss + lambda * `penalty()`, with weight decay for `weight_parameters()`.
@@ -83,10 +84,10 @@ class ContinuousSparsification:
             )
         self.model, self.final_temperature, self.steps = model, final_temperature, steps
         self.step_in_round, self.rounds = 0, 0
-        self.history: list[Update] = []
         self._names = [each.target.name for each in assigned]
         apply(model, assigned)
-        self._start = self._last = self._hard()
+        self._last = self._hard()
+        self._record = Record(self._last)
         self._checkpoint: dict[str, Any] | None = None
 
     @property
@@ -159,7 +160,7 @@ class ContinuousSparsification:
         """
         by = _check_temperature(self.temperature if temperature is None else temperature)
         hard = self._hard()
-        self.history.append(update_of(self.step_in_round, self._last, hard, self._start))
+        self.history.append(self._record.change(self.step_in_round, self._last, hard))
         self._last = hard
         for gate in self._gates():
             gate.logits.copy_((by * gate.logits).clamp(max=gate.init))
@@ -187,8 +188,7 @@ class ContinuousSparsification:
             "step_in_round": self.step_in_round,
             "rounds": self.rounds,
             "ticket": self.ticket,
-            "history": saved(self.history),
-            "start": copied(self._start),
+            **self._record.state(),
             "last": copied(self._last),
             "checkpoint": self._checkpoint,
         }
@@ -199,8 +199,8 @@ class ContinuousSparsification:
         Raises:
             ValueError: it had other tensors or settings.
         """
-        start = first_masks_of(state_dict, self._start)
-        last = first_masks_of({"start": state_dict["last"]}, start)
+        record = self._record.loaded(state_dict)
+        last = first_masks_of({"start": state_dict["last"]}, record.start)
         ours = self._settings()
         if state_dict["settings"] != ours:
             raise ValueError(
@@ -215,8 +215,7 @@ class ContinuousSparsification:
                 f"{listed(sorted(checkpoint.keys() ^ keys))}."
             )
         self.step_in_round, self.rounds = state_dict["step_in_round"], state_dict["rounds"]
-        self.history = [Update(**update) for update in state_dict["history"]]
-        self._start, self._last, self._checkpoint = start, last, checkpoint
+        self._record, self._last, self._checkpoint = record, last, checkpoint
         for gate in self._gates():
             gate.hard = ticket
 
@@ -253,7 +252,7 @@ class ContinuousSparsification:
 
 
 def _is_sigmoid(module: Any) -> bool:
-    return isinstance(module, SoftMask) and module.gate is gates.sigmoid
+    return isinstance(module, SoftMask) and isinstance(module.kind, Sigmoid)
 
 
 def _check_temperature(value: float) -> float:

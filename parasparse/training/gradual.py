@@ -17,12 +17,13 @@ from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target
 from parasparse.text import listed
-from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
+from parasparse.training.controller import Record, Recorded
+from parasparse.training.history import copied, masks_of
 from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
 from parasparse.verbs.sparsify import apply, sparsify
 
 
-class GradualPruning:
+class GradualPruning(Recorded):
     """Prunes `model` by `rules` while it trains: at step k to schedule(k) times each sparsity.
 
     Targets are absolute, of all entries, and every update ranks the stored weights anew: entries
@@ -69,7 +70,6 @@ class GradualPruning:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.every = as_every(every)
         self.steps = 0
-        self.history: list[Update] = []
         self._is_over = False
         self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         rules = self._rules_at(0)
@@ -78,7 +78,7 @@ class GradualPruning:
             check_held(optimizer, [each.target for each in assigned])
         self._names = [each.target.name for each in assigned]
         apply(model, assigned)
-        self._start = copied(self._masks())
+        self._record = Record(self._masks())
 
     def step(self) -> None:
         """Count a step, and update the masks if it is time; call it after `optimizer.step()`.
@@ -99,8 +99,7 @@ class GradualPruning:
         return {
             "steps": self.steps,
             "is_over": self._is_over,
-            "history": saved(self.history),
-            "start": copied(self._start),
+            **self._record.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -109,10 +108,9 @@ class GradualPruning:
         Raises:
             ValueError: it had other tensors.
         """
-        start = first_masks_of(state_dict, self._start)
-        history = [Update(**update) for update in state_dict["history"]]
+        record = self._record.loaded(state_dict)
         self.steps, self._is_over = state_dict["steps"], state_dict["is_over"]
-        self.history, self._start = history, start
+        self._record = record
 
     def _update(self, step: int) -> None:
         before = copied(self._masks())
@@ -129,7 +127,7 @@ class GradualPruning:
                 changed = before[target.name] ^ after[target.name]
                 for parameter in parameters_of(target):
                     zero_entries(self.optimizer, parameter, changed)
-        self.history.append(update_of(step, before, after, self._start))
+        self.history.append(self._record.change(step, before, after))
 
     def _rules_at(self, step: int) -> Any:
         share = check_sparsity(self.schedule(step), f"schedule({step})")

@@ -18,13 +18,14 @@ from parasparse.rules.types import Rules
 from parasparse.scores.weights_alone import Score
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
-from parasparse.training.history import Update, copied, first_masks_of, masks_of, saved, update_of
+from parasparse.training.controller import Record, Recorded
+from parasparse.training.history import copied, masks_of
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
 from parasparse.verbs.sparsify import apply
 
 
-class LotteryTicket:
+class LotteryTicket(Recorded):
     """Iterative pruning with rewinding: round after round, sparser masks on the first weights.
 
     Make learning rate schedulers anew in each round: the optimizer's rates are rewound, too.
@@ -85,14 +86,13 @@ class LotteryTicket:
         self.model, self.optimizer = model, optimizer
         self.rounds, self.rewind_step = rounds, rewind_step
         self.steps, self.round = 0, 0
-        self.history: list[Update] = []
         self._rules = [(spec, with_sparsity(rule)) for spec, rule in as_pairs(rules)]
         assigned = assignments(model, self._rules_at(0, {}), pairs=True)
         if optimizer is not None:
             check_held(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
         apply(model, assigned)
-        self._start = copied(self._masks())
+        self._record = Record(self._masks())
         self._checkpoint: dict[str, Any] | None = None
         self._remember()
 
@@ -128,7 +128,7 @@ class LotteryTicket:
             self.model, assignments(self.model, self._rules_at(self.round + 1, before), pairs=True)
         )
         self.round += 1
-        self.history.append(update_of(self.steps, before, self._masks(), self._start))
+        self.history.append(self._record.change(self.steps, before, self._masks()))
         rewind(self.model, self._checkpoint["model"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self._checkpoint["optimizer"]))
@@ -139,8 +139,7 @@ class LotteryTicket:
         return {
             "steps": self.steps,
             "round": self.round,
-            "history": saved(self.history),
-            "start": copied(self._start),
+            **self._record.state(),
             "checkpoint": self._checkpoint,
         }
 
@@ -150,7 +149,7 @@ class LotteryTicket:
         Raises:
             ValueError: it had other tensors, more rounds, or an optimizer where there is none.
         """
-        start, checkpoint = first_masks_of(state_dict, self._start), state_dict["checkpoint"]
+        record, checkpoint = self._record.loaded(state_dict), state_dict["checkpoint"]
         rewinds = None if checkpoint is None else checkpoint["optimizer"] is not None
         if state_dict["round"] > self.rounds or rewinds == (self.optimizer is None):
             raise ValueError(
@@ -158,9 +157,8 @@ class LotteryTicket:
                 f"is one; it is in round {state_dict['round']} of {self.rounds}, with an "
                 f"optimizer: {rewinds}."
             )
-        history = [Update(**update) for update in state_dict["history"]]
         self.steps, self.round = state_dict["steps"], state_dict["round"]
-        self.history, self._start, self._checkpoint = history, start, checkpoint
+        self._record, self._checkpoint = record, checkpoint
 
     def _remember(self) -> None:
         if self._checkpoint is None and self.steps == self.rewind_step:

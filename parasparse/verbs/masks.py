@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ def is_sparse(model: nn.Module) -> bool:
 def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
     """Return the sum of the penalties of the gates of `model`, a scalar with its graph.
 
-    Add it to the loss, times a lambda: each gate's `SoftMask.penalty` of the weight that it gets.
+    Add it to the loss, times a lambda: each gate's `penalty` of the weight that it gets. Your own
+    module that masks counts if it has a `penalty`.
 
     Args:
         model: with masks of `Gate`.
@@ -70,11 +72,12 @@ def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
         ]
     sums, seen = [], set()
     for stack in stacks:
-        gate = stack.mask
-        if isinstance(gate, SoftMask) and gate not in seen:  # ties and pairs share one
+        gate: Any = stack.mask
+        if hasattr(gate, "penalty") and gate not in seen:  # ties and pairs share one
             seen.add(gate)
             # Reading what lies under a mask may change it: spectral_norm iterates.
-            sums.append(gate.penalty(gate.logits if gate.is_product else stack.received()))
+            alone = isinstance(gate, SoftMask) and gate.is_product
+            sums.append(gate.penalty(gate.logits if alone else stack.received()))
     if not sums:
         raise ValueError("`model` must have gates; none of its masked tensors has one.")
     return torch.stack(sums).sum()

@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from parasparse.attach import attaching
 from parasparse.attach.stand_in import check_not_accelerated
 from parasparse.attach.undo import restored_on_error
-from parasparse.masks.mask import Mask
-from parasparse.masks.soft_mask import SoftMask
+from parasparse.masks.protocol import fold_
 from parasparse.sharding.fsdp import follow, is_sharded, reshard
 from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Site, Target
@@ -56,10 +55,7 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
                 _fold(component, masked)
             # A place outside the model that was given may share it: scale once only
             # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
-            if isinstance(mask, Mask) and mask.mask is not None:
-                mask.mask_(mask.mask != 0)
-            elif isinstance(mask, SoftMask):
-                mask.fold_()
+            fold_(mask)
     _moved(model)
     return model
 

@@ -15,18 +15,18 @@ from parasparse.schedules import Constant, as_every
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
 from parasparse.sharding.same_draws import same_draws, warn_if_alone
+from parasparse.training.controller import Record, Recorded
 from parasparse.training.dynamic.layer import view_of
 from parasparse.training.dynamic.start import Init, check_moves, first_masks
 from parasparse.training.dynamic.update import Moves, next_masks
 from parasparse.training.dynamic.view import needs_of
-from parasparse.training.history import Update, copied, first_masks_of, saved, update_of
 from parasparse.verbs.dense_gradients import DenseGradients, collecting
 from parasparse.verbs.sparsify import apply
 
 Move = str | Callable[..., Any]
 
 
-class DynamicSparsity:
+class DynamicSparsity(Recorded):
     """Moves the connections of `model` while it trains; the network keeps exactly as many.
 
     One update: each layer's importance (`redistribution`), normalised to sum 1; each layer loses
@@ -95,7 +95,7 @@ class DynamicSparsity:
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
         _rate(self.prune_rate(0), "prune_rate(0)")
         self.every = None if every is None else as_every(every)
-        self.steps, self.history, self._missing = 0, list[Update](), dict[str, int]()
+        self.steps, self._missing = 0, dict[str, int]()
         self._is_due, self._armed = False, ExitStack()
         self._gradients: DenseGradients | None = None
         if self.every is None and "gradient" in self.moves.needs:
@@ -113,7 +113,7 @@ class DynamicSparsity:
             layer.module.dense_gradient = self._is_dense
             layer.module.zeroed_in_place = frozenset(map(id, layer.parameters))
             layer.zero_masked()
-        self._start = copied(self._masks())
+        self._record = Record(self._masks())
         self.baseline_nonzero = sum(count_nonzero(layer.seen_mask()) for layer in layers)
         self._arm()
 
@@ -177,8 +177,7 @@ class DynamicSparsity:
             "is_due": self._is_due,
             "missing": tuple(self._missing.items()),
             "baseline_nonzero": self.baseline_nonzero,
-            "history": saved(self.history),
-            "start": copied(self._start),
+            **self._record.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -187,12 +186,11 @@ class DynamicSparsity:
         Raises:
             ValueError: it had other tensors.
         """
-        start = first_masks_of(state_dict, self._start)
-        history = [Update(**update) for update in state_dict["history"]]
+        record = self._record.loaded(state_dict)
         self.steps, self._is_due = state_dict["steps"], state_dict["is_due"]
         self._missing = dict(state_dict["missing"])
         self.baseline_nonzero = state_dict["baseline_nonzero"]
-        self.history, self._start = history, start
+        self._record = record
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,13 +224,13 @@ class DynamicSparsity:
         with torch.no_grad(), same_draws(self.model):
             masks, missing = next_masks(view, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
-        update = update_of(step, self._masks(), new, self._start, sum(missing.values()))
+        change = self._record.change(step, self._masks(), new, sum(missing.values()))
         # Growth by momentum goes on with what it grew by.
         keep = not needs_of(self.moves.growth).isdisjoint({"momentum", "state"})
         for name, layer in self._layers.items():
             layer.set_mask(new[name], self.optimizer, keep_state_of_grown=keep)
         self._missing = {name: count for name, count in missing.items() if count}
-        self.history.append(update)
+        self.history.append(change)
 
     def _has_seen(self) -> bool:
         """Whether the moves find what they read; if a GradScaler skipped the step, they do not.
