@@ -60,10 +60,10 @@ bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how l
 	$(RUN)/python -m benchmarks.tickets $(DATA)
 
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
-	$(RUN)/python -m tests.models.zoo
+	$(RUN)/python -m tests.long.torchvision_models
 
 test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
-	$(RUN)/python -m tests.large_checkpoints
+	$(RUN)/python -m tests.long.large_checkpoints
 
 clean:
 	rm -rf .venv .venv-floor .venv-newest site out

@@ -4,7 +4,7 @@
     python examples/mnist_sparse_momentum.py --summarize out/lenet5-*.log
 
 FOLDER holds the four idx files, gzipped or not, or is where torchvision puts them. Moves are named,
-or `module:function`; the tutorial's own are in extensions.py. The defaults are those of
+or `module:function`; the tutorial's own are in sparse_learning_moves.py. The defaults are those of
 sparse_learning, but for the number of epochs, which is 100 there. An epoch of LeNet-5 takes some 20
 seconds on two cores.
 """
@@ -34,8 +34,8 @@ mpl.use("Agg")  # pictures go to files: no screen is needed
 from matplotlib import pyplot as plt
 
 MOVES = {
-    "variance": "extensions:variance_redistribution",
-    "magnitude_variance": "extensions:magnitude_variance_pruning",
+    "variance": "sparse_learning_moves:variance_redistribution",
+    "magnitude_variance": "sparse_learning_moves:magnitude_variance_pruning",
 }
 SCHEDULES = {"cosine": Cosine, "linear": Linear}
 

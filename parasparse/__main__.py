@@ -1,7 +1,5 @@
 """`python -m parasparse` is the command `parasparse`."""
 
-from __future__ import annotations
-
 import sys
 
 from parasparse.cli.main import main

@@ -1,7 +1,5 @@
 """How many stay: checked sparsities, and the only place that rounds a count."""
 
-from __future__ import annotations
-
 import operator
 from numbers import Real
 from typing import Any

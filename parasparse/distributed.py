@@ -1,7 +1,5 @@
 """Masks of a model that several processes train."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from typing import Any

@@ -5,8 +5,6 @@ out exactly `num_kept(n, sparsity)` of the n entries of all tensors, to the sing
 pattern of units (blocks, channels, heads) each sparsity counts units instead.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction

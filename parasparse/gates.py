@@ -4,8 +4,6 @@ Those that draw noise take it as an argument, so that what they do is a function
 without noise they are what the trained network uses.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -10,8 +10,6 @@ The second spelling is that of torch.nn.utils.prune, the third that of torch's p
 ours, `layer.mask` and pairs of `.real` and `.imag` those of cplxmodule.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 

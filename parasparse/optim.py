@@ -1,7 +1,5 @@
 """Keeps the state of any torch optimizer in step with masks, and with parameter names."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

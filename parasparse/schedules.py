@@ -8,8 +8,6 @@ A schedule is a function of the step. Those here go from `initial`, at step `sta
 Wherever a schedule is taken, any callable `int -> float` will do.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """How things are worded: lists of names, the nearest name, tables as text and as HTML."""
 
-from __future__ import annotations
-
 import difflib
 import html
 import re

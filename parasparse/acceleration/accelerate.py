@@ -1,7 +1,5 @@
 """Zeros into time: masked or squashed weights that multiply sparsely."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Decides which weights of a model multiply in which format, by what was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial

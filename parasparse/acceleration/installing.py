@@ -1,7 +1,5 @@
 """Puts weights that multiply sparsely into a model, and takes them out again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

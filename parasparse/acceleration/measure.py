@@ -1,7 +1,5 @@
 """Which format is the fastest for which weight: its uses are recorded, and timed again."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping

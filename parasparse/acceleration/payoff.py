@@ -1,7 +1,5 @@
 """What the zeros of a model would buy: multiply-adds, bytes on disk, milliseconds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any

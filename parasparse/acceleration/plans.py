@@ -1,7 +1,5 @@
 """Plans of which format multiplies at how many rows: as they are saved, checked and read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What was chosen for the weights of an accelerated model, as a table and as a plan to save."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A ModuleDict for keys that ModuleDict itself refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -4,12 +4,10 @@
     module.parametrizations.weight.original                            # the Parameter it was before
 
 The layout is that of `torch.nn.utils.parametrize`, the registration is not: its `register` and
-`remove` give each module a class of its own, call `set_` on the Parameter and reorder it (the tests
-of tests/test_attach.py name what breaks). Here modules of one base class with the same masked
+`remove` give each module a class of its own, call `set_` on the Parameter and reorder it
+(tests/attach/test_attach.py shows what breaks). Here modules of one base class with the same masked
 tensors share one class, and the Parameter is moved, never touched.
 """
-
-from __future__ import annotations
 
 import types
 from typing import Any

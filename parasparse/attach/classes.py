@@ -5,8 +5,6 @@ siblings may need. Here modules that are alike share their class: equal blocks c
 frames as when dense, and copies, pickles and removals leave the others alone.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The names that dense checkpoints and other libraries have for the tensors of a masked module."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

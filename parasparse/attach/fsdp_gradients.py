@@ -5,8 +5,6 @@ own batch. What it reduces are gradients of Parameters: so masks let the dense o
 process gets its part of the average, and what is masked is taken out of `.grad` again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """What else may hang on a tensor: masks of torch.nn.utils.prune, hooks older than parametrize."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm

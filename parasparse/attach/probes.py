@@ -1,7 +1,5 @@
 """Probes: leaves whose gradient is that of a whole weight, dropped entries included."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """What a module holds: stored and effective tensors, their masks, their names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

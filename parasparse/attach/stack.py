@@ -1,7 +1,5 @@
 """The list at `module.parametrizations.weight` when the last of its modules is a mask."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, NoReturn
 

@@ -1,7 +1,5 @@
 """What takes the place of a weight to multiply in its own way, and what is refused meanwhile."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Puts modules back as they were when a change to their structure fails half-way."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`binarize_masks`: weights of a state dict times their masks, and the masks as bool."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

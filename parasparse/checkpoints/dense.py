@@ -1,7 +1,5 @@
 """`dense_state_dict`: the state of a masked model as its dense self would save it."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Masks in a checkpoint, ours or of other libraries, for the tensors of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`load_state_dict`: checkpoints of dense and masked models, ours and of other libraries."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`save` and `load_packed`: dense state dicts on disk without their zeros."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any

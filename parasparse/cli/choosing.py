@@ -1,7 +1,5 @@
 """Masks for the tensors of a checkpoint, by rules, without holding more than one tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 

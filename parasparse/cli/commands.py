@@ -1,7 +1,5 @@
 """The commands that write a checkpoint, but for `prune`. Each returns the line to be printed."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 

@@ -1,7 +1,5 @@
 """The masks that a checkpoint holds, under any name that `parasparse.names` lists."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

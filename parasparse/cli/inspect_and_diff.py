@@ -1,7 +1,5 @@
 """The commands that only look: `inspect` and `diff`."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The command line itself: arguments in, an exit code out."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """What the commands that write share: the output, how far the work is, what is left out."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How far the work is: a bar on a terminal that has rich, plain lines otherwise."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The command `prune`."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import ExitStack

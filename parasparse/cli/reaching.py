@@ -1,7 +1,5 @@
 """Which tensors of a checkpoint the rules reach: those that they would in a model with them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any

@@ -1,7 +1,5 @@
 """Rules as they are written on a command line or in a file of TOML."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What data may be, and the mask that it gets at first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

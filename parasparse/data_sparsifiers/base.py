@@ -1,7 +1,5 @@
 """The base class of data sparsifiers."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from abc import ABC, abstractmethod

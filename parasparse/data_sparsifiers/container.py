@@ -1,7 +1,5 @@
 """Where a data sparsifier keeps its tensors: in torch's own layout of parametrized ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

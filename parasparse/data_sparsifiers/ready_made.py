@@ -1,7 +1,5 @@
 """Ready-made data sparsifiers: by the norm of blocks, and by any `Prune`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The state dict of a data sparsifier, taken apart and checked."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How torch.ao.pruning comes to take our data sparsifiers for its own."""
 
-from __future__ import annotations
-
 import warnings
 
 

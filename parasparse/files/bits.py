@@ -1,7 +1,5 @@
 """Bools as bits, eight per byte, and tensors as bytes."""
 
-from __future__ import annotations
-
 import ctypes
 
 import torch

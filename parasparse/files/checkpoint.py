@@ -1,7 +1,5 @@
 """What a checkpoint is to the commands: tensors by name, each read when it is wanted."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Headers of packed files: what they say, and what is said of damaged ones."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """What a new checkpoint holds, and how its tensors are handed over: in pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What torch files hold besides a state dict's tensors: nested, of any depth."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

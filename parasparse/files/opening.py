@@ -1,7 +1,5 @@
 """Checkpoints of all kinds, by what lies at a path."""
 
-from __future__ import annotations
-
 import os
 
 import torch

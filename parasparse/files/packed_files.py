@@ -1,7 +1,5 @@
 """Packed files: dense state dicts without their zeros, as safetensors or torch files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias

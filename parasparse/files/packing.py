@@ -1,7 +1,5 @@
 """Tensors without their zeros: a bitmask and the entries that are kept. No modules, no files."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import OrderedDict

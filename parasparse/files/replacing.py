@@ -1,7 +1,5 @@
 """Files and folders that are made beside their target and take its place when they are whole."""
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Checkpoints in safetensors files: one, or the shards of a Hugging Face folder."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

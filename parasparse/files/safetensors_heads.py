@@ -4,8 +4,6 @@ Reading is the safetensors library's, an extra. Its writer wants every tensor in
 writing is ours: 8 bytes with the length of a JSON text, the text, the tensors' bytes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

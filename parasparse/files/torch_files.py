@@ -1,7 +1,5 @@
 """Checkpoints in torch files, read without holding them in memory."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any

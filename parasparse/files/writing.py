@@ -1,7 +1,5 @@
 """Checkpoints that are written tensor by tensor, in any order, and appear when they are whole."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

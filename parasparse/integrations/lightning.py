@@ -1,7 +1,5 @@
 """A callback of Lightning's Trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is logged of an update."""
 
-from __future__ import annotations
-
 from parasparse.training.history import Update
 
 

@@ -1,7 +1,5 @@
 """Adapters of PEFT on a masked base model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the trainers' callbacks share: masks that a checkpoint brings, controllers that go on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

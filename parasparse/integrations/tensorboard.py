@@ -1,7 +1,5 @@
 """Sparsity and churn for TensorBoard."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from parasparse.integrations.metrics import metrics_of

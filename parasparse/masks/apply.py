@@ -1,7 +1,5 @@
 """The one operation of the library: a weight, with +0.0 where its mask is 0."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What is given as a mask, as the tensor that masks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A kind holds settings only. The logits, the temperature and so on are in the `So
 method gets; the formulas are the functions of `parasparse.gates`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whether calling a module does more than its `forward`."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.nn.modules import module as _torch
 

@@ -1,7 +1,5 @@
 """The module that stands between a stored tensor and the masked tensor that a module sees."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Self
 

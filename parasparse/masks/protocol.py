@@ -1,7 +1,5 @@
 """The contract of a module that masks, and what holds where one of a user's own says nothing."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

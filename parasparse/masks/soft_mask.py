@@ -1,7 +1,5 @@
 """The module of a learned soft mask: one of the gates, its parameters, its penalty."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Patterns that say themselves how much is kept: groups, and bands of diagonals."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Patterns that rank: the highest scores stay, of one tensor or of several together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

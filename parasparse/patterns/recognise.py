@@ -1,7 +1,5 @@
 """Which patterns a mask keeps to, read off the mask itself."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Tensors cut into tiles of one size: a value for each tile, and back to the entries."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

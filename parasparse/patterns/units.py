@@ -3,8 +3,6 @@
 A unit is a tile: a tensor is cut into tiles of one size from index 0 on, the last ones short.
 """
 
-from __future__ import annotations
-
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The Figure that `plot` returns; imports matplotlib."""
 
-from __future__ import annotations
-
 import io
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Names of tensors that fit on a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """The numbers behind the pictures: masks in a few cells, scores in bins."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

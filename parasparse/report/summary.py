@@ -1,7 +1,5 @@
 """What the masks of a model amount to, as a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any

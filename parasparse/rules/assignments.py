@@ -1,7 +1,5 @@
 """Rules and a model in; what each tensor gets, checked, out. Changes nothing."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

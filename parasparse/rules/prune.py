@@ -1,7 +1,5 @@
 """`Prune`: score the tensors, and drop the entries with the lowest scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal

@@ -4,8 +4,6 @@ A treatment is a callable that takes the group of tensors of its rule, by name, 
 (or a module that masks) for each: `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

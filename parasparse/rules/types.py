@@ -1,7 +1,5 @@
 """The types of rules, as a user writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 

@@ -1,7 +1,5 @@
 """The context in which a model is watched while the user runs it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Masks by scores that each entry has by itself: they are computed piece by piece, never held."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 

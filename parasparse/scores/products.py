@@ -1,7 +1,5 @@
 """Weights times gradients, real and complex."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

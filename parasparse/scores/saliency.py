@@ -3,8 +3,6 @@
 w g stands for Re(conj(g) w) where a weight is complex: how the loss changes along w.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """What was seen of a model while it ran: gradients, curvature, inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

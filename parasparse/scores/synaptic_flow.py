@@ -1,7 +1,5 @@
 """The flow through a network with |w| for all its weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

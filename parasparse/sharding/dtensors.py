@@ -4,8 +4,6 @@ Sharding frameworks spread weights: `fully_shard`, `parallelize_module`. A plain
 part, so that what is written for parts holds for it as well, and costs it nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

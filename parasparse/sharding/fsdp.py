@@ -4,8 +4,6 @@ Outside of forward and backward a Parameter is a DTensor, of which each process 
 these it puts the gathered one in its place, in the module and under the name that it remembers.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Random numbers that are the same in all processes that train one model."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

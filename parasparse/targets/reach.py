@@ -1,7 +1,5 @@
 """Which tensors the left side of a rule reaches, and which rule has which."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """The tensors of a model: each once, with all its names and places, pairs joined."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Continuous Sparsification: soft masks that harden while the network trains."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

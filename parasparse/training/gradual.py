@@ -1,7 +1,5 @@
 """Gradual magnitude pruning, by any score and pattern: masks that follow a schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a controller did, update by update."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Snapshots of a model without its masks, to rewind to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Rules whose sparsity a controller scales."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

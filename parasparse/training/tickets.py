@@ -1,7 +1,5 @@
 """Lottery tickets: prune what was trained, rewind the rest, train again."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

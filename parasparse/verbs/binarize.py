@@ -1,7 +1,5 @@
 """`binarize`: make soft masks hard."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """`deploy_masks`: replace masks of a model by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`frozen`: masked tensors computed once for the length of a `with` block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Masks of a model by name: list them, read them, sum up their penalties."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`plan`: what `sparsify` would do, without doing it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn

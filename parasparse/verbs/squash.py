@@ -1,7 +1,5 @@
 """`squash` and `unsparsify`: take masks off, with their zeros or without."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

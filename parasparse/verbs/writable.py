@@ -1,7 +1,5 @@
 """Whether the values of masked tensors can be written back to where they are stored."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from parasparse.targets.tensors import Target, masked_tensors_of

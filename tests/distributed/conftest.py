@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.processes import Processes
+from tests.helpers.processes import Processes
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -25,7 +25,7 @@ from tests.distributed.training import (
     weights_of,
     whole,
 )
-from tests.processes import Processes
+from tests.helpers.processes import Processes
 
 SAVED, STEPS = 15, 30
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.processes import Program
+from tests.helpers.processes import Program
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fsdp_sparse_training.py"
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import parasparse as ps
 from parasparse.patterns.selection.kth import highest
 from parasparse.sharding.dtensors import count_nonzero
-from tests.test_select import brute
+from tests.patterns.selection.test_kth import brute
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
 

@@ -1,7 +1,5 @@
 """Formats that store single values, or blocks, with their places."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self

@@ -9,8 +9,6 @@ Each format is made `of` a weight whose first dimension counts outputs, seen as 
 `of` returns None where the format cannot hold the weight, or would hold most of its zeros.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Collection
 from typing import Protocol

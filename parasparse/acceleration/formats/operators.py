@@ -1,7 +1,5 @@
 """The compressed formats as operators that torch.compile takes as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

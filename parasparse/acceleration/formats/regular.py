@@ -1,7 +1,5 @@
 """Formats whose zeros lie where dense kernels, or a device, can leave them out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

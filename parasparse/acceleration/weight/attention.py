@@ -1,7 +1,5 @@
 """What nn.MultiheadAttention does with sparse projections."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any

@@ -4,8 +4,6 @@ A handler is called in the place of a torch function that was given a `SparseWei
 NotImplemented where the dense kernel shall run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What LSTM, GRU and Elman networks do with sparse weights: torch's equations, step by step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -8,8 +8,6 @@ number of threads.
 Reference: Floyd, Rivest, "Expected time bounds for selection", 1975, CACM 18(3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 

@@ -9,8 +9,6 @@ processes finds the same k-th score, which is the one that a single process find
 Reference: Knuth, "The Art of Computer Programming", volume 3, section 5.2.5 (radix exchange).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """What is ranked: scores of tensors, one after the other, in pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn

@@ -1,7 +1,5 @@
 """Dynamic sparse training: connections are dropped and others grown while the network trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any

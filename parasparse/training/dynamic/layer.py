@@ -1,7 +1,5 @@
 """One masked tensor as the moves of dynamic sparse training see it: by entry, or by unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

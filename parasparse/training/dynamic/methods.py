@@ -1,7 +1,5 @@
 """Published methods of dynamic sparse training, each a `DynamicSparsity` with its settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -14,8 +14,6 @@ and, for all layers at once,
 `masking` is a view of the controller, `training.masking.Masking`. Where `mask` is 0, `weight` is 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

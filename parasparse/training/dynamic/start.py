@@ -1,7 +1,5 @@
 """How dynamic sparse training starts: the first masks, and what must hold for the moves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """What the moves of dynamic sparse training see: a view of the controller, and what they need."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial

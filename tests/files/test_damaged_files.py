@@ -1,0 +1,157 @@
+"""A file that is damaged, cut, newer or of another kind is an error, never another tensor."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.files import headers
+from tests.files.test_files import both, same_states, small
+
+
+def damaged(path, state):
+    """Load; return whether that was refused. If it was not, the tensors must be the same."""
+    try:
+        loaded = load_packed(path)
+    except ValueError:
+        return True
+    assert same_states(loaded, state)
+    return False
+
+
+@both
+def test_no_flipped_byte_gives_another_tensor(tmp_path, suffix):
+    path, state = tmp_path / f"x{suffix}", small()
+    save(state, path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        for flip in (0xFF, 1 << place % 8):
+            changed = bytearray(whole)
+            changed[place] ^= flip
+            path.write_bytes(changed)
+            refused += damaged(path, state)
+    # In a zip file much is padding, or said twice and read once.
+    assert refused >= (2 * len(whole) - 16 if suffix == ".safetensors" else len(whole) // 2)
+
+
+@both
+def test_each_flipped_bit_of_the_tensors_and_the_header_is_found(tmp_path, suffix):
+    path, state = tmp_path / f"x{suffix}", small()
+    save(state, path)
+    whole = path.read_bytes()
+    values = state["a.weight"][state["a.weight"] != 0].view(torch.uint8).numpy().tobytes()
+    for needle in (values, b"a.weight", b'crc32\\":' if suffix == ".safetensors" else b'crc32":'):
+        start = whole.index(needle)
+        for place in range(start, start + len(needle)):
+            for bit in range(8):
+                changed = bytearray(whole)
+                changed[place] ^= 1 << bit
+                path.write_bytes(changed)
+                assert damaged(path, state)
+
+
+@both
+def test_every_truncation_is_refused(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    save(small(), path)
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="`path` must be"):
+            load_packed(path)
+
+
+@both
+def test_a_future_version_is_named(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    with monkeypatch.context() as patch:
+        patch.setattr(headers, "VERSION", 2)
+        save(small(), path)
+    with pytest.raises(
+        ValueError, match="newer parasparse: version 2; this one reads 1. Upgrade parasparse"
+    ):
+        load_packed(path)
+
+
+def test_ordinary_files_are_refused_with_the_right_reader(tmp_path):
+    torch.save(small(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt.*another kind of file. Read it with torch.load"):
+        load_packed(tmp_path / "x.pt")
+    torch.save([1, 2], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="Read it with torch.load"):
+        load_packed(tmp_path / "x.pt")
+    save_file(small(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="another kind of file. Read it with safetensors"):
+        load_packed(tmp_path / "x.safetensors")
+
+
+def test_neither_kind_is_taken_for_the_other(tmp_path):
+    save(small(), tmp_path / "x.pt")
+    (tmp_path / "x.pt").rename(tmp_path / "y.safetensors")
+    save(small(), tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(tmp_path / "y.pt")
+    for name in ("y.safetensors", "y.pt"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_packed(tmp_path / name)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@both
+def test_a_long_file_cut_anywhere_is_refused(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    save({"w": torch.randint(1, 255, (9_000,), dtype=torch.uint8)}, path)
+    whole = path.read_bytes()
+    for size in (*range(4_000, len(whole), 501), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged, cut off, or another kind"):
+            load_packed(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"entries": {}},
+        {"entries": {"x": {"same": "y"}}, "modules": None},
+        {"entries": {"x": {"same": ["x"]}}, "modules": None},
+        {"entries": {"x": "y"}, "modules": None},
+        {"entries": {"x": {"dtype": "float32"}}, "modules": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_lies_is_refused(tmp_path, header):
+    torch.save({**headers.metadata_of(header), "tensors": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        load_packed(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("version", ["2", "2.0", "17"])
+def test_any_later_version_says_so(tmp_path, version):
+    header = {**headers.metadata_of({"entries": {}, "modules": None}), "version": version}
+    torch.save({**header, "tensors": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"version {version}; this one reads 1. Upgrade"):
+        load_packed(tmp_path / "x.pt")
+
+
+@both
+def test_a_dtype_of_a_later_torch_is_named(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    save({"x": torch.eye(2)}, path)
+    monkeypatch.delattr(torch, "float32")
+    with pytest.raises(NotImplementedError, match="holds float32, which this torch does not"):
+        load_packed(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "parasparse-packed", "version": "1", "header": Harmful()}, "x.pt")
+    with pytest.raises(ValueError, match="code in it has not been run"):
+        load_packed("x.pt")
+    assert not (tmp_path / "harm").exists()

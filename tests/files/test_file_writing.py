@@ -1,0 +1,154 @@
+"""How packed files are written: whole or not at all, tensor by tensor, with the rights they had."""
+
+import os
+import signal
+import stat
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from parasparse.checkpoints.packed import load_packed, save
+from parasparse.files import packed_files
+from tests.files.test_files import path as path
+from tests.files.test_files import same_states, small, some
+from tests.helpers.processes import Program
+
+
+def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
+    old = small()
+    save(old, path)
+    pack_tensor = packed_files.pack_tensor
+    packed = []
+
+    def failing(tensor):
+        if len(packed) == 2:
+            raise KeyboardInterrupt
+        packed.append(tensor)
+        return pack_tensor(tensor)
+
+    monkeypatch.setattr(packed_files, "pack_tensor", failing)
+    with pytest.raises(KeyboardInterrupt):
+        save(some(), path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert same_states(load_packed(path), old)
+
+
+def killed(path, moment):
+    """Save, and stand still while the third tensor is packed, or before the file is renamed."""
+
+    def stop(*args):
+        print("here", flush=True)
+        time.sleep(600)
+
+    count = iter(range(9))
+    if moment == "writing":
+        pack = packed_files.pack_tensor
+        packed_files.pack_tensor = lambda tensor: pack(tensor) if next(count) < 2 else stop()
+    else:
+        os.replace = stop
+    save({f"w{i}": torch.eye(500) for i in range(3)}, path)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_a_killed_save_leaves_the_old_file(path, moment, tmp_path_factory):
+    old = small()
+    save(old, path)
+    before = path.read_bytes()
+    captured = tmp_path_factory.mktemp("captured")
+    program = Program(captured, killed, path, moment)
+    while program.is_running and "here\n" not in "".join(p.read_text() for p in captured.iterdir()):
+        time.sleep(0.01)
+    assert len(list(path.parent.iterdir())) == 2  # it was at it
+    program.send(signal.SIGKILL)
+    assert program.finished()[:2] == (-signal.SIGKILL, "here\n")
+    assert path.read_bytes() == before
+    assert same_states(load_packed(path), old)
+    save(some(), path)  # what was left beside is in nobody's way
+
+
+def test_links_are_followed_and_permissions_stay(path):
+    target = path.with_name("target")
+    target.touch()
+    target.chmod(0o640)
+    path.symlink_to(target)
+    state = small()
+    save(state, path)
+    assert path.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert same_states(load_packed(path), state)
+
+
+def test_a_new_file_has_the_usual_permissions(path):
+    path.with_name("usual").touch()
+    save(small(), path)
+    assert path.stat().st_mode == path.with_name("usual").stat().st_mode
+
+
+def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
+    pack_tensor, living = packed_files.pack_tensor, weakref.WeakSet()
+
+    def counted(tensor):
+        assert not len(living)  # what was packed before is written and gone
+        packed = pack_tensor(tensor)
+        living.add(packed)
+        return packed
+
+    monkeypatch.setattr(packed_files, "pack_tensor", counted)
+    state = some(4)
+    save(state, tmp_path / "x.safetensors")
+    assert same_states(load_packed(tmp_path / "x.safetensors"), state)
+
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def print_the_peak_of_saving(path):
+    """Print how much more memory saving 24 tensors takes than saving one, in tensors."""
+    state = {f"w{i}": torch.zeros(2048, 2048) for i in range(24)}
+    for tensor in state.values():
+        tensor.fill_(1.0)[::2, ::2] = 0.0  # three of four stay
+    save({"w": state["w0"]}, path)
+    before = peak()
+    save(state, path)
+    print((peak() - before) / state["w0"].nbytes)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_saving_many_tensors_takes_the_memory_of_saving_one(tmp_path):
+    program = Program(tmp_path, print_the_peak_of_saving, tmp_path / "x.safetensors")
+    code, out, _ = program.finished()
+    assert code == 0
+    assert float(out) < 6  # all of them packed are 19 tensors
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_file_is_not_replaced(path):
+    save({"x": torch.eye(2)}, path)
+    path.chmod(0o444)
+    with pytest.raises(PermissionError):
+        save({"x": torch.eye(3)}, path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are those of POSIX")
+def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
+    save({"x": torch.eye(2)}, path)
+    path.chmod(0o600)
+    seen = []
+    pack_tensor = packed_files.pack_tensor
+
+    def spied(tensor):
+        seen.extend(p.stat().st_mode & 0o777 for p in path.parent.glob("*.tmp"))
+        return pack_tensor(tensor)
+
+    monkeypatch.setattr(packed_files, "pack_tensor", spied)
+    save({"x": torch.eye(3)}, path)
+    assert seen == [0o600]
