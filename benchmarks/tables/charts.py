@@ -86,12 +86,12 @@ def payoffs(contents: dict[str, Content]) -> Data:
 
 
 def drawn_payoffs(rows: Data) -> Figure:
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 7.2), layout="constrained")
     titles = {
         "times faster": "Speed on a CPU, unstructured zeros, two threads (1 = dense)",
         "size": "Size of a packed file (1 = dense)",
     }
-    for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for axes, (kind, title) in zip(figure.subplots(2, 1), titles.items(), strict=True):
         own = [row[1:] for row in rows if row[0] == kind]
         names = list(dict.fromkeys(row[0] for row in own))
         sparsities = list(dict.fromkeys(row[1] for row in own))
