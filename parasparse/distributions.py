@@ -1,8 +1,8 @@
 """Distributions: shapes and one sparsity in, a sparsity for each tensor out.
 
-A distribution is any callable `(shapes by name, sparsity) -> sparsity by name`. Those here share
-out exactly `num_kept(n, sparsity)` of the n entries of all tensors, to the single entry. With a
-pattern of units (blocks, channels, heads) each sparsity counts units instead.
+A distribution is any callable `(shapes by name, sparsity) -> sparsity by name`. The distributions
+below keep exactly `num_kept(n, sparsity)` of the n entries of all tensors. With a pattern of units
+(blocks, channels, heads), sparsities count units instead.
 """
 
 import math
@@ -17,16 +17,16 @@ Floors = float | Mapping[str, float]
 
 
 def uniform(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
-    """Return the same sparsity for all, but for single entries that make the total exact.
+    """Return the same sparsity for all tensors, except for single entries to make the total exact.
 
     Args:
-        shapes: by name.
+        shapes: shape of each tensor, by name.
         sparsity: share of zeros of all tensors together, in [0, 1].
-        max_sparsity: no tensor gets sparser than this: a number, or one by name (1 for the others).
+        max_sparsity: upper bound for each tensor: a number, or numbers by name (1 for the others).
             Bind it with `functools.partial(uniform, max_sparsity=0.99)`.
 
     Raises:
-        ValueError: a share outside [0, 1]; a name that is not there; `max_sparsity` keeps more
+        ValueError: a share is outside [0, 1], `max_sparsity` has an unknown name, or it keeps more
             entries than `sparsity` allows.
 
     Examples:
@@ -39,9 +39,8 @@ def uniform(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> d
 def erdos_renyi(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
     """Return sparsities with 1 - s proportional to (n_out + n_in) / (n_out * n_in), at most 1.
 
-    Args, Raises: as `uniform`.
-
-    n_out and n_in are the first two dimensions; a tensor with fewer has ratio 1.
+    n_out and n_in are the first two dimensions. With fewer dimensions, the ratio is 1. See
+    `uniform` for the arguments and errors.
 
     Examples:
         >>> shares = erdos_renyi({"wide": (100, 100), "narrow": (10, 10)}, 0.9)
@@ -57,9 +56,8 @@ def erdos_renyi(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) 
 def erk(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[str, float]:
     """Return sparsities with 1 - s proportional to (sum of dims) / (product of dims), at most 1.
 
-    Args, Raises: as `uniform`.
-
-    The kernel of a convolution counts: Erdos-Renyi-Kernel.
+    Erdos-Renyi-Kernel: unlike `erdos_renyi`, it uses the kernel dimensions of a convolution. See
+    `uniform` for the arguments and errors.
 
     Examples:
         >>> shares = erk({"conv": (64, 64, 3, 3), "fc": (10, 64)}, 0.9)
@@ -67,8 +65,8 @@ def erk(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> dict[
         {'conv': 0.916, 'fc': 0.0}
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (1). Differs:
-        what full tensors leave over, and what rounding does, goes to the others, so that the total
-        is exact.
+        the other tensors keep the entries that full tensors have no room for, and the total is
+        exact after rounding.
     """
     return _shared_out(shapes, sparsity, max_sparsity, lambda shape: sum(shape) if shape else 1)
 
@@ -81,10 +79,7 @@ def _edges(shape: tuple[int, ...]) -> int:
 
 
 def _shared_out(
-    shapes: Shapes,
-    sparsity: float,
-    max_sparsity: Floors,
-    weigh: Callable[[tuple[int, ...]], int],
+    shapes: Shapes, sparsity: float, max_sparsity: Floors, weigh: Callable[[tuple[int, ...]], int]
 ) -> dict[str, float]:
     """Return sparsities that keep entries in proportion to `weigh(shape)`, within the bounds."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -93,9 +88,9 @@ def _shared_out(
     least = sum(floors.values())
     if least > total:
         raise ValueError(
-            f"`max_sparsity` must leave room for `sparsity`; it keeps {least:,} of "
-            f"{sum(sizes.values()):,} entries, and {sparsity} keeps {total:,}. Raise it, or lower "
-            "`sparsity`."
+            f"`max_sparsity` must not keep more entries than `sparsity`; it keeps {least:,} of "
+            f"{sum(sizes.values()):,}, and a sparsity of {sparsity} keeps {total:,}. Raise "
+            "`max_sparsity`, or lower `sparsity`."
         )
     weights = {name: weigh(tuple(shape)) if sizes[name] else 0 for name, shape in shapes.items()}
     kept = _rounded(_proportional(weights, floors, sizes, total), total)
@@ -103,19 +98,17 @@ def _shared_out(
 
 
 def _floors(sizes: Mapping[str, int], max_sparsity: Floors) -> dict[str, int]:
-    """Return the least number of entries that each tensor keeps."""
+    """Return how many entries each tensor must keep at least."""
     if not isinstance(max_sparsity, Mapping):
         most = check_sparsity(max_sparsity, "max_sparsity")
         return {name: num_kept(size, most) for name, size in sizes.items()}
     unknown = max_sparsity.keys() - sizes.keys()
     if unknown:
         raise ValueError(
-            f"`max_sparsity` must name tensors that are there; got {listed(sorted(unknown))}, "
-            f"there are {listed(sizes)}."
+            f"`max_sparsity` must have names of tensors of this rule, {listed(sizes)}; got "
+            f"{listed(sorted(unknown))}."
         )
-    shares = {
-        name: check_sparsity(s, f"max_sparsity of {name}") for name, s in max_sparsity.items()
-    }
+    shares = {n: check_sparsity(s, f"max_sparsity of {n}") for n, s in max_sparsity.items()}
     return {name: num_kept(size, shares.get(name, 1.0)) for name, size in sizes.items()}
 
 
@@ -124,8 +117,8 @@ def _proportional(
 ) -> dict[str, Fraction]:
     """Return x with x = clamp(e * weight, floor, size) for one number e, and sum(x) = total.
 
-    In fractions, since floats lose single entries. Each round fixes what is out of bounds on the
-    side where more is: its bound holds at the solution too.
+    Fractions, because floats lose single entries. Each round fixes the tensors beyond the bound
+    that is violated more; they are at this bound in the solution too.
     """
     fixed: dict[str, Fraction] = {name: Fraction(0) for name, size in sizes.items() if size == 0}
     while free := [name for name in sizes if name not in fixed]:
@@ -143,7 +136,7 @@ def _proportional(
 
 
 def _rounded(shares: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Return whole numbers that sum to `total`: the largest fractions are rounded up."""
+    """Return integers that sum to `total`; the largest fractional parts are rounded up."""
     whole = {name: math.floor(share) for name, share in shares.items()}
     by_fraction = sorted(shares, key=lambda name: whole[name] - shares[name])
     for name in by_fraction[: total - sum(whole.values())]:

@@ -1,7 +1,6 @@
-"""Gates: the functions of learned soft masks, and their penalties. They know tensors and numbers.
+"""Gates: the functions of learned soft masks, and their penalties.
 
-Those that draw noise take it as an argument, so that what they do is a function of what they get;
-without noise they are what the trained network uses.
+They get noise as an argument. Without noise, they compute the gate of the trained network.
 """
 
 import math
@@ -23,8 +22,8 @@ def sigmoid(
 
     Args:
         logits: s, real, any shape.
-        temperature: T > 0; the higher, the closer to 0 or 1/sigmoid(s0).
-        init: s0, the value that all logits had at first: there and at T = 1 the mask is 1.
+        temperature: T > 0. The higher it is, the closer the mask is to 0 or 1 / sigmoid(s0).
+        init: s0, the initial value of all logits, at which the mask is 1 for T = 1.
         hard: return the limit, which has no gradient.
 
     Examples:
@@ -35,9 +34,9 @@ def sigmoid(
         arXiv:1912.04427, section 3.
     """
     if hard:
-        # Written so that the scale is rounded once, in the dtype of the logits, as when soft.
+        # Rounds the scale once, in the dtype of the logits, as the soft gate does.
         return (logits > 0).to(logits.dtype) / torch.sigmoid(logits.new_tensor(init))
-    # In 32 bits at least: a temperature may be more than half precision holds.
+    # At least 32 bits, because a temperature may be too high for half precision.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     soft = torch.sigmoid(temperature * wide).to(logits.dtype)
     return soft / torch.sigmoid(logits.new_tensor(init))
@@ -51,7 +50,7 @@ def hard_concrete(
     low: float = -0.1,
     high: float = 1.1,
 ) -> Tensor:
-    """Return the gate of L0 regularisation: a stretched sigmoid, cut off at 0 and 1.
+    """Return the gate of L0 regularisation, a stretched sigmoid cut off at exactly 0 and 1.
 
     z = clamp(sigmoid((log u - log(1 - u) + s) / beta) (high - low) + low, 0, 1); without noise
     clamp(sigmoid(s) (high - low) + low, 0, 1).
@@ -62,9 +61,6 @@ def hard_concrete(
         temperature: beta > 0.
         low: gamma < 0.
         high: zeta > 1.
-
-    Returns:
-        Values in [0, 1], a part of which are exactly 0 or 1.
 
     Examples:
         >>> hard_concrete(torch.tensor([-5.0, 0.0, 5.0])).tolist()
@@ -83,7 +79,7 @@ def hard_concrete_penalty(
 ) -> Tensor:
     """Return the probability that each gate is not 0: sigmoid(s - beta log(-low / high)).
 
-    Args: as `hard_concrete`.
+    See `hard_concrete` for the arguments.
 
     Examples:
         >>> [round(p, 2) for p in hard_concrete_penalty(torch.tensor([-5.0, 5.0])).tolist()]
@@ -95,14 +91,14 @@ def hard_concrete_penalty(
 
 
 def straight_through(scores: Tensor, sparsity: Tensor | float) -> Tensor:
-    """Return the mask of the highest scores, whose gradient is that of the scores themselves.
+    """Return the mask of the highest scores, and pass its gradient to the scores.
 
-    m = 1 for the n - round(n * sparsity) highest, of equal ones those of lower index, else 0;
+    m = 1 for the n - round(n * sparsity) highest scores (the lower index wins ties), else 0;
     dm/ds = 1.
 
     Args:
-        scores: real, any shape.
-        sparsity: share of zeros, in [0, 1]; as a tensor it can change without a new graph.
+        scores: s, real, any shape.
+        sparsity: share of zeros, in [0, 1]. A change of a tensor does not recompile.
 
     Examples:
         >>> scores = torch.tensor([0.3, -1.0, 2.0], requires_grad=True)
@@ -118,18 +114,17 @@ def straight_through(scores: Tensor, sparsity: Tensor | float) -> Tensor:
         sparsity = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
     flat = full_tensor(scores.detach()).flatten()
     kept = flat.numel() - (flat.numel() * sparsity.double()).round()  # num_kept, half to even
-    places = flat.argsort(descending=True, stable=True).argsort()
-    mask = (places < kept.to(places.device)).to(scores.dtype).view(scores.shape)
-    mask = laid_out_like(mask, scores)
-    return mask + (scores - scores.detach())
+    ranks = flat.argsort(descending=True, stable=True).argsort()
+    mask = (ranks < kept.to(ranks.device)).to(scores.dtype).view(scores.shape)
+    return laid_out_like(mask, scores) + (scores - scores.detach())
 
 
 def soft_threshold(weight: Tensor, logits: Tensor) -> Tensor:
-    """Return sign(w) relu(|w| - sigmoid(s)): what is below a learned threshold becomes 0.
+    """Return sign(w) relu(|w| - sigmoid(s)): magnitudes below a learned threshold become 0.
 
     Args:
-        weight: real, or complex, where sign(w) is w / |w|.
-        logits: s, real; broadcasts to the shape of the weight: one for a tensor, or by row.
+        weight: w, real, or complex with sign(w) = w / |w|.
+        logits: s, real; broadcasts to the shape of the weight, such as one value or one per row.
 
     Examples:
         >>> soft_threshold(torch.tensor([-0.75, 0.25]), torch.tensor(0.0)).tolist()
@@ -144,13 +139,12 @@ def soft_threshold(weight: Tensor, logits: Tensor) -> Tensor:
 def variational_dropout(
     weight: Tensor, log_variance: Tensor, noise: Tensor | None = None
 ) -> Tensor:
-    """Return w + sigma e: a weight with noise that is learned; without noise, w.
+    """Return w + sigma e, a weight with noise of a learned variance, or w without noise.
 
     Args:
         weight: w, the mean; real or complex.
-        log_variance: log sigma^2, real, of the shape of the weight; of a complex one |e|^2 has mean
-            1.
-        noise: e, standard normal, of the dtype of the weight (`torch.randn_like(weight)`).
+        log_variance: log sigma^2, real, of the shape of the weight.
+        noise: e, from `torch.randn_like(weight)`: standard normal, with mean |e|^2 = 1 if complex.
 
     Examples:
         >>> w = torch.tensor([1.0, 2.0])
@@ -159,16 +153,16 @@ def variational_dropout(
 
     Reference: Molchanov, Ashukha, Vetrov, "Variational Dropout Sparsifies Deep Neural Networks",
         2017, arXiv:1701.05369, section 4.2. Nazarov, Burnaev, "Bayesian Sparsification of Deep
-        C-valued Networks", 2020, arXiv:2003.11413. Differs: weights are drawn, not the outputs of
-        layers, so that any layer will do.
+        C-valued Networks", 2020, arXiv:2003.11413. Differs: weights are drawn instead of the
+        outputs of layers, so this works with any layer.
     """
     return weight if noise is None else weight + (log_variance / 2).exp() * noise
 
 
 def log_alpha(weight: Tensor, log_variance: Tensor) -> Tensor:
-    """Return log(sigma^2 / |w|^2), the relevance: high where noise drowns the weight.
+    """Return log alpha = log(sigma^2 / |w|^2), which is high where noise dominates the weight.
 
-    Args: as `variational_dropout`.
+    See `variational_dropout` for the arguments.
 
     Examples:
         >>> log_alpha(torch.tensor([1.0, 0.5]), torch.zeros(2)).tolist()
@@ -181,14 +175,14 @@ def log_alpha(weight: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) -> Tensor:
-    """Return KL(q || log-uniform prior) for each weight, but for a constant: 0 for alpha -> inf.
+    """Return KL(q || log-uniform prior) for each weight, up to a constant: 0 for alpha -> inf.
 
-    Real: k1 (1 - sigmoid(k2 + k3 log alpha)) + log(1 + 1/alpha) / 2, within 0.01 of the exact one;
+    Real: k1 (1 - sigmoid(k2 + k3 log alpha)) + log(1 + 1/alpha) / 2, within 0.01 of the KL;
     complex: gamma + log(1/alpha) - Ei(-1/alpha), exact.
 
     Args:
-        relevance: log alpha.
-        is_complex: the weights are.
+        relevance: log alpha, from `log_alpha`.
+        is_complex: whether the weights are complex.
 
     Examples:
         >>> x = torch.tensor([-8.0, 8.0])
@@ -199,7 +193,7 @@ def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) 
         2020, arXiv:2003.11413, section 3.
     """
     if is_complex:
-        # From 700 on exp is inf in 64 bits; there the penalty is linear.
+        # exp overflows 64 bits above about 700, where the penalty is linear.
         x = relevance.double().neg().clamp(max=700.0).exp()
         beyond = (-relevance.double() - 700.0).relu()
         return (_Ein.apply(x) + beyond).to(relevance.dtype)  # type: ignore[no-any-return]
@@ -209,9 +203,7 @@ def variational_dropout_penalty(relevance: Tensor, *, is_complex: bool = False) 
 
 
 class _Ein(torch.autograd.Function):
-    """The entire exponential integral: of (1 - exp(-t)) / t over t from 0 to x; for x >= 0.
-
-    It is gamma + log x - Ei(-x); torch has no exponential integral.
+    """Ein(x) = gamma + log x - Ei(-x), the integral of (1 - exp(-t)) / t from 0 to x >= 0.
 
     Reference: Abramowitz, Stegun, "Handbook of Mathematical Functions", 1964, 5.1.11 and 5.1.22.
     """
@@ -226,7 +218,7 @@ class _Ein(torch.autograd.Function):
         for k in range(1, 40):
             term = -term * small / k
             series = series - term / k
-        # exp(x) E1(x) as a continued fraction, from its end on.
+        # exp(x) E1(x) as a continued fraction, from its end.
         fraction = large.clone()
         for k in range(60, 0, -1):
             fraction = large + k / (1 + k / fraction)
@@ -244,7 +236,7 @@ class _Ein(torch.autograd.Function):
         slope = torch.where(x < 1e-6, 1 - x / 2, -(-x).expm1() / x.clamp(min=1e-6))
         return grad * slope
 
-    jvp = backward  # linear in what it is given
+    jvp = backward
 
 
 _EULER = 0.57721566490153286061

@@ -1,4 +1,4 @@
-"""Keeps the state of any torch optimizer in step with masks, and with parameter names."""
+"""Keeps the state of torch optimizers in step with masks and parameter names."""
 
 import copy
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ State = dict[str, dict[str, Any]]
 
 
 def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: Tensor) -> None:
-    """Set to 0 what `optimizer` keeps for some entries of `parameter`.
+    """Set the state of `optimizer` to 0 for some entries of `parameter`.
 
-    That is, in each tensor of the parameter's shape: momentum, averages, second moments.
+    This changes each tensor of the parameter's shape: momentum, averages, second moments.
 
     Args:
-        optimizer: any of torch's kind; nothing happens if it does not know the parameter yet.
-        parameter: one of its own.
-        entries: bool, of the parameter's shape; True = set to 0.
+        optimizer: any torch optimizer; does nothing if it has no state for `parameter`.
+        parameter: a parameter of the optimizer.
+        entries: bool, of the parameter's shape; True sets the state to 0.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -32,16 +32,16 @@ def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: T
         >>> optimizer.state[weight]["momentum_buffer"].tolist()
         [0.0, 1.0]
     """
-    # `state` is a defaultdict: asking it with [] would make an entry.
+    # `state` is a defaultdict, so [] would add an entry.
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == entries.shape:
             fill_(value, entries, 0.0)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
-    """Return the momentum that `optimizer` keeps for `parameter`; None if it keeps none so far.
+    """Return the momentum in the state of `optimizer` for `parameter`, or None.
 
-    That is `momentum_buffer`, or exp_avg / (sqrt(exp_avg_sq) + 1e-8), or `exp_avg` alone.
+    It is `momentum_buffer`, or exp_avg / (sqrt(exp_avg_sq) + 1e-8), or `exp_avg` alone.
 
     Reference: sparse_learning, `get_momentum_for_weight`.
     """
@@ -53,14 +53,14 @@ def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor |
     average, squares = state["exp_avg"], state.get("exp_avg_sq")
     if squares is None or squares.shape != average.shape:
         return average  # type: ignore[no-any-return]
-    if average.is_complex():  # the squares of the real and of the imaginary part
+    if average.is_complex():  # its squares are those of the real and the imaginary part
         parts = torch.view_as_real(average) / (torch.view_as_real(squares).sqrt() + 1e-8)
         return torch.view_as_complex(parts)
     return average / (squares.sqrt() + 1e-8)  # type: ignore[no-any-return]
 
 
 def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
-    """Whether `optimizer` is set to keep a momentum for `parameter`, which it holds."""
+    """Whether `optimizer` uses momentum for `parameter`, one of its own."""
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     return "betas" in group or bool(group.get("momentum"))
 
@@ -68,49 +68,42 @@ def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
 def check_held(
     optimizer: torch.optim.Optimizer, targets: list[Target], *, even_frozen: bool = False
 ) -> None:
-    """Raise ValueError if `optimizer` does not hold what `targets` store, as far as it is trained.
+    """Raise ValueError if a parameter of `targets` is not in `optimizer`, as in one of a copy.
 
-    A fresh optimizer over another copy of the model is what this is about.
-
-    Args:
-        optimizer: any.
-        targets: tensors of a model.
-        even_frozen: it must hold what is not trained as well.
+    Parameters that are not trained may be missing, unless `even_frozen`.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [
-        target.name
+    names = {
+        target.name: None
         for target in targets
-        if any(
-            (even_frozen or p.requires_grad) and id(p) not in held for p in parameters_of(target)
-        )
-    ]
-    if missing:
+        for parameter in parameters_of(target)
+        if (even_frozen or parameter.requires_grad) and id(parameter) not in held
+    }
+    if names:
         raise ValueError(
-            f"`optimizer` must hold the parameters that are masked; {listed(missing)} are not "
-            f"among its {len(held)}. Build it with `model.parameters()` of this very model."
+            f"`optimizer` must hold the parameters that are masked; {listed(names)} are not among "
+            f"its {len(held)}. Build it with `model.parameters()` of the same model object."
         )
 
 
 def parameters_of(target: Target) -> list[Tensor]:
-    """Return the tensors that an optimizer holds for `target`."""
+    """Return the tensors of `target` that an optimizer updates."""
     return [tensor for site in target.firsts for tensor in site.originals()]
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the state of `optimizer` by plain parameter names.
 
-    Numbers in `optimizer.state_dict()` count parameters in the order in which the optimizer got
-    them, which differs between an optimizer that was built before `sparsify` and one that was built
-    after. Names do not.
+    `optimizer.state_dict()` numbers the parameters in the order in which the optimizer got them.
+    That order differs between optimizers that were built before and after `sparsify`. Names do not.
 
     Args:
         model: dense or masked, wrapped or not.
-        optimizer: holds parameters of `model` only.
+        optimizer: holds only parameters of `model`.
 
     Returns:
-        `{"state": {name: ...}, "param_groups": [{..., "params": [name, ...]}]}`; tensors are the
-        optimizer's own.
+        `{"state": {name: ...}, "param_groups": [{..., "params": [name, ...]}]}`. The tensors are
+        not copied.
 
     Raises:
         ValueError: the optimizer holds a tensor that is not a parameter of `model`.
@@ -138,15 +131,15 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def load_named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Load what `named_state` returned; `model` may be masked where that one was dense, or not.
+    """Load the result of `named_state`, also from a dense into a masked model or vice versa.
 
     Args:
         model: has the parameters that `state` names.
-        optimizer: of the same kind, its groups with as many parameters in any order.
-        state: is not changed.
+        optimizer: of the same class, with the same parameters in each group, in any order.
+        state: not changed.
 
     Raises:
-        ValueError: a name is not in the model, or a group holds other parameters.
+        ValueError: a name is not in the model, or a group has other parameters.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -159,34 +152,33 @@ def load_named_state(
     unknown = [name for group in given for name in group if name not in names.values()]
     if unknown:
         raise ValueError(
-            f"`state` must name parameters of `model`; {listed(unknown)} are none"
+            f"`state` must name parameters of `model`; it has no {listed(unknown)}"
             f"{nearest(unknown[0], names.values())}."
         )
     if [sorted(group) for group in held] != [sorted(group) for group in given]:
         raise ValueError(
             "`optimizer` must hold the parameters of `state`, group by group; it has groups of "
             f"{[len(group) for group in held]}, `state` of {[len(group) for group in given]}, or "
-            "they hold others."
+            "the groups hold other parameters."
         )
-    # As torch's own: numbers count the parameters of this optimizer, all groups one after another.
+    # torch numbers the parameters of an optimizer through all groups.
     numbers = {name: i for i, name in enumerate(name for group in held for name in group)}
     groups = [
         {**saved, "params": [numbers[name] for name in own]}
         for saved, own in zip(state["param_groups"], held, strict=True)
     ]
-    # Copies: torch's own would share the tensors with whoever `state` came from.
+    # Copies, because torch's `load_state_dict` would share the tensors with `state`.
     values = {numbers[name]: copy.deepcopy(saved) for name, saved in state["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """Return the plain name of each tensor that an optimizer may hold, by identity."""
+    """Return the plain name of each tensor that an optimizer may hold, by id."""
     names: dict[int, str] = {}
     for target in tensors_of(model, pairs=False):
-        site = target.sites[0]
-        parts = site.originals()
+        parts = target.sites[0].originals()
         for number, tensor in enumerate(parts):
-            # weight_norm and the like keep one weight in several tensors.
+            # weight_norm, for example, stores one weight in several tensors.
             names[id(tensor)] = target.name if len(parts) == 1 else f"{target.name}.{number}"
     for name, parameter in model.named_parameters():
         names.setdefault(id(parameter), name)  # logits of a Gate

@@ -1,11 +1,9 @@
-"""Numbers that change with the step: sparsities, prune rates, temperatures.
+"""Schedules: numbers that change with the step, such as sparsities or temperatures.
 
-A schedule is a function of the step. Those here go from `initial`, at step `start` and before, to
-`final`, at step `stop` and after, exactly. How they go between is a formula of the progress
+A schedule is any callable `int -> float`. The ramps below are exactly `initial` up to step `start`
+and `final` from step `stop` on. In between, each has a formula in the progress
 
     p = (step - start) / (stop - start)    in [0, 1]
-
-Wherever a schedule is taken, any callable `int -> float` will do.
 """
 
 import math
@@ -18,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Constant:
-    """`value` at each step.
+    """`value`, a finite number, at every step.
 
     Examples:
         >>> Constant(0.5)(1_000)
@@ -37,7 +35,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class _Ramp(ABC):
-    """From `initial` to `final`; what is final says how, as a curve from 0 to 1."""
+    """A schedule from `initial` to `final`; a subclass gives its curve from 0 to 1."""
 
     initial: float
     final: float
@@ -49,9 +47,7 @@ class _Ramp(ABC):
         _check_finite("initial", self.initial)
         _check_finite("final", self.final)
         if not self.stop > self.start:
-            raise ValueError(
-                f"`stop` must be after `start`; got {self.stop!r}, not after {self.start!r}."
-            )
+            raise ValueError(f"`stop` must be after `start`, {self.start!r}; got {self.stop!r}.")
 
     def __call__(self, step: int) -> float:
         """Return the value at `step`."""
@@ -64,7 +60,7 @@ class _Ramp(ABC):
 
     @abstractmethod
     def _curve(self, p: float) -> float:
-        """Return the share of the way at progress `p`: 0 at 0 and 1 at 1."""
+        """Return the share of the way from `initial` to `final`: 0 at p = 0 and 1 at p = 1."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,8 @@ class Linear(_Ramp):
     Args:
         initial: value up to step `start`.
         final: value from step `stop` on.
-        start: where it begins to move.
-        stop: where it has arrived; after `start`.
+        start: last step with the value `initial`.
+        stop: first step with the value `final`, after `start`.
 
     Raises:
         ValueError: `stop` is not after `start`, or a number is not finite.
@@ -91,16 +87,14 @@ class Linear(_Ramp):
 
 @dataclass(frozen=True)
 class Cubic(_Ramp):
-    """final + (initial - final) (1 - p)^3: fast at first, then ever slower.
-
-    Args, Raises: as `Linear`.
+    """final + (initial - final) (1 - p)^3: fast at first, then slower. See `Linear`.
 
     Examples:
         >>> [Cubic(0.0, 1.0, stop=2)(step) for step in (0, 1, 2)]
         [0.0, 0.875, 1.0]
 
     Reference: Zhu & Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, equation 1.
-        Differs: has a value for each step; `Every` says which of them count.
+        Differs: defined at every step; `Every` selects the steps of updates.
     """
 
     def _curve(self, p: float) -> float:
@@ -109,16 +103,14 @@ class Cubic(_Ramp):
 
 @dataclass(frozen=True)
 class Cosine(_Ramp):
-    """final + (initial - final) (1 + cos(pi p)) / 2: slow at both ends.
-
-    Args, Raises: as `Linear`.
+    """final + (initial - final) (1 + cos(pi p)) / 2: slow at both ends. See `Linear`.
 
     Examples:
         >>> [round(Cosine(0.5, 0.0, stop=4)(step), 3) for step in (0, 1, 2, 4, 6)]
         [0.5, 0.427, 0.25, 0.0, 0.0]
 
     Reference: Dettmers & Zettlemoyer, "Sparse Networks from Scratch", 2019, arXiv:1907.04840,
-        section 3. Differs: stays at `final`, where a cosine learning rate rises again.
+        section 3. Differs: stays at `final`; a cosine learning rate rises again.
     """
 
     def _curve(self, p: float) -> float:
@@ -127,9 +119,9 @@ class Cosine(_Ramp):
 
 @dataclass(frozen=True)
 class Exponential(_Ramp):
-    """initial (final / initial)^p: each step multiplies by the same number.
+    """initial (final / initial)^p: each step multiplies by the same factor.
 
-    Args, Raises: as `Linear`; both values must be over 0.
+    See `Linear`. Both values must be above 0, or it raises `ValueError`.
 
     Examples:
         >>> [Exponential(1.0, 100.0, stop=2)(step) for step in (0, 1, 2, 3)]
@@ -140,7 +132,7 @@ class Exponential(_Ramp):
         super().__post_init__()
         if not (self.initial > 0 and self.final > 0):
             raise ValueError(
-                f"`initial` and `final` must be over 0; got {self.initial!r} and {self.final!r}."
+                f"`initial` and `final` must be above 0; got {self.initial!r} and {self.final!r}."
             )
 
     def _curve(self, p: float) -> float:
@@ -152,16 +144,14 @@ class Exponential(_Ramp):
 class OneCycle(_Ramp):
     """initial + (final - initial) (f(p) - f(0)) / (f(1) - f(0)): slow, fast, slow.
 
-    With f(p) = 1 / (1 + exp(-14 p + 5)).
-
-    Args, Raises: as `Linear`.
+    f(p) = 1 / (1 + exp(-14 p + 5)). See `Linear`.
 
     Examples:
         >>> [round(OneCycle(0.0, 1.0, stop=4)(step), 3) for step in (0, 1, 2, 4)]
         [0.0, 0.177, 0.88, 1.0]
 
     Reference: Hubens et al., "One-Cycle Pruning: Pruning ConvNets Under a Tight Training Budget",
-        2021, arXiv:2107.02086, equation 2. Differs: exact at p = 0, where theirs is at 0.7 %.
+        2021, arXiv:2107.02086, equation 2. Differs: exact at p = 0; the paper's is at 0.7% there.
     """
 
     def _curve(self, p: float) -> float:
@@ -170,15 +160,15 @@ class OneCycle(_Ramp):
 
 @dataclass(frozen=True)
 class Every:
-    """Whether a step counts: each `n`-th from `start` on, up to `stop`.
+    """Select every `n`-th step from `start` to `stop`.
 
     Args:
-        n: at least 1.
-        start: the first that counts.
-        stop: none counts after it; None: there is no end.
+        n: number of steps from one selected step to the next, at least 1.
+        start: first selected step.
+        stop: no step after it is selected; None: no end.
 
     Raises:
-        ValueError: `n` is under 1, or `stop` before `start`.
+        ValueError: `n` is below 1, or `stop` is before `start`.
 
     Examples:
         >>> [step for step in range(20) if Every(5, start=2, stop=15)(step)]
@@ -195,22 +185,17 @@ class Every:
             raise ValueError(f"`n` must be at least 1; got {self.n!r}.")
         if self.stop is not None and self.stop < self.start:
             raise ValueError(
-                f"`stop` must not be before `start`; got {self.stop!r}, before {self.start!r}."
+                f"`stop` must not be before `start`, {self.start!r}; got {self.stop!r}."
             )
 
     def __call__(self, step: int) -> bool:
-        """Return whether `step` counts."""
+        """Return whether `step` is selected."""
         before_end = self.stop is None or step <= self.stop
         return step >= self.start and before_end and (step - self.start) % self.n == 0
 
 
 def as_every(every: Any) -> Callable[[int], bool]:
-    """Return when to update: `every` itself if it is a function, each so-many-th step if a number.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: the number is under 1.
-    """
+    """Return `every` if callable, `Every(every)` if an integer; else raise TypeError."""
     if callable(every):
         return every  # type: ignore[no-any-return]
     if isinstance(every, bool) or not hasattr(every, "__index__"):

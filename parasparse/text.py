@@ -1,4 +1,4 @@
-"""How things are worded: lists of names, the nearest name, tables as text and as HTML."""
+"""Words things: lists of names, the nearest names, missing libraries, tables as text and HTML."""
 
 import difflib
 import html
@@ -11,20 +11,28 @@ from torch import Tensor
 
 
 def listed(names: Iterable[object], *, most: int = 8) -> str:
-    """Return `names` quoted and joined by commas; past `most`, how many more there are."""
+    """Return `names` quoted and joined by commas, up to `most` of them."""
     quoted = [f'"{name}"' for name in names]
     rest = len(quoted) - most
     return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ' (nearest: ...)' with the names most like `name`, or '' if none is like it."""
+    """Return ' (nearest: ...)' with the names that resemble `name`, or '' if there are none."""
     found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f" (nearest: {listed(found)})" if found else ""
 
 
+def needs(what: str, library: str, extra: str) -> str:
+    """Return that `what` needs `library`, and the commands that install it."""
+    return (
+        f'{what} needs {library}: run `pip install "parasparse[{extra}]"`, or '
+        f'`pip install ".[{extra}]"` in a checkout.'
+    )
+
+
 def as_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with a line under its head; the first column to the left, others right."""
+    """Return a table with a line below `head`, whose first column is left-aligned."""
     cells = [tuple(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -38,7 +46,7 @@ def as_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def as_html(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return the same table for a notebook."""
+    """Return an HTML table for notebooks."""
     cells = [
         "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
         for tag, row in [("th", head), *(("td", row) for row in rows)]

@@ -153,7 +153,7 @@ def test_a_state_of_other_parameters_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     state = named_state(model, optimizer)
     state["param_groups"][0]["params"][0] = "0.wieght"
-    with pytest.raises(ValueError, match=r'"0\.wieght" are none \(nearest: "0\.weight"'):
+    with pytest.raises(ValueError, match=r'it has no "0\.wieght" \(nearest: "0\.weight"'):
         load_named_state(model, optimizer, state)
     fewer = torch.optim.SGD([model[0].weight], 0.1)
     with pytest.raises(ValueError, match=r"groups of \[1\], `state` of \[4\]"):

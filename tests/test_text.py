@@ -3,7 +3,7 @@
 import pytest
 
 from parasparse.counts import check_sparsity
-from parasparse.text import listed, nearest
+from parasparse.text import listed, nearest, needs
 
 
 def test_eight_names_are_listed_and_the_others_counted():
@@ -18,6 +18,13 @@ def test_the_three_nearest_names_are_told_if_any_is_like_it():
     assert nearest("abcd", ["abxy", "axyz"]) == ' (nearest: "abxy")'  # half alike
     assert nearest("conv1", [f"conv{n}" for n in range(2, 7)]).count("conv") == 3
     assert nearest("weight", ["bias"]) == nearest("weight", []) == ""
+
+
+def test_a_missing_library_is_told_with_the_commands_that_install_it():
+    assert needs("`plot`", "matplotlib", "plot") == (
+        '`plot` needs matplotlib: run `pip install "parasparse[plot]"`, or '
+        '`pip install ".[plot]"` in a checkout.'
+    )
 
 
 def test_what_is_no_number_is_told_with_its_type():

@@ -1,1 +1,1 @@
-"""Zeros into time: weights that multiply sparsely, in formats chosen by measurement."""
+"""Weights that multiply sparsely, in formats chosen by measurement."""

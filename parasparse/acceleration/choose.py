@@ -1,4 +1,4 @@
-"""Decides which weights of a model multiply in which format, by what was measured."""
+"""Chooses the format of each weight of a model by measurement."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -23,14 +23,13 @@ def choose_formats(
     originals: Mapping[str, Tensor],
     names: list[str],
 ) -> tuple[list[AccelerationRow], set[str]]:
-    """Return what is the fastest, and the weights that are read other than by multiplying."""
+    """Return the fastest formats, and the weights that are used other than in multiplications."""
     probes = {name: SparseWeight(original) for name, original in originals.items()}
     if inputs is None:
-        uses = {
+        recording = measure.Recording({
             n: measure.guessed_uses(o) if _is_linear(targets[n]) else []
             for n, o in originals.items()
-        }
-        recording = measure.Recording(uses)
+        })  # fmt: skip
     else:
         with installed(targets, probes):
             recording = measure.recorded(model, probes, inputs)
@@ -43,7 +42,7 @@ def choose_formats(
     if not rows:
         raise ValueError(
             "`example_inputs` must be given: without them only linear layers can be measured, and "
-            "the sparse weights of `model` are in others."
+            "the sparse weights of `model` are in other layers."
             if inputs is None
             else "`model` must multiply with its sparse weights; on these inputs it does not."
         )
@@ -61,40 +60,44 @@ def _without_losses(
     originals: Mapping[str, Tensor],
     rows: list[AccelerationRow],
 ) -> list[AccelerationRow]:
-    """Return `rows` with the dense kernel where modules, or the model, do not gain as a whole."""
+    """Return `rows` with the dense kernel where a module, or the model, is slower as a whole."""
     used = {n: {use.rows for use in uses if use} for n, uses in recording.uses.items()}
     sparse = {r.name for r in rows if r.format is not None and r.rows in used[r.name]}
-    # What pays clearly may do so where the rest does not.
     clear = {r.name for r in rows if r.chosen_ms and r.dense_ms and r.chosen_ms < 0.7 * r.dense_ms}
-    lost: set[str] = set()
 
     def gains(call: Callable[[], object], names: set[str]) -> bool:
         made = weights_of([row for row in rows if row.name in names], originals, originals)
-        with measure.evaluating(model):
+        with measure.undisturbed(model):
             return measure.gains(call, partial(installed, targets, made))
 
     calls = [(m, partial(m, *args, **kwargs)) for m, (args, kwargs) in recording.fused.items()]
     for module, call in [*calls, (model, partial(measure.called, model, inputs))]:
         inside = set(module.modules())
-        sites = {name: targets[name].sites for name in sparse - lost}
-        own = {n for n, every in sites.items() if any(site.module in inside for site in every)}
-        weak, strong = own - clear, own & clear
-        if own and not gains(call, own):
-            lost |= weak
-            if strong and not (weak and gains(call, strong)):
-                lost |= strong
-    # An accelerated weight costs some microseconds also where it is multiplied densely: only those
-    # that save time on the example inputs are.
+        own = {n for n in sparse if any(site.module in inside for site in targets[n].sites)}
+        sparse -= _losing(own, clear, partial(gains, call))
+    # The dispatch of a sparse weight takes some microseconds even where the dense kernel runs, so
+    # only weights that save time on the example inputs stay sparse.
     return [
-        row if row.name in sparse - lost else replace(row, format=None, chosen_ms=row.dense_ms)
+        row if row.name in sparse else replace(row, format=None, chosen_ms=row.dense_ms)
         for row in rows
     ]
+
+
+def _losing(names: set[str], clear: set[str], gains: Callable[[set[str]], bool]) -> set[str]:
+    """Return the weights in `names` to keep dense, because a call is not faster with all of them.
+
+    Those that are much faster by themselves, `clear`, may still gain without the others.
+    """
+    if not names or gains(names):
+        return set()
+    weak, strong = names - clear, names & clear
+    return weak if weak and strong and gains(strong) else names
 
 
 def weights_of(
     rows: list[AccelerationRow], originals: Mapping[str, Tensor], kept: Collection[str]
 ) -> dict[str, SparseWeight]:
-    """Return the weights for which any format was chosen."""
+    """Return the sparse weights by name; without dense values if the name is not in `kept`."""
     choices: dict[str, Choices] = {}
     for row in rows:
         choices[row.name] = (*choices.get(row.name, ()), (row.rows, row.format))

@@ -1,4 +1,4 @@
-"""Puts weights that multiply sparsely into a model, and takes them out again."""
+"""Puts sparse weights into a model, and takes them out again."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,28 +11,33 @@ from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.targets.tensors import Site, Target
 
 
-def is_plain(target: Target) -> bool:
-    """Whether `target` is a Parameter that nothing computes, at each of its places."""
+def _is_plain(target: Target) -> bool:
+    """Whether `target` is a Parameter without parametrization at each of its sites."""
     return all(
         stack_of(site.module, site.attr) is None and site.attr in site.module._parameters
         for site in target.sites
     )
 
 
+def replaceable(target: Target) -> bool:
+    """Whether a sparse weight can replace `target`: a masked or plain matrix."""
+    return target.ndim > 1 and bool(target.masks() or _is_plain(target))
+
+
 def stored_or_masked(target: Target) -> Tensor:
-    """Return what is multiplied: the Parameter itself, or what the mask makes of it."""
+    """Return the Parameter itself, or the masked tensor."""
     site = target.sites[0]
-    if is_plain(target):
+    if _is_plain(target):
         parameter = site.module._parameters[site.attr]
         assert parameter is not None
         return parameter
-    # The flag is that of the stored tensor: who forgets `no_grad` is told so.
+    # With the flag of the stored tensor, a forgotten `no_grad` raises.
     trained = any(t.requires_grad for t in site.originals())
     return target.effective().requires_grad_(trained)
 
 
 def put(site: Site, weight: SparseWeight) -> None:
-    """Let `weight` multiply at `site`."""
+    """Replace the tensor at `site` by `weight`."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
         stack.let_stand_in(weight)
@@ -41,7 +46,7 @@ def put(site: Site, weight: SparseWeight) -> None:
 
 
 def take(site: Site, weight: SparseWeight) -> None:
-    """Put back what was there before `put`."""
+    """Restore the tensor that `put` replaced."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
         stack.__dict__.pop("stand_in", None)
@@ -51,7 +56,7 @@ def take(site: Site, weight: SparseWeight) -> None:
 
 
 def _set(site: Site, tensor: Tensor) -> None:
-    # Not setattr: a module's own may refuse, or copy.
+    # A module's own `__setattr__` may refuse the tensor, or copy it.
     site.module._parameters[site.attr] = tensor  # type: ignore[assignment]
     if isinstance(site.module, nn.RNNBase) and "_flat_weights" in site.module.__dict__:
         names = site.module._flat_weights_names
@@ -60,7 +65,7 @@ def _set(site: Site, tensor: Tensor) -> None:
 
 @contextmanager
 def installed(targets: Mapping[str, Target], weights: Mapping[str, SparseWeight]) -> Iterator[None]:
-    """Let `weights` multiply for the length of the block; what was accelerated comes back."""
+    """Put `weights` in for the length of the block; earlier sparse weights come back."""
     sites = [(site, weight) for name, weight in weights.items() for site in targets[name].sites]
     before = [(site, _weight_at(site)) for site, _ in sites]
     try:
@@ -80,7 +85,7 @@ def _weight_at(site: Site) -> SparseWeight | None:
 
 
 def weights_in(model: nn.Module) -> Iterator[tuple[Site, SparseWeight]]:
-    """Yield each weight of `model` that multiplies sparsely, and its place."""
+    """Yield each sparse weight of `model` and its site."""
     for module in model.modules():
         for name, stack in masked_stacks(module):
             if isinstance(stack.stand_in, SparseWeight):

@@ -1,4 +1,4 @@
-"""Which format is the fastest for which weight: its uses are recorded, and timed again."""
+"""Records the uses of weights, and times each format on them."""
 
 import math
 import time
@@ -14,45 +14,34 @@ from torch import Tensor, nn
 
 from parasparse.acceleration.weight.layers import Use
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
+from parasparse.attach.evaluating import evaluating
 
-# A linear layer is timed at these rows as well: one token, a few, a prompt.
+# Linear layers are also timed at these rows: one token, a few, a prompt.
 _ROWS = (1, 8, 64)
-# What a format must gain to be chosen; less is within the noise of a shared machine.
+# A format must be faster by this factor; smaller gains are within the noise of a machine.
 _GAIN = 0.95
 _SECONDS = 0.1
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-# They have dense kernels of their own, which know nothing of single weights: timed as a whole.
+# They have dense kernels for several weights at once, so they are timed as a whole.
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one weight at one number of rows.
+    """The fastest format of one weight at one number of rows."""
 
-    Attributes:
-        rows: how often a call multiplies each entry of the weight.
-        format: the fastest; None: the dense kernel.
-        dense_ms: milliseconds of the dense kernel; None: not measured.
-        chosen_ms: milliseconds of what was chosen; likewise.
-    """
-
-    rows: int
-    format: str | None
-    dense_ms: float | None
-    chosen_ms: float | None
+    rows: int  # how often a call multiplies each entry of the weight
+    format: str | None  # None: the dense kernel
+    dense_ms: float | None  # None: not measured
+    chosen_ms: float | None  # of the fastest format
 
 
 @dataclass
 class Recording:
-    """What a run of a model told.
+    """The uses of weights in a run of a model."""
 
-    Attributes:
-        uses: of each weight, by name; None among them: not multiplied, but read.
-        fused: what modules that compute in one go were called with.
-    """
-
-    uses: dict[str, list[Use | None]]
-    fused: dict[nn.Module, Any] = field(default_factory=dict)
+    uses: dict[str, list[Use | None]]  # by name; None is a use other than a multiplication
+    fused: dict[nn.Module, Any] = field(default_factory=dict)  # arguments of `_FUSED` modules
 
 
 def recorded(model: nn.Module, probes: Mapping[str, SparseWeight], inputs: Any) -> Recording:
@@ -67,7 +56,7 @@ def recorded(model: nn.Module, probes: Mapping[str, SparseWeight], inputs: Any) 
         for name, probe in probes.items():
             probe.seen = recording.uses[name].append
         try:
-            with evaluating(model):
+            with undisturbed(model):
                 called(model, inputs)
         finally:
             for probe in probes.values():
@@ -80,30 +69,23 @@ def _note(fused: dict[nn.Module, Any], module: nn.Module, args: Any, kwargs: Any
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """Return what `model` makes of a tensor, a tuple or a dict."""
+    """Call `model` with a tensor, a tuple or a dict."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients, in evaluation mode, and without a draw from the generators."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        # Of these devices alone: with all of several it warns that this may be slow.
-        devices = {p.device for p in model.parameters() if p.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode and without gradients; random generators keep their states."""
+    # fork_rng warns if it forks all of several devices.
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
+        yield
 
 
 def guessed_uses(weight: Tensor) -> list[Use | None]:
-    """Return a use of a linear layer that nothing is known of."""
+    """Return the use of a linear layer that has not run."""
     return [Use(F.linear, torch.empty(1, weight.shape[1], device="meta"), (None,), 1)]
 
 
@@ -112,7 +94,7 @@ def time_formats(
 ) -> dict[str, tuple[Measured, ...]]:
     """Return the fastest of the formats `names` for each weight and number of rows.
 
-    Weights that are alike in shape, use and number of stored entries are measured once.
+    Weights with the same shape, uses and about the same stored bytes are measured once.
     """
     known: dict[Any, tuple[Measured, ...]] = {}
     results = {}
@@ -132,7 +114,7 @@ def time_formats(
 def _by_rows(uses: list[Use], weight: Tensor) -> dict[int, Use]:
     linear = [use for use in uses if use.func is F.linear]
     rows = {*_ROWS, *(use.rows for use in linear)} if linear else set()
-    # Of the weight's own size: a part of a fused projection has a part of the bias.
+    # A new bias, because a use by a part of a fused projection has a part of the bias.
     bias = weight.new_zeros(len(weight)) if any(use.more[0] is not None for use in linear) else None
     like = torch.empty(1, weight.shape[1], device="meta")
     found = {n: Use(F.linear, like.new_empty(n, like.shape[1]), (bias,), n) for n in rows}
@@ -142,32 +124,31 @@ def _by_rows(uses: list[Use], weight: Tensor) -> dict[int, Use]:
 
 
 def _larger(use: Use) -> Use | None:
-    """Return a convolution of a larger batch, where dense kernels gain: at most 32."""
+    """Return a convolution of an 8 times larger batch, where dense kernels gain; at most 32."""
     batch, *sizes = use.like.shape
-    more = 8 * batch
-    if more > 32:
+    if batch > 4:
         return None
-    like = use.like.new_empty(more, *sizes)
+    like = use.like.new_empty(8 * batch, *sizes)
     if use.like.is_contiguous(memory_format=torch.channels_last) and like.ndim == 4:
         like = like.contiguous(memory_format=torch.channels_last)
     return replace(use, like=like, rows=8 * use.rows)
 
 
 def _beyond(uses: list[Use]) -> list[Measured]:
-    """Return where convolutions go back to the dense kernel: far above what was measured."""
+    """Return the dense kernel for convolutions with far more rows than measured."""
     rows = [use.rows for use in uses if use.func in _CONVOLUTIONS]
     return [Measured(4 * max(rows), None, None, None)] if rows else []
 
 
 def _candidates(weight: Tensor, names: list[str]) -> dict[str | None, SparseWeight]:
-    """Return `weight` in each format that can hold it; under None, dense."""
+    """Return `weight` in each format that can hold it, and dense under None."""
     made = {name: SparseWeight(weight, ((1, name),)) for name in names}
     return {None: SparseWeight(weight)} | {n: w for n, w in made.items() if w.format_for(1)}
 
 
 def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measured:
     dense = candidates[None].plain()
-    # Not the default generator: measuring shall not change what a program draws afterwards.
+    # An own generator, so measuring does not change the random numbers of the program.
     draws = torch.Generator(dense.device).manual_seed(0)
     x = torch.randn(use.like.shape, dtype=dense.dtype, device=dense.device, generator=draws)
     if x.ndim == 4 and use.like.is_contiguous(memory_format=torch.channels_last):
@@ -184,10 +165,10 @@ def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measure
 
 
 def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Return the milliseconds of each of `calls`, interleaved so that drift hits all."""
+    """Return the milliseconds of each of `calls`, interleaved because timings drift."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        call(), call()  # fills caches; some kernels are made on the first call
+        call(), call()  # fills caches; the first call may compile a kernel
     start = time.perf_counter()
     for done in range(40):
         for name, call in calls.items():
@@ -198,7 +179,7 @@ def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
 
 
 def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether `call` is faster inside `sparse()`; the two alternate, so that drift hits both."""
+    """Whether `call` is faster inside `sparse()`; the two alternate because timings drift."""
     dense_times: list[float] = []
     sparse_times: list[float] = []
     start = time.perf_counter()
@@ -210,7 +191,7 @@ def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManage
 
 
 def _typical(times: list[float]) -> float:
-    """Return the lower quartile: others on the machine only ever add to a time."""
+    """Return the lower quartile, because other processes only ever add time."""
     return sorted(times)[len(times) // 4]
 
 

@@ -1,4 +1,4 @@
-"""What was chosen for the weights of an accelerated model, as a table and as a plan to save."""
+"""The choices for the weights of an accelerated model, as a table and as a plan to save."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,16 +10,16 @@ from parasparse.text import as_html, as_text
 
 @dataclass(frozen=True)
 class AccelerationRow:
-    """How one weight multiplies one number of rows.
+    """The format of one weight at one number of rows.
 
     Attributes:
-        name: plain name of the weight.
-        shape: its shape.
-        sparsity: its share of zeros.
-        rows: how often a call multiplies each of its entries: tokens, pixels.
-        format: "csr", "bag", "bsr", "channels", "2:4"; None: the dense kernel.
-        dense_ms: milliseconds of the dense kernel; None: not measured, by a saved plan.
-        chosen_ms: milliseconds of the format.
+        name: name of the weight.
+        shape: shape of the weight.
+        sparsity: share of zeros, in [0, 1].
+        rows: how often a call multiplies each entry: the number of tokens or pixels.
+        format: "csr", "bag", "bsr", "channels" or "2:4"; None: the dense kernel.
+        dense_ms: milliseconds of the dense kernel; None if not measured, as with a saved plan.
+        chosen_ms: milliseconds of the format; None if not measured.
     """
 
     name: str
@@ -32,20 +32,20 @@ class AccelerationRow:
 
 
 class Acceleration(tuple[AccelerationRow, ...]):
-    """What `accelerate` chose, weight by weight; prints as a table."""
+    """The choices of `accelerate`, weight by weight; prints as a table."""
 
     __slots__ = ()
 
     @property
     def plan(self) -> dict[str, list[tuple[int, str | None]]]:
-        """What `accelerate(model, formats=...)` takes to choose the same again; plain JSON."""
+        """The choices as plain JSON, for `accelerate(model, formats=plan)`."""
         plan: dict[str, list[tuple[int, str | None]]] = {}
         for row in self:
             plan.setdefault(row.name, []).append((row.rows, row.format))
         return plan
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as plain numbers and strings."""
+        """Return the rows as dicts of plain numbers and strings."""
         return [asdict(row) for row in self]
 
     def __repr__(self) -> str:
@@ -56,17 +56,10 @@ class Acceleration(tuple[AccelerationRow, ...]):
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
-            (
-                row.name,
-                " x ".join(map(str, row.shape)),
-                f"{row.sparsity:.2%}",
-                f"{row.rows:,}",
-                row.format or "dense",
-                _milliseconds(row.dense_ms),
-                _milliseconds(row.chosen_ms),
-            )
+            (row.name, " x ".join(map(str, row.shape)), f"{row.sparsity:.2%}", f"{row.rows:,}",
+             row.format or "dense", _milliseconds(row.dense_ms), _milliseconds(row.chosen_ms))
             for row in self
-        ]
+        ]  # fmt: skip
 
 
 _HEAD = ("layer", "shape", "sparsity", "rows", "format", "dense ms", "chosen ms")
@@ -77,6 +70,6 @@ def _milliseconds(value: float | None) -> str:
 
 
 def row_of(name: str, weight: Tensor, *measured: Any) -> AccelerationRow:
-    """Return the row of a table: rows, format, and both times, or None, are `measured`."""
+    """Return a row of the table; `measured` are rows, format, dense_ms and chosen_ms."""
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     return AccelerationRow(name, tuple(weight.shape), sparsity, *measured)

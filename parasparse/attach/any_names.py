@@ -6,21 +6,20 @@ from torch import nn
 
 
 class AnyNames(nn.ModuleDict):
-    """Holds tensors that are called as a method of ModuleDict is, such as `keys` and `values`.
+    """Also accepts names of methods, such as `keys` and `values`.
 
-    `functional_call` and exporters find them as attributes (test_laws.py, odd_names).
+    `functional_call` and exporters read tensors as attributes (test_laws.py, odd_names).
     """
 
 
-def _held_first(name: str) -> property:
+def _entry_or_method(name: str) -> property:
     def read(self: nn.ModuleDict) -> Any:
-        return (
-            self._modules[name] if name in self._modules else getattr(super(AnyNames, self), name)
-        )
+        held = self._modules
+        return held[name] if name in held else getattr(super(AnyNames, self), name)
 
     return property(read)
 
 
-# No parameter is called as a method of every module is; these are ModuleDict's own.
+# Only ModuleDict's own methods: a parameter cannot have the name of a method of nn.Module.
 for _name in [name for name in vars(nn.ModuleDict) if not name.startswith("_")]:
-    setattr(AnyNames, _name, _held_first(_name))
+    setattr(AnyNames, _name, _entry_or_method(_name))

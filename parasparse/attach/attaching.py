@@ -1,12 +1,12 @@
-"""Hangs a mask on a tensor of a module, and takes it off again.
+"""Attaches a mask to a tensor of a module, and detaches it.
 
     module.weight == module.parametrizations.weight[-1](stored)        # attached
     module.parametrizations.weight.original                            # the Parameter it was before
 
-The layout is that of `torch.nn.utils.parametrize`, the registration is not: its `register` and
-`remove` give each module a class of its own, call `set_` on the Parameter and reorder it
-(tests/attach/test_attach.py shows what breaks). Here modules of one base class with the same masked
-tensors share one class, and the Parameter is moved, never touched.
+The layout is the one of `torch.nn.utils.parametrize`, but torch's functions to register and remove
+give each module its own class, call `set_` on the Parameter and reorder it, which breaks the cases
+in tests/attach/test_attach.py. Here, modules of one base class with the same masked tensors share a
+class, and the Parameter is moved without a change.
 """
 
 import types
@@ -25,13 +25,13 @@ from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_
 
 
 def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
-    """Put `mask` between tensor `name` of `module` and its reader; the tensor has none so far."""
+    """Mask tensor `name` of `module`, which has no mask yet, with `mask`."""
     if name in pruned_names(module):
         undo_prune(module, name)
     if "_dense_order" not in module.__dict__:
         module.__dict__["_dense_order"] = tensor_names(module)
     stack = stack_of(module, name)
-    if stack is not None:  # weight_norm, say: it stays, underneath
+    if stack is not None:  # such as weight_norm, which stays below the mask
         stack._modules[str(len(stack))] = mask
         stack.__class__ = MaskedParametrizationList
     else:
@@ -48,13 +48,9 @@ def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
 
 
 def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
-    """Take the mask off tensor `name` of `module`.
+    """Remove the mask of tensor `name` of `module`, and keep other parametrizations.
 
-    Args:
-        module: the owner.
-        name: its tensor.
-        baked: takes the place of everything that the stack holds; None: the stored tensor comes
-            back, under what else is parametrized.
+    If `baked` is given, it replaces the stored tensor and all parametrizations.
     """
     stack = stack_of(module, name)
     assert isinstance(stack, MaskedParametrizationList)
@@ -72,7 +68,7 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
         del module._modules["parametrizations"]
     parameters, buffers = module.__dict__["_dense_order"]
     _reclass(module)
-    # Not register_parameter: it asks the module for the name, and some delegate what they lack.
+    # `register_parameter` fails in modules whose `__getattr__` finds the name elsewhere.
     if isinstance(tensor, nn.Parameter):
         module._parameters[name] = tensor
         _reorder(module._parameters, parameters)
@@ -86,7 +82,7 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
 
 
 def _reclass(module: nn.Module) -> None:
-    """Give `module` the class that fits what is masked on it, and drop what only masks need."""
+    """Give `module` the class for its masked tensors, and drop the state that only masks need."""
     masked = frozenset(name for name, _ in masked_stacks(module))
     if not masked:
         module.__dict__.pop("_dense_order", None)
@@ -94,35 +90,31 @@ def _reclass(module: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if _is_key_hook(hook)]:
             del hooks[key]
     elif isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)  # masked, they are computed at each reading
+        module.__dict__.pop("_flat_weights", None)  # computed at each read from now on
     base = base_class(module)
     names = frozenset(stacks_of(module))
     new = masked_class(base, masked, names) if names else base
     old = type(module)
-    if old is base or is_masked_class(old) or is_stock_class(old):
-        # Not `module.__class__ = new`: a module's own __setattr__ may refuse.
-        object.__setattr__(module, "__class__", new)
-    else:
-        object.__setattr__(module, "__class__", _on_top(old, base, new))
+    if not (old is base or is_masked_class(old) or is_stock_class(old)):
+        new = _on_top(old, base, new)
+    # Not `module.__class__ = new`, because the `__setattr__` of the module may refuse it.
+    object.__setattr__(module, "__class__", new)
 
 
 def _on_top(old: type, base: type, new: type) -> type:
-    """Return the class that somebody put on top, over `new` (test_a_class_put_on_top_stays)."""
+    """Rebuild `old`, which other code put on top, over `new` (test_a_class_put_on_top_stays)."""
     found = _ON_TOP.get((old, new))
     if found is None:
         (under,) = [b for b in old.__bases__ if issubclass(b, base)]
         bases = tuple(new if b is under else b for b in old.__bases__)
         name = old.__name__.replace(under.__name__, new.__name__)  # FSDPMaskedLinear
-        found = types.new_class(name, bases, exec_body=lambda ns: ns.update(_own(old)))
+        own = {k: v for k, v in vars(old).items() if k not in ("__dict__", "__weakref__")}
+        found = types.new_class(name, bases, exec_body=lambda namespace: namespace.update(own))
         _ON_TOP[old, new] = found
     return found
 
 
 _ON_TOP: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()
-
-
-def _own(cls: type) -> dict[str, Any]:
-    return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
 
 
 def _is_key_hook(hook: Any) -> bool:

@@ -1,12 +1,11 @@
-"""The class that a module has while some of its tensors are masked: one per (base class, names).
+"""The class of a module while some of its tensors are masked: one per (base class, names).
 
-Torch makes a class for each module, closes over the module in it, and deletes from it what
-siblings may need. Here modules that are alike share their class: equal blocks compile in as many
-frames as when dense, and copies, pickles and removals leave the others alone.
+torch makes a class for each module, closes over the module in it, and deletes attributes that
+siblings may need. Here, modules with the same base class and names share a class. Equal blocks
+compile in as many frames as when dense, and a copy, pickle or removal does not affect siblings.
 """
 
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,22 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils._named_member_accessor import swap_tensor
 
-from parasparse.attach.stack import MaskedParametrizationList, original_names, stack_of
+from parasparse.attach.stack import MaskedParametrizationList, originals_in, stack_of
 from parasparse.masks.hooks import is_hooked
 
-_CLASSES: WeakValueDictionary[tuple[type, frozenset[str], frozenset[str]], type] = (
-    WeakValueDictionary()
-)
+_CLASSES: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
 
 def masked_class(base: type, masked: frozenset[str], names: frozenset[str]) -> type:
-    """Return the subclass of `base` that reads the tensors `names` through parametrizations.
-
-    Args:
-        base: the class of the module when it was dense.
-        masked: the names that carry a mask.
-        names: these, and those that are parametrized otherwise.
-    """
+    """Return the subclass of `base` whose tensors `names` are parametrized, `masked` by a mask."""
     key = (base, masked, names)
     found = _CLASSES.get(key)
     if found is None:
@@ -39,7 +30,7 @@ def masked_class(base: type, masked: frozenset[str], names: frozenset[str]) -> t
 
 
 def base_class(module: nn.Module) -> type:
-    """Return the class that `module` had before anything was parametrized."""
+    """Return the class that `module` had before it was parametrized."""
     for cls in type(module).__mro__:
         if is_masked_class(cls):
             return cls._base  # type: ignore[attr-defined, no-any-return]
@@ -49,21 +40,20 @@ def base_class(module: nn.Module) -> type:
 
 
 def is_masked_class(cls: type) -> bool:
-    """Whether `masked_class` made `cls` itself."""
+    """Whether `masked_class` made `cls`, rather than a base of it."""
     return isinstance(cls, _SharedClass) and "_base" in vars(cls)
 
 
 def is_stock_class(cls: type) -> bool:
-    """Whether torch's own `register_parametrization` made `cls`."""
+    """Whether torch's `register_parametrization` made `cls`."""
     getstate = vars(cls).get("__getstate__")
     return getattr(getstate, "__module__", None) == parametrize.__name__
 
 
 class _SharedClass(type):
-    """Keeps torch's `register_parametrization` and `remove_parametrizations` off the shared class.
+    """Makes torch's `register_parametrization` and `remove_parametrizations` safe for siblings.
 
-    Both edit `type(module)`, which here belongs to siblings as well
-    (test_stock_registration_beside_ours_leaves_siblings_whole).
+    Both edit `type(module)` (test_stock_registration_beside_ours_leaves_siblings_whole).
     """
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -75,20 +65,20 @@ class _SharedClass(type):
     def __delattr__(cls, name: str) -> None:
         if name in getattr(cls, "_masked", ()):
             raise RuntimeError(
-                f"torch's remove_parametrizations cannot take the mask off {name!r}. Use "
-                "parasparse.squash(module), or parasparse.unsparsify(module)."
+                f"torch's remove_parametrizations cannot remove the mask of {name!r}. Use "
+                "parasparse.squash(module) or parasparse.unsparsify(module)."
             )
         getter = getattr(vars(cls).get(name), "fget", None)
-        if getattr(getter, "__module__", None) != __name__:  # ours stays: it falls back by itself
+        if getattr(getter, "__module__", None) != __name__:  # ours falls back to the plain tensor
             super().__delattr__(name)
 
 
 def _tensor_property(name: str) -> property:
-    """Return what reads a tensor through its parametrizations if it has some, else plainly."""
+    """Return a property that reads tensor `name` through its parametrizations, if it has any."""
 
     def read(self: nn.Module) -> Tensor:
         stack = stack_of(self, name)
-        if stack is None:  # in a sibling, where it may be an attribute of any kind
+        if stack is None:  # in a sibling, where the name may be any attribute
             plain = self.__dict__
             return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
         if not parametrize._cache_enabled:
@@ -110,6 +100,27 @@ def _tensor_property(name: str) -> property:
 
 
 def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
+    namespace: dict[str, Any] = {name: _tensor_property(name) for name in names}
+    namespace |= {
+        "__setattr__": _setattr_over(base, masked),
+        "__reduce_ex__": _reduce_ex_over(base, masked, names),
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "_base": base,
+        "_masked": masked,
+    }
+    if issubclass(base, nn.RNNBase) and masked:
+        namespace |= _RNN
+        if base.check_input is nn.RNNBase.check_input:
+            namespace["check_input"] = _check_input
+    metaclass: Any = _SharedClass
+    if type(base) is not type:  # such as ABCMeta
+        metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
+    shared: type = metaclass(f"Masked{base.__name__}", (base,), namespace)
+    return shared
+
+
+def _setattr_over(base: Any, masked: frozenset[str]) -> Any:
     def __setattr__(self: nn.Module, name: str, value: object) -> None:  # noqa: N807
         stack = stack_of(self, name) if name in masked else None
         if not isinstance(stack, MaskedParametrizationList):
@@ -122,38 +133,23 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
         else:
             base.__setattr__(self, name, value)
 
+    return __setattr__
+
+
+def _reduce_ex_over(base: Any, masked: frozenset[str], names: frozenset[str]) -> Any:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        # The shared class cannot be imported by name: say how to make it again.
+        # The shared class cannot be imported by name, so `_rebuild` makes it again.
         reduced = base.__reduce_ex__(self, protocol)
-        if type(self) is not shared or not isinstance(reduced, tuple):
+        if not is_masked_class(type(self)) or not isinstance(reduced, tuple):
             return reduced
         make, args, *rest = reduced
-        plain = tuple(base if arg is shared else arg for arg in args)
+        plain = tuple(base if arg is type(self) else arg for arg in args)
         return _rebuild, (masked, names, make, plain), *rest
 
-    namespace: dict[str, Any] = {name: _tensor_property(name) for name in names}
-    namespace |= {
-        "__setattr__": __setattr__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "_base": base,
-        "_masked": masked,
-    }
-    if issubclass(base, nn.RNNBase) and masked:
-        namespace |= _RNN
-        if base.check_input is nn.RNNBase.check_input:
-            namespace["check_input"] = _check_input
-    metaclass: Any = _SharedClass
-    if type(base) is not type:  # ABCMeta, say
-        metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
-    shared: type = metaclass(f"Masked{base.__name__}", (base,), namespace)
-    return shared
+    return __reduce_ex__
 
 
-def _rebuild(
-    masked: frozenset[str], names: frozenset[str], make: Callable[..., Any], args: tuple[Any, ...]
-) -> Any:
+def _rebuild(masked: frozenset[str], names: frozenset[str], make: Any, args: Any) -> Any:
     module = make(*args)
     object.__setattr__(module, "__class__", masked_class(type(module), masked, names))
     return module
@@ -164,20 +160,20 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
 
 
 def _do_nothing(self: nn.RNNBase, *_: object) -> None:
-    """Nothing is kept that could be out of date."""
+    """Keep no list of weights, which would get out of date."""
 
 
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:  # noqa: A002
-    """Check as RNNBase does; it asks for the dtype of the weights, and would have all masked."""
+    """Check as RNNBase does, but read a stored weight: only its dtype matters."""
     name = self._flat_weights_names[0]
     stack = stack_of(self, name)
-    like = getattr(self, name) if stack is None else getattr(stack, original_names(stack)[0])
+    like = getattr(self, name) if stack is None else originals_in(stack)[0]
     seen: Any = SimpleNamespace(input_size=self.input_size, _flat_weights=[like])
     nn.RNNBase.check_input(seen, input, batch_sizes)
 
 
-# RNNs keep a list of their weights, which would hold stale masked tensors, and refuse a deepcopy
-# with them (test_an_rnn_follows_its_masks_and_training,
+# RNNs keep a list of their weights. It would contain stale masked tensors, which also prevent a
+# deepcopy (test_an_rnn_follows_its_masks_and_training,
 # test_an_rnn_deepcopies_after_a_forward_with_gradients).
 _RNN: dict[str, Any] = {
     "_flat_weights": property(_flat_weights, _do_nothing),

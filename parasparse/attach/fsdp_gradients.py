@@ -1,15 +1,14 @@
-"""Gradients as `fully_shard` has averaged them over processes, of masked entries as well.
+"""Dense gradients of weights that `fully_shard` shards, averaged over processes.
 
-While it computes, weights are gathered ones of its own, and each process sees the gradient of its
-own batch. What it reduces are gradients of Parameters: so masks let the dense one pass, each
-process gets its part of the average, and what is masked is taken out of `.grad` again.
+Layers compute with gathered copies of the weights, whose gradients belong to the batch of one
+process. Only gradients of Parameters are averaged, so masks let the dense gradient pass, each
+process reads its part of the average, and the dropped entries of `.grad` are then set to 0 again.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from parasparse.attach.stack import MaskedParametrizationList
@@ -22,84 +21,97 @@ from parasparse.sharding.dtensors import laid_out_like
 def reduced(
     managed: Any, stacks: list[MaskedParametrizationList], add: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """Call `add` with what each backward pass adds to `.grad`, as if there were no mask.
+    """Call `add` with the unmasked gradient of each backward pass, averaged over processes.
 
-    Args:
-        managed: what `fully_shard` keeps of a Parameter, from `managed_parameters`. Of one that
-            requires no gradient, nothing is added.
-        stacks: the places where it is masked.
-        add: gets a tensor that is its own.
+    `managed` is the record of the Parameter in `managed_parameters`. A frozen one adds nothing.
 
     Raises:
-        RuntimeError: what masks it is no plain bool mask; it is collected already; backward passes
-            in the block have not been reduced when it ends.
+        RuntimeError: a mask is not a plain bool mask; the gradient is being collected already; the
+            block ends before its backward passes are reduced.
     """
-    parameter = managed.sharded_param
     masks = [stack.mask for stack in stacks]
-    plain = [mask for mask in masks if isinstance(mask, Mask) and _is_bool(mask)]
+    plain = [mask for mask in masks if isinstance(mask, Mask) and mask.is_bool]
     if len(plain) < len(masks) or any(len(stack) > 1 for stack in stacks):
         raise RuntimeError(
-            "under `fully_shard` the dense gradient must be collected of weights under plain bool "
-            "masks, with nothing else underneath. Collect it before sharding, or `binarize`."
+            "under `fully_shard`, dense gradients can only be collected for weights with a plain "
+            "bool mask and no other parametrization. `binarize` the masks, or collect before "
+            "sharding."
         )
-    if id(parameter) in _collected:
+    if id(managed.sharded_param) in _collected:
         raise RuntimeError(COLLECTED_TWICE)
-    if not parameter.requires_grad:
+    if not managed.sharded_param.requires_grad:
         yield
         return
-    was_dense = [mask.dense_gradient for mask in plain]
-    before: Tensor | None = None
-    handles: list[Any] = []
+    collector = _Collector(managed, plain, add)
+    collector.arm()
+    try:
+        yield
+        collector.check_reduced()
+    finally:
+        collector.disarm()
 
-    def keep(_: Tensor) -> None:  # called before the gradient is reduced and added to `.grad`
-        nonlocal before
-        before = None if parameter.grad is None else parameter.grad.clone()
 
-    def watch() -> None:  # what is gathered is made at the first forward: no gradient before it
-        leaf = getattr(managed, "_unsharded_param", None)
-        if leaf is not None and len(handles) < 2:
-            handles.append(leaf.register_post_accumulate_grad_hook(keep))
+class _Collector:
+    """Passes on what each backward pass adds to the gradient of one Parameter."""
 
-    def split(parameter: Tensor) -> None:
+    def __init__(self, managed: Any, masks: list[Mask], add: Callable[[Tensor], None]) -> None:
+        self._managed, self._masks, self._add = managed, masks, add
+        self._parameter: Tensor = managed.sharded_param
+        self._were_dense = [mask.dense_gradient for mask in masks]
+        self._before: Tensor | None = None  # `.grad` before the latest reduction
+        self._handles: list[Any] = []
+
+    def arm(self) -> None:
+        _collected.add(id(self._parameter))
+        for mask in self._masks:
+            mask.dense_gradient = True
+        self._handles.append(self._parameter.register_post_accumulate_grad_hook(self._split))
+        self._watch()
+
+    def disarm(self) -> None:
+        _collected.discard(id(self._parameter))
+        for handle in self._handles:
+            handle.remove()
+        for mask, was_dense in zip(self._masks, self._were_dense, strict=True):
+            mask.dense_gradient = was_dense
+
+    def check_reduced(self) -> None:
+        gathered, summed = self._gathered(), self._managed.unsharded_accumulated_grad
+        if summed is not None or (gathered is not None and gathered.grad is not None):
+            raise RuntimeError(
+                "backward passes without synchronisation are pending at the end of the block that "
+                "collects dense gradients. Let the last one synchronise inside the block "
+                "(`set_requires_gradient_sync(True)`)."
+            )
+
+    def _gathered(self) -> Tensor | None:
+        return getattr(self._managed, "_unsharded_param", None)
+
+    def _watch(self) -> None:
+        gathered = self._gathered()  # made in the first forward
+        if gathered is not None and len(self._handles) < 2:
+            self._handles.append(gathered.register_post_accumulate_grad_hook(self._keep))
+
+    def _keep(self, _: Tensor) -> None:
+        """Remember `.grad` before the new gradient is reduced and added to it."""
+        grad = self._parameter.grad
+        self._before = None if grad is None else grad.clone()
+
+    def _split(self, parameter: Tensor) -> None:
+        """Pass on the new part of `.grad`, and mask `.grad` again."""
         grad = parameter.grad
         assert grad is not None
-        add(grad.clone() if before is None else grad - before)
-        watch()
-        if plain and not all(was_dense):
-            mask = plain[0].mask
+        self._add(grad.clone() if self._before is None else grad - self._before)
+        self._watch()
+        if not all(self._were_dense):
+            mask = self._masks[0].mask
             assert mask is not None
             apply_mask_(grad, laid_out_like(mask, grad))
 
-    for mask in plain:
-        mask.dense_gradient = True
-    _collected.add(id(parameter))
-    handles.append(parameter.register_post_accumulate_grad_hook(split))
-    watch()
-    try:
-        yield
-        leaf = getattr(managed, "_unsharded_param", None)
-        pending = managed.unsharded_accumulated_grad, None if leaf is None else leaf.grad
-        if any(grad is not None for grad in pending):
-            raise RuntimeError(
-                "the block that collects dense gradients must end after they are reduced; backward "
-                "passes without synchronisation are pending. Let the last one synchronise "
-                "(`set_requires_gradient_sync(True)`) inside it."
-            )
-    finally:
-        _collected.discard(id(parameter))
-        for handle in handles:
-            handle.remove()
-        for mask, dense in zip(plain, was_dense, strict=True):
-            mask.dense_gradient = dense
 
-
-_collected: set[int] = set()  # the Parameters of which it is collected now
+_collected: set[int] = set()  # the ids of Parameters whose gradient is being collected
 COLLECTED_TWICE = (
     "the dense gradient of a tensor must not be collected twice at a time: `dense_gradients` or "
     "`scores.collect` is open for this model, or a controller that grows by gradients is about to "
     "update."
 )
-
-
-def _is_bool(mask: Mask) -> bool:
-    return mask.mask is not None and mask.mask.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""What else may hang on a tensor: masks of torch.nn.utils.prune, hooks older than parametrize."""
+"""Hooks that torch used before parametrize: pruning, weight_norm, spectral_norm."""
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -7,7 +7,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def pruned_names(module: nn.Module) -> dict[str, int]:
-    """Return the tensors of `module` that torch.nn.utils.prune masks, with their hooks' keys."""
+    """Return the keys of torch's pruning hooks on `module`, by name of the pruned tensor."""
     return {
         hook._tensor_name: key
         for key, hook in module._forward_pre_hooks.items()
@@ -16,16 +16,16 @@ def pruned_names(module: nn.Module) -> dict[str, int]:
 
 
 def prune_mask(module: nn.Module, name: str) -> Tensor:
-    """Return the mask that torch.nn.utils.prune holds for tensor `name`."""
+    """Return the mask of torch.nn.utils.prune for tensor `name`."""
     mask = module._buffers[f"{name}_mask"]
     assert mask is not None
     return mask
 
 
 def undo_prune(module: nn.Module, name: str) -> None:
-    """Take torch's pruning off tensor `name`: its stored values come back, unmasked.
+    """Remove torch's pruning from tensor `name`, and restore its stored values.
 
-    Differs: `torch.nn.utils.prune.remove` overwrites them with the masked ones.
+    Differs: `torch.nn.utils.prune.remove` overwrites them with the masked values.
     """
     del module._forward_pre_hooks[pruned_names(module)[name]]
     del module._buffers[f"{name}_mask"]
@@ -34,14 +34,11 @@ def undo_prune(module: nn.Module, name: str) -> None:
 
 
 def legacy_hook(module: nn.Module, name: str) -> str | None:
-    """Return which hook-based normalisation of old torch owns tensor `name`, or None."""
+    """Return the name of the normalisation hook that owns tensor `name`, or None."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and name in (
-            hook.name,
-            f"{hook.name}_g",
-            f"{hook.name}_v",
-        ):
+        own = getattr(hook, "name", None)
+        if isinstance(hook, WeightNorm) and name in (own, f"{own}_g", f"{own}_v"):
             return "weight_norm"
-        if isinstance(hook, SpectralNorm) and name in (hook.name, f"{hook.name}_orig"):
+        if isinstance(hook, SpectralNorm) and name in (own, f"{own}_orig"):
             return "spectral_norm"
     return None

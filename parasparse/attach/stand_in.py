@@ -1,15 +1,15 @@
-"""What takes the place of a weight to multiply in its own way, and what is refused meanwhile."""
+"""The sparse weights of accelerated models, and the check that refuses changes meanwhile."""
 
 import torch
 from torch import nn
 
 
 class StandIn(torch.Tensor):
-    """A tensor that takes the place of a weight and multiplies in its own way."""
+    """A tensor that replaces a weight and implements its own multiplication."""
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether `accelerate` has put weights that multiply sparsely into any module of `model`."""
+    """Whether `accelerate` has replaced a weight of `model`."""
     return any(
         isinstance(tensor, StandIn)
         for module in model.modules()
@@ -18,9 +18,9 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def check_not_accelerated(model: nn.Module) -> None:
-    """Refuse what would change weights or masks under the formats that multiply."""
+    """Raise RuntimeError if `model` is accelerated, because its sparse weights are copies."""
     if is_accelerated(model):
         raise RuntimeError(
-            "`model` must not be accelerated while its masks or weights change. Call "
+            "the masks and weights of an accelerated model must not change. Call "
             "parasparse.restore(model) first."
         )

@@ -1,4 +1,4 @@
-"""Puts modules back as they were when a change to their structure fails half-way."""
+"""Restores modules if a change to their structure fails half-way."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,9 @@ from torch import nn
 
 @contextmanager
 def restored_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo, if the block raises, what it did to the classes and attributes of `modules`.
+    """Restore the classes and attributes of `modules` if the block raises.
 
-    The containers of what parametrizes them are covered as well; values of tensors are not.
+    This includes the containers of their parametrizations, but not the values of tensors.
     """
     involved = []
     for module in modules:

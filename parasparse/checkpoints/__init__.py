@@ -1,1 +1,1 @@
-"""State dicts of masked models, in and out, and packed files of them."""
+"""Save and load state dicts of masked models, also in packed files."""

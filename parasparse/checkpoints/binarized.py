@@ -1,4 +1,4 @@
-"""`binarize_masks`: weights of a state dict times their masks, and the masks as bool."""
+"""`binarize_masks`: multiply the weights of a state dict by their masks, and make masks bool."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parasparse import names
+from parasparse.files.ties import first_names
 from parasparse.masks.apply import apply_mask
 from parasparse.masks.convert import as_mask
 from parasparse.sharding.dtensors import laid_out_like
@@ -19,16 +20,15 @@ def binarize_masks(
     """Return new dicts: the weights times their masks, without -0.0; the masks as bool, `!= 0`.
 
     Args:
-        state_dict: dense (`layer.weight`), complex in parts (`layer.weight.real` and `.imag`), or
-            of a masked model (`layer.parametrizations.weight.original`); masks in it are made bool
-            as well.
-        masks: by the names that `deploy_masks` takes; each broadcasts to its weight. A mask given
-            as None is left out. Where something else parametrizes the weight under its mask, what
-            is stored stays, and the mask is 0 or 1.
+        state_dict: dense (`layer.weight`), with components (`layer.weight.real` and `.imag`), or of
+            a masked model (`layer.parametrizations.weight.original`), whose masks become bool.
+        masks: masks by name, as in `deploy_masks`; each broadcasts to its weight. None is ignored.
+            If another parametrization lies under a mask, the mask must be 0 or 1, and stored values
+            do not change.
 
     Raises:
-        ValueError: a key of `masks` belongs to no weight of `state_dict`, or to one that another
-            key names; a mask that is not 0 or 1 lies over another parametrization.
+        ValueError: a key of `masks` names no weight of `state_dict`, or one that another key names;
+            or a mask that is not 0 or 1 lies over another parametrization.
         RuntimeError: a mask's shape does not match.
 
     Examples:
@@ -43,18 +43,18 @@ def binarize_masks(
     unknown = [key for key, found in weights.items() if not found]
     if unknown:
         raise ValueError(
-            f"`masks` must belong to weights of `state_dict`; {listed(unknown)} do not"
+            f"`masks` must name weights of `state_dict`; {listed(unknown)} do not"
             f"{nearest(unknown[0], state_dict)}."
         )
-    result = dict(state_dict)
+    result, ties = dict(state_dict), first_names(state_dict)
     folded: set[str] = set()
     for key, found in weights.items():
         if folded & set(found):
             raise ValueError(f'`masks` must name each weight once; "{key}" names one again.')
         for name in found:
-            twins = _twins(name, state_dict)  # the other names of a tied tensor
-            result |= dict.fromkeys(twins, _product(name, masks[key], state_dict))
-            folded.update(twins)
+            tied = {other for other in state_dict if ties.get(other, other) == ties.get(name, name)}
+            result |= dict.fromkeys(tied, _product(name, masks[key], state_dict))
+            folded |= tied
     dense = {names.dense_name(name) for name in folded}
     dense |= {joint for name in dense for joint, _ in names.joints(name)}
     for key, held in state_dict.items():
@@ -64,7 +64,7 @@ def binarize_masks(
 
 
 def _weights_of(key: str, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the tensors of `state` that mask `key` of a dict of masks is for."""
+    """Return the tensors of `state` that the mask called `key` belongs to."""
     for name in names.masked_names(key):
         found = names.stored_keys(name, state) or _computed_from(name, state)
         if found:
@@ -73,13 +73,13 @@ def _weights_of(key: str, state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _computed_from(name: str, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys that `name` is computed from where something parametrizes it."""
+    """Return the keys from which another parametrization computes `name`."""
     start = f"{names.inside(name)}original"
     return tuple(key for key in state if key.startswith(start) and key[len(start) :].isdecimal())
 
 
 def _product(name: str, mask: Any, state: Mapping[str, Any]) -> Tensor:
-    """Return tensor `name` of `state`, times its mask where nothing else lies between them."""
+    """Return tensor `name` of `state`, times its mask unless another parametrization is between."""
     weight: Tensor = state[name]
     inside = names.inside(names.dense_name(name))
     others = {key.removeprefix(inside) for key in state if key.startswith(inside)}
@@ -90,20 +90,6 @@ def _product(name: str, mask: Any, state: Mapping[str, Any]) -> Tensor:
     if not bool(((values == 0) | (values == 1)).all()):
         raise ValueError(
             f'the mask of "{names.dense_name(name)}" must be 0 or 1, because another '
-            "parametrization lies under it, which no scale can be folded through. Load the state "
-            "into its model, and `squash` that."
+            "parametrization lies under it. Load the state into its model, and `squash` the model."
         )
     return weight
-
-
-def _twins(name: str, state: Mapping[str, Any]) -> list[str]:
-    """Return the names in `state` of the very tensor that is called `name`."""
-    weight = state[name]
-    same = [
-        key
-        for key, other in state.items()
-        if isinstance(other, Tensor)
-        and (other.data_ptr(), other.shape, other.stride())
-        == (weight.data_ptr(), weight.shape, weight.stride())
-    ]
-    return same if weight.numel() and not weight.is_meta else [name]

@@ -1,4 +1,4 @@
-"""`dense_state_dict`: the state of a masked model as its dense self would save it."""
+"""`dense_state_dict`: the state dict that a masked model would have after `squash`."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -13,16 +13,15 @@ from parasparse.targets.tensors import named_modules
 
 
 def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Return the `state_dict` that the squashed model would have; `model` stays as it is.
+    """Return the `state_dict` that the squashed model would have, and leave `model` unchanged.
 
-    Values are detached. Those that are not masked are the model's own, as in `state_dict`; tensors
-    that are tied in the model are tied in the result.
+    Values are detached. As in `state_dict`, values without masks share memory with the model. Tied
+    tensors stay tied.
 
     Raises:
         RuntimeError: a mask is not set.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> list(dense_state_dict(sparsify(nn.Linear(2, 2), 0.5)))
         ['weight', 'bias']
     """
@@ -35,7 +34,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
             key = tuple(map(id, own))
             if key not in tied:
                 tied[key] = reading.effective(module, attr).detach()
-            for where in dict.fromkeys((name, plain)):  # some wrappers leave their names out
+            for where in dict.fromkeys((name, plain)):  # some wrappers omit their name
                 prefix = f"{where}." if where else ""
                 inside = f"{prefix}parametrizations.{attr}."
                 if any(f"{inside}{held}" in state for held in original_names(stack)):
@@ -44,7 +43,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
                     del state[gone]
     every = {**state, **renamed}
     first = [key for key in _dense_order(model) if key in every]
-    # What a module's own state_dict hook has added or renamed is not ours to order.
+    # Keys that state_dict hooks have added or renamed come last.
     rest = [key for key in every if key not in set(first)]
     result: OrderedDict[str, Tensor] = OrderedDict((key, every[key]) for key in [*first, *rest])
     metadata = getattr(state, "_metadata", None)
@@ -58,7 +57,7 @@ def _dense_order(model: nn.Module) -> Iterable[str]:
     for plain, name, module, _ in named_modules(model):
         parameters, buffers = reading.tensor_names(module)
         held = [*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state"]
-        if is_parametrized(module):  # what stays parametrized is a child like any other
+        if is_parametrized(module):  # other parametrizations are a submodule like any other
             inside = module.get_submodule("parametrizations").state_dict()
             held += [f"parametrizations.{own}" for own in inside]
         for own in held:

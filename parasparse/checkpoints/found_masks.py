@@ -1,4 +1,4 @@
-"""Masks in a checkpoint, ours or of other libraries, for the tensors of a model."""
+"""Find the masks of a model's tensors in a checkpoint of any library."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,9 @@ from parasparse.verbs.sparsify import sparsify
 
 
 def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Attach masks, not yet set, where `state` has some and `model` none; return the names.
+    """Attach unset masks to tensors that have a mask only in `state`; return their names.
 
-    Args:
-        model: changed in place.
-        state: to be loaded next; masks of pairs get the keys that the model has for them.
+    In `state`, which is to be loaded next, masks of pairs get the keys that they have in `model`.
     """
     found = _found_masks(model, state)
     apart = _pairs_apart(found, state)
@@ -30,13 +28,13 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
         sparsify(model, single, pairs=False)
     for key, target in found.items():
         if target.is_pair and not names.is_own_mask(key):
-            # The mask of a pair hangs at its layer; a stack knows what lies beside it only.
+            # This mask belongs to the layer, but a pair loads its mask by a component's key.
             state[f"{names.inside(target.names[1])}0.mask"] = state.pop(key)
     return [*joint, *single]
 
 
 def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target]:
-    """Return the key of the mask in `state` of each tensor of `model` that has one there."""
+    """Return the tensors of `model` that have a mask in `state`, by the key of the mask."""
     own = {}
     for key in state:
         parts = names.parametrized(key)
@@ -53,7 +51,7 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
 
 
 def _pairs_apart(found: dict[str, Target], state: Mapping[str, Any]) -> dict[int, list[str]]:
-    """Return the parts of the pairs whose two masks in `state` differ."""
+    """Return the names of the components of pairs whose two masks in `state` differ."""
     keys: dict[int, list[str]] = {}
     for key, target in found.items():
         if target.is_pair and names.is_own_mask(key):

@@ -1,4 +1,4 @@
-"""`load_state_dict`: checkpoints of dense and masked models, ours and of other libraries."""
+"""`load_state_dict`: load checkpoints of dense and masked models, of several libraries."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,24 +15,24 @@ from parasparse.verbs.squash import unsparsify
 def load_state_dict(
     model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True, assign: bool = False
 ) -> Any:
-    """Attach what `state_dict` has masks for, then load it; return the missing and unexpected keys.
+    """Attach the masks of `state_dict` and load it; return the missing and unexpected keys.
 
-    Reads dense checkpoints, ours, those of torch.nn.utils.prune (`weight_orig`, `weight_mask`) and
-    of cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets).
+    Reads dense and masked checkpoints, also of torch.nn.utils.prune (`weight_orig`, `weight_mask`)
+    and cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets).
 
     Args:
         model: dense or with masks; changed in place.
         state_dict: not changed.
-        strict: as for `torch.nn.Module.load_state_dict`.
-        assign: likewise.
+        strict: see `torch.nn.Module.load_state_dict`.
+        assign: see `torch.nn.Module.load_state_dict`.
 
     Raises:
-        TypeError, ValueError: it is no state dict; it is what a packed file holds.
-        RuntimeError: keys or shapes do not match. Masks attached for the load are taken off again;
-            values that torch had copied by then stay, as they do in its own `load_state_dict`.
+        TypeError: `state_dict` is not a mapping.
+        ValueError: `state_dict` is the content of a packed file.
+        RuntimeError: keys or shapes do not match, or only the model is sharded. Masks attached for
+            the load are removed again. As in torch, values copied before the error remain.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> checkpoint = sparsify(nn.Linear(2, 2), 0.5).state_dict()
         >>> model = nn.Linear(2, 2)
         >>> load_state_dict(model, checkpoint), int((model.weight != 0).sum())
@@ -40,16 +40,16 @@ def load_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"`state_dict` must be a state dict; got {type(state_dict).__name__}. Of a file: "
-            "torch.load(path), or load_packed(path)."
+            f"`state_dict` must be a state dict; got {type(state_dict).__name__}. Load a file with "
+            "torch.load(path) or load_packed(path)."
         )
     if state_dict.get("format") == FORMAT:
-        raise ValueError("`state_dict` must be a state dict; this is a packed file: load_packed.")
+        raise ValueError("`state_dict` is a packed file. Load it with load_packed(path).")
     state = dict(state_dict)
     values = [value for value in state.values() if isinstance(value, Tensor)]
     if is_sharded(model) and not any(is_dtensor(value) for value in values):
         raise RuntimeError(
-            "`state_dict` must be sharded as the model is; this one is whole. Use "
+            "the model is sharded, and `state_dict` is not. Use "
             "torch.distributed.checkpoint.state_dict.set_model_state_dict with "
             "StateDictOptions(full_state_dict=True), after `sparsify`."
         )

@@ -1,4 +1,4 @@
-"""`save` and `load_packed`: dense state dicts on disk without their zeros."""
+"""`save` and `load_packed`: dense state dicts in files without zeros."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -9,26 +9,26 @@ from torch import nn
 from parasparse.checkpoints.dense import dense_state_dict
 from parasparse.files.headers import FilePath, damage_named
 from parasparse.files.packed_files import check_storable, entries_of, opened, write
-from parasparse.files.packing import first_names, plain_state
+from parasparse.files.packing import plain_state
+from parasparse.files.ties import first_names
 
 
 def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
     """Write the dense state of `source` without its zeros; `load_packed` returns it bit for bit.
 
-    The file is written beside `path` and renamed when it is whole and on disk: whatever happens on
-    the way, the old file stays. Every tensor has a checksum. A safetensors file is written tensor
-    by tensor; for a torch file, all packed tensors are in memory at once; a masked model's dense
-    weights are made before any is written.
+    The file is written next to `path` and renamed at the end, so an error leaves the old file as it
+    was. Every tensor has a checksum. The dense weights of a masked model are all in memory at once,
+    and so are the packed tensors of a torch file; a safetensors file is written tensor by tensor.
 
     Args:
-        source: a model, of which `dense_state_dict` is written, or a state dict. What is no tensor
-            in it must be plain JSON.
+        source: a model, whose `dense_state_dict` is written, or a state dict of tensors and plain
+            JSON.
         path: a safetensors file if it ends in .safetensors, else a torch file.
 
     Raises:
-        ValueError: a tensor is sparse, nested, quantized, distributed or on the meta device; `path`
-            is there and is no file.
-        TypeError: a name is no string, or what is under it neither a tensor nor plain JSON.
+        ValueError: a tensor is sparse, nested, quantized, distributed or on the meta device, or
+            `path` exists and is not a regular file.
+        TypeError: a name is not a string, or a value is neither a tensor nor plain JSON.
 
     Examples:
         >>> import tempfile
@@ -48,16 +48,16 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
 
 
 def load_packed(path: FilePath) -> dict[str, Any]:
-    """Return the dense state dict that `save` wrote, on the CPU; no code from the file is run.
+    """Return the dense state dict that `save` wrote, on the CPU, without running code in the file.
 
-    It loads into dense and into masked models: `model.load_state_dict(load_packed(path))`. Tensors
-    that were tied are tied.
+    It loads into dense and masked models: `model.load_state_dict(load_packed(path))`. Tied tensors
+    stay tied.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no packed file, is damaged, or was written by a newer version.
-        ImportError: it ends in .safetensors, and safetensors is not installed.
-        NotImplementedError: it holds a dtype that this torch does not have.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a packed file, is damaged, or was written by a newer version.
+        ImportError: `path` ends in .safetensors, and safetensors is not installed.
+        NotImplementedError: a tensor has a dtype that this torch does not have.
 
     Examples:
         >>> load_packed("nowhere.pt")

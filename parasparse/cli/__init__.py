@@ -1,1 +1,1 @@
-"""The command line: checkpoints looked at, pruned, folded and packed, tensor by tensor."""
+"""The command line: inspects, prunes, folds and packs checkpoints, tensor by tensor."""

@@ -1,4 +1,4 @@
-"""Masks for the tensors of a checkpoint, by rules, without holding more than one tensor."""
+"""Chooses masks for the tensors of a checkpoint, holding one tensor at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ from parasparse.counts import num_kept
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.patterns import jointly, unstructured
 from parasparse.patterns.selection.kth import highest_masks
-from parasparse.patterns.selection.source import Scores, chunk_size
+from parasparse.patterns.selection.scores import Scores, chunk_size
 from parasparse.patterns.units import has_units
 from parasparse.rules.prune import Prune
 from parasparse.scores.piecewise import magnitudes
@@ -22,16 +22,10 @@ from parasparse.scores.weights_alone import magnitude
 def masks(
     source: Checkpoint, group: list[Reached], see: Callable[[Reached], None]
 ) -> Iterator[tuple[Reached, Tensor]]:
-    """Yield the mask of each tensor that one rule reaches.
+    """Yield the mask of each tensor of `group`, which one rule reaches.
 
-    Args:
-        source: each tensor is read once, or entry by entry three times: some, to bracket the
-            threshold; all, to find it; all, to compare.
-        group: what the rule reaches.
-        see: told of each tensor that is read only to be ranked.
-
-    Raises:
-        CheckpointError: scores are NaN; the pattern does not fit.
+    Each tensor is read once. To rank entries it is read three times: a sample to bracket the
+    threshold, all to find it, all to compare. `see` is called with each tensor read to be ranked.
     """
     prune = group[0].rule.prune
     assert prune is not None
@@ -45,7 +39,7 @@ def masks(
             shares.update(prune.distribution(shapes, prune.sparsity))
         for each in group:
             own = replace(prune, sparsity=shares[each.name], distribution=None)
-            if own.pattern is unstructured:  # in the cache, piece by piece
+            if own.pattern is unstructured:  # in chunks that fit the cache
                 yield from _ranked_together(source, [each], own, see)
                 continue
             yield each, own({each.name: _tensor(source, each)})[each.name]
@@ -78,26 +72,25 @@ def _ranked_together(
 
 
 class _Scored:
-    """The scores of one tensor, computed anew at each pass: random ones are the same again."""
+    """The scores of one tensor, computed in each pass; random ones are the same each time."""
 
     def __init__(
         self, source: Checkpoint, each: Reached, prune: Prune, see: Callable[[Reached], None]
     ) -> None:
         self._source, self._each, self._prune, self._see = source, each, prune, see
         self._state = torch.get_rng_state()
-        if prune.score is not magnitude:  # all are drawn in turn, as in Python, whoever asks first
+        if prune.score is not magnitude:  # draws in the order of `sparsify`
             torch.rand(source.infos[each.parts[0]].shape)
 
     def whole(self) -> Tensor:
         """Return the scores."""
-        tensor = _tensor(self._source, self._each)
-        self._see(self._each)
+        tensor = self._seen()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._state)
             return self._prune.score(tensor, self._each.name)
 
     def source(self) -> Scores:
-        """Return them as what is ranked."""
+        """Return the scores to be ranked."""
         info = self._source.infos[self._each.parts[0]]
         if self._prune.score is not magnitude:
             dtype, chunks, at = torch.float32, self._split, self._at
@@ -107,21 +100,22 @@ class _Scored:
             dtype, chunks, at = magnitude(like).dtype, self._magnitudes, self._magnitudes_at
         return Scores(info.numel, dtype, chunks, at, name=self._each.name)
 
+    def _seen(self) -> Tensor:
+        self._see(self._each)
+        return _tensor(self._source, self._each)
+
     def _split(self) -> Iterator[Tensor]:
         scores = self.whole().flatten()
         yield from scores.split(chunk_size(scores))
 
-    def _at(self, places: Tensor) -> Tensor:
-        return self.whole().flatten()[places]
+    def _at(self, index: Tensor) -> Tensor:
+        return self.whole().flatten()[index]
 
     def _magnitudes(self) -> Iterator[Tensor]:
-        """Yield the magnitudes of one piece after the other, while it is in the cache."""
-        tensor = _tensor(self._source, self._each)
-        self._see(self._each)
-        yield from magnitudes(tensor)
+        yield from magnitudes(self._seen())
 
-    def _magnitudes_at(self, places: Tensor) -> Tensor:
-        return magnitude(_tensor(self._source, self._each).flatten()[places])
+    def _magnitudes_at(self, index: Tensor) -> Tensor:
+        return magnitude(_tensor(self._source, self._each).flatten()[index])
 
 
 def _tensor(source: Checkpoint, each: Reached) -> Tensor:

@@ -1,4 +1,4 @@
-"""The commands that write a checkpoint, but for `prune`. Each returns the line to be printed."""
+"""The commands that write a checkpoint, except `prune`. Each returns the line to print."""
 
 import os
 from argparse import Namespace
@@ -17,16 +17,16 @@ from parasparse.files.writing import check_file, check_target
 
 
 def squash(args: Namespace) -> str:
-    """Write IN with the masks that it holds folded in, and with dense names."""
+    """Write IN with its masks folded in, under dense names."""
     source, held = _masked(args)
     weights, masks = {one.weight: one.name for one in held}, {one.mask for one in held}
     names = {key: weights.get(key, key) for key in source.infos if key not in masks}
     _fold(args, source, held, names)
-    return f"{args.output}: {len(held)} masks were folded in.{left_out(source, args.output)}"
+    return f"{args.output}: folded in {len(held)} masks.{left_out(source, args.output)}"
 
 
 def binarize(args: Namespace) -> str:
-    """Write IN with bool masks, their scale in the weights."""
+    """Write IN with bool masks, their scale folded into the weights."""
     source, held = _masked(args)
     _fold(args, source, held, {key: key for key in source.infos})
     number = len({one.mask for one in held})
@@ -36,14 +36,14 @@ def binarize(args: Namespace) -> str:
 def _fold(
     args: Namespace, source: Checkpoint, held: list[held_masks.MaskedKey], names: dict[str, str]
 ) -> None:
-    """Write the tensors of `names`, key -> new name: weights masked, masks bool."""
+    """Write the tensors in `names` (key -> new name): weights masked, masks bool."""
     mask_of, masks = {one.weight: one.mask for one in held}, {one.mask for one in held}
     layout = Layout({}, origin={name: key for key, name in names.items()})
     first: dict[tuple[str, str], str] = {}
     for key, name in names.items():
         info, mask = source.infos[key], mask_of.get(key, "")
         layout.infos[name] = TensorInfo(torch.bool, info.shape) if key in masks else info
-        tied = (source.ties.get(key, key), source.ties.get(mask, mask))  # under one mask, too
+        tied = (source.ties.get(key, key), source.ties.get(mask, mask))  # by weight and mask
         if first.setdefault(tied, name) != name:
             layout.ties[name] = first[tied]
     with output(args, source, layout) as (put, advance):
@@ -56,13 +56,13 @@ def _fold(
 
 
 def masks(args: Namespace) -> str:
-    """Write the masks of IN alone, bool, by the names of the dense tensors."""
+    """Write only the masks of IN, bool, under the names of the dense tensors."""
     source = open_checkpoint(args.input)
     check_file(args.output, force=args.force)
     if args.zeros:
         names = {n: n for n, t in source.tensors() if _has_zeros(t)}
         if not names:
-            raise CheckpointError(f'"{args.input}" holds no weight with a zero.')
+            raise CheckpointError(f'"{args.input}" has no zeros in its weights.')
     else:
         names = held_masks.mask_names(source)
     infos = {name: TensorInfo(torch.bool, source.infos[key].shape) for name, key in names.items()}
@@ -96,15 +96,15 @@ def pack(args: Namespace) -> str:
 
         packed_files.write(args.output, read, header)
     size = os.path.getsize(args.output)
-    line = f"{args.output}: {size:,} bytes, {size / max(1, source.nbytes):.1%} of the tensors'."
-    return line + left_out(source, "")
+    share = f"{size / max(1, source.nbytes):.1%} of the dense tensors"
+    return f"{args.output}: {size:,} bytes, {share}.{left_out(source, '')}"
 
 
 def unpack(args: Namespace) -> str:
-    """Write the dense checkpoint that was packed."""
+    """Write a packed checkpoint dense."""
     source = open_checkpoint(args.input)
     if not isinstance(source, PackedFile):
-        raise CheckpointError(f'"{args.input}" is not packed; there is nothing to do.')
+        raise CheckpointError(f'"{args.input}" is not a packed file.')
     check_target(args.output, source, force=args.force)
     with output(args, source, Layout(source.infos, source.ties)) as (put, advance):
         for name in source.infos:

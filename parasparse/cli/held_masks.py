@@ -1,4 +1,4 @@
-"""The masks that a checkpoint holds, under any name that `parasparse.names` lists."""
+"""The masks in a checkpoint, under any name that `parasparse.names` lists."""
 
 import re
 from collections.abc import Mapping
@@ -12,26 +12,15 @@ from parasparse.files.checkpoint import Checkpoint, CheckpointError
 
 @dataclass(frozen=True)
 class MaskedKey:
-    """A masked tensor of a checkpoint.
+    """A masked tensor of a checkpoint."""
 
-    Attributes:
-        name: its name when it is dense.
-        weight: the key of its values.
-        mask: the key of its mask, which broadcasts to it.
-    """
-
-    name: str
-    weight: str
-    mask: str
+    name: str  # of the dense tensor
+    weight: str  # key of the stored values
+    mask: str  # key of the mask, which broadcasts to them
 
 
 def masked_keys(source: Checkpoint) -> list[MaskedKey]:
-    """Return the masked tensors of `source`, in its order.
-
-    Raises:
-        CheckpointError: there is none; a mask does not broadcast; only the model can compute the
-            masked tensor.
-    """
+    """Return the masked tensors of `source` in order; raise CheckpointError if there are none."""
     found = {name: _of_stack(name, keys) for name, keys in _stacks(source).items()}
     for key in source.infos:
         for one in _beside(key, source):
@@ -40,7 +29,7 @@ def masked_keys(source: Checkpoint) -> list[MaskedKey]:
     twice = [one.name for one in masked if one.weight != one.name and one.name in source.infos]
     if twice:
         raise CheckpointError(
-            f'"{source.path}" must hold "{twice[0]}" once; it is there masked, and plain as well.'
+            f'"{source.path}" must hold "{twice[0]}" once; it holds it both masked and plain.'
         )
     if not masked:
         raise CheckpointError(
@@ -59,27 +48,25 @@ def masked_keys(source: Checkpoint) -> list[MaskedKey]:
 
 
 def mask_names(source: Checkpoint) -> dict[str, str]:
-    """Return the key of each mask by the name that `sparsify` takes: a tie once, a pair as one."""
+    """Return the key of each mask by the name that `sparsify` takes; ties and pairs once."""
     masked = {one.name: one for one in masked_keys(source)}
     first: dict[tuple[str, str], str] = {}
     found: dict[str, str] = {}
+    read = source.read
     for name, one in masked.items():
         own = (source.ties.get(one.weight, one.weight), source.ties.get(one.mask, one.mask))
         if first.setdefault(own, name) != name:
             continue
         joint, other = _pair(name, masked)
-        if other is None or not _are_equal(source, one.mask, other.mask):
-            found[name] = one.mask
-        else:
+        if other and (one.mask == other.mask or torch.equal(read(one.mask), read(other.mask))):
             found.setdefault(joint, one.mask)
+        else:
+            found[name] = one.mask
     return found
 
 
 def computed(source: Checkpoint) -> dict[str, list[str]]:
-    """Return the tensors that a model computes, by name, and the keys they are computed from.
-
-    These are the masked tensors, and those under another parametrization.
-    """
+    """Return the masked or otherwise parametrized tensors: name -> keys they are computed from."""
     found = {name: list(keys.values()) for name, keys in _stacks(source).items()}
     for key in source.infos:
         for one in _beside(key, source):
@@ -88,19 +75,15 @@ def computed(source: Checkpoint) -> dict[str, list[str]]:
 
 
 def _pair(name: str, masked: Mapping[str, MaskedKey]) -> tuple[str, MaskedKey | None]:
-    """Return the joint name of a pair, and its other component; `name` and None if it is alone."""
+    """Return the name and the other component of the pair of `name`, or `name` and None."""
     for joint, other in names.joints(name):
         if other in masked:
             return joint, masked[other]
     return name, None
 
 
-def _are_equal(source: Checkpoint, one: str, two: str) -> bool:
-    return one == two or torch.equal(source.read(one), source.read(two))
-
-
 def _stacks(source: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the keys of what parametrizes each tensor, by what they are called there."""
+    """Return, for each parametrized tensor, the keys of its parametrization by their last part."""
     stacks: dict[str, dict[str, str]] = {}
     for key in source.infos:
         found = names.parametrized(key)
@@ -110,25 +93,25 @@ def _stacks(source: Checkpoint) -> dict[str, dict[str, str]]:
 
 
 def _of_stack(name: str, keys: Mapping[str, str]) -> MaskedKey | None:
-    """Return the mask in what parametrizes `name`; None if there is none."""
+    """Return the mask among the parametrizations of `name`; None if there is none."""
     masks = [own for own in keys if re.fullmatch(r"\d+\.mask", own)]
     if "original" in keys and len(masks) == 1 and len(keys) == 2:
         return MaskedKey(name, keys["original"], keys[masks[0]])
     if masks or any(own.endswith(".logits") for own in keys):
         raise CheckpointError(
             f'"{name}" must be a tensor and its mask; it has {", ".join(sorted(keys))}, which only '
-            "its model can compute. Load it into the model, and `squash` that."
+            "its model can compute. Load it into the model, and `squash` the model."
         )
     return None
 
 
 def _beside(key: str, source: Checkpoint) -> list[MaskedKey]:
-    """Return the tensors that `key` masks which lie beside it; nothing if it is no such mask."""
+    """Return the tensors beside `key` that it masks; none if it is not such a mask."""
     if not names.is_mask_key(key) or names.is_own_mask(key):
         return []
     for name in names.masked_names(key)[:-1]:
         stored = names.stored_keys(name, source.infos)
-        # Of torch.nn.utils.prune for certain; else a buffer may happen to be called like a mask.
+        # `_orig` is torch.nn.utils.prune's. Otherwise any buffer may have the name of a mask.
         certain = all(one.endswith("_orig") for one in stored)
         if stored and (certain or all(_broadcasts(key, one, source) for one in stored)):
             return [MaskedKey(names.dense_name(one), one, key) for one in stored]

@@ -1,4 +1,4 @@
-"""The commands that only look: `inspect` and `diff`."""
+"""The commands that only read: `inspect` and `diff`."""
 
 import json
 import math
@@ -11,37 +11,28 @@ import torch
 from torch import Tensor
 
 from parasparse.cli.progress import progress
+from parasparse.dtypes import signed
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.files.opening import open_checkpoint
 from parasparse.patterns.recognise import recognised
-from parasparse.text import as_text
+from parasparse.report.bars import sparsity_bars
+from parasparse.text import as_text, needs
 
 _PIECE = 1 << 20  # entries
 
 
 @dataclass(frozen=True)
 class Row:
-    """What `inspect` says of a tensor.
-
-    Attributes:
-        name: of the tensor.
-        shape: its shape.
-        dtype: its dtype, without "torch.".
-        numel: number of its entries.
-        zeros: number of entries that are 0.
-        patterns: what its zeros keep to, such as "2:4"; of weights alone.
-        nbytes: bytes of its values; 0 if it is another one under a second name.
-        same: that one's name.
-    """
+    """One tensor in the table of `inspect`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     numel: int
     zeros: int
-    patterns: tuple[str, ...]
-    nbytes: int
-    same: str | None
+    patterns: tuple[str, ...]  # that the zeros of a weight follow, such as "2:4"
+    nbytes: int  # 0 for a tied tensor
+    same: str | None  # the first name of a tied tensor
 
 
 def inspect(args: Namespace) -> tuple[str, int]:
@@ -49,7 +40,7 @@ def inspect(args: Namespace) -> tuple[str, int]:
     source = open_checkpoint(args.input)
     rows = list(_rows(source))
     if args.plot and os.path.lexists(args.plot):
-        raise CheckpointError(f'"{args.plot}" is there already. Name another picture.')
+        raise CheckpointError(f'"{args.plot}" exists already. Name another file.')
     if args.plot:
         _plot(rows, args.plot)
     numel = sum(row.numel for row in rows if row.same is None)
@@ -92,7 +83,7 @@ def _rows(source: Checkpoint) -> Iterator[Row]:
 
 
 def diff(args: Namespace) -> tuple[str, int]:
-    """Return what differs between two checkpoints, and the exit code: 0 if nothing does."""
+    """Return the differences between two checkpoints, and the exit code: 0 if there are none."""
     one, two = open_checkpoint(args.one), open_checkpoint(args.two)
     lines = [f"only in {args.one}: {name}" for name in one.infos if name not in two.infos]
     lines += [f"only in {args.two}: {name}" for name in two.infos if name not in one.infos]
@@ -105,17 +96,12 @@ def diff(args: Namespace) -> tuple[str, int]:
             lines += [line] if line else []
             same += not line
             advance(info.nbytes)
-    around = sorted(
-        {
-            *one.beside_state_dict,
-            *two.beside_state_dict,
-            *map(str, {**one.not_tensors, **two.not_tensors}),
-        }
-    )
-    note = f" Not compared: {', '.join(around)}." if around else ""
+    rest = {*one.beside_state_dict, *two.beside_state_dict}
+    rest |= set(map(str, {**one.not_tensors, **two.not_tensors}))
+    note = f" Not compared: {', '.join(sorted(rest))}." if rest else ""
     if not lines:
         return f"{same} tensors are the same; nothing differs.{note}", 0
-    lines.append(f"{same} tensors are the same, {len(lines)} lines above say what differs.{note}")
+    lines.append(f"{same} tensors are the same; see the {len(lines)} differences above.{note}")
     return "\n".join(lines), 1
 
 
@@ -146,17 +132,11 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
     if a.is_floating_point() or a.is_complex():
         a, b = _wide(a), _wide(b)
         return (a != b) & ~(a.isnan() & b.isnan())
-    return _signed(a) != _signed(b)
+    return signed(a) != signed(b)
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    return _signed(tensor) != 0
-
-
-def _signed(tensor: Tensor) -> Tensor:
-    """Return unsigned integers as what torch compares, of the same bits."""
-    same = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-    return tensor.view(same[tensor.dtype]) if tensor.dtype in same else tensor
+    return signed(tensor) != 0
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -173,16 +153,10 @@ def _share(zeros: int, numel: int) -> str:
 
 def _plot(rows: list[Row], path: str) -> None:
     """Draw the sparsity of each weight into a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CheckpointError("--plot needs matplotlib: pip install parasparse[plot]") from error
     weights = [row for row in rows if len(row.shape) > 1 and row.numel]
-    figure = Figure(figsize=(8, max(2.0, 0.22 * len(weights) + 1)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh([row.name for row in weights], [row.zeros / row.numel for row in weights])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("sparsity")
-    axes.tick_params(axis="y", labelsize=7)
+    counts = {row.name: (row.numel - row.zeros, row.numel) for row in weights}
+    try:
+        figure = sparsity_bars(counts, "weight entries")
+    except ImportError as error:
+        raise CheckpointError(needs("--plot", "matplotlib", "plot")) from error
     figure.savefig(path, dpi=120)

@@ -1,25 +1,54 @@
-"""The command line itself: arguments in, an exit code out."""
+"""The command line: arguments in, an exit code out."""
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from parasparse.cli import commands, inspect_and_diff, prune
 from parasparse.files.checkpoint import CheckpointError
 
-_WRITES: dict[str, Callable[[argparse.Namespace], str]] = {
-    "prune": prune.prune,
-    "squash": commands.squash,
-    "binarize": commands.binarize,
-    "masks": commands.masks,
-    "pack": commands.pack,
-    "unpack": commands.unpack,
-}
-_LOOKS: dict[str, Callable[[argparse.Namespace], tuple[str, int]]] = {
-    "inspect": inspect_and_diff.inspect,
-    "diff": inspect_and_diff.diff,
-}
+_Argument = tuple[str, dict[str, Any]]
+_IN_OUT: list[_Argument] = [
+    ("input", {"metavar": "IN"}),
+    ("output", {"metavar": "OUT"}),
+    ("--force", {"action": "store_true", "help": "replace OUT if it exists"}),
+]
+# Each command returns its text, and an exit code or nothing (0).
+_COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, list[_Argument]]] = {
+    "inspect": (inspect_and_diff.inspect, "list the tensors: zeros, patterns, bytes", [
+        ("input", {"metavar": "FILE"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+        ("--plot", {"metavar": "PNG", "help": "draw the sparsity of each weight"}),
+    ]),
+    "diff": (inspect_and_diff.diff, "list the differences; exit code 1 if there are any", [
+        ("one", {"metavar": "A"}),
+        ("two", {"metavar": "B"}),
+    ]),
+    "prune": (prune.prune, "prune by rules", [
+        *_IN_OUT,
+        ("--rule", {"action": "append", "default": [], "metavar": "TARGET=VALUE",
+                    "help": 'a name or glob, and a sparsity, "none" or N:M; each tensor follows '
+                    "the first rule that reaches it"}),
+        ("--config", {"metavar": "TOML", "help": "rules and options in a file"}),
+        ("--pattern", {"help": "unstructured (default), N:M, block:16x16 or channel:0"}),
+        ("--scope", {"help": "local (default), or global: rank the tensors of a rule jointly"}),
+        ("--score", {"help": "magnitude (default) or random"}),
+        ("--distribution", {"help": "uniform (default), erk or erdos-renyi"}),
+        ("--masks", {"metavar": "FILE", "help": "also write the masks, by name"}),
+        ("--seed", {"type": int, "help": "seed of random scores"}),
+        ("--dry-run", {"action": "store_true", "help": "list what would be masked"}),
+    ]),
+    "squash": (commands.squash, "fold the checkpoint's masks into dense weights", _IN_OUT),
+    "binarize": (commands.binarize, "make the masks bool and fold their scale in", _IN_OUT),
+    "masks": (commands.masks, "extract the masks", [
+        *_IN_OUT,
+        ("--zeros", {"action": "store_true", "help": "the nonzero entries of a dense one"}),
+    ]),
+    "pack": (commands.pack, "write the checkpoint without its zeros", _IN_OUT),
+    "unpack": (commands.unpack, "write a packed checkpoint dense", _IN_OUT),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,21 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["inspect", "nowhere.safetensors"])
         1
     """
-    parser = _parser()
     try:
-        args = parser.parse_args(arguments)
-    except SystemExit as error:  # argparse has printed what is wrong, or help
+        args = _parser().parse_args(arguments)
+    except SystemExit as error:  # argparse has printed the error, or help
         return int(error.code or 0)
     try:
-        if args.command in _LOOKS:
-            text, code = _LOOKS[args.command](args)
-        else:
-            text, code = _WRITES[args.command](args), 0
+        result = _COMMANDS[args.command][0](args)
+        text, code = (result, 0) if isinstance(result, str) else result
         print(text, flush=True)
     except KeyboardInterrupt:
         print("parasparse: interrupted; nothing was written.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of `| head`
+    except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, OSError, MemoryError, ValueError, RuntimeError) as error:
@@ -60,54 +86,15 @@ def _in_a_line(error: BaseException, output: str | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="parasparse",
-        description="Look at checkpoints, prune them, fold their masks: .safetensors, .pt, .pth "
-        "and Hugging Face folders, a tensor at a time.",
+        description="Inspect checkpoints, prune them, fold their masks: .safetensors, .pt, .pth "
+        "and Hugging Face folders, one tensor at a time.",
     )
     add = parser.add_subparsers(dest="command", required=True, metavar="command").add_parser
-
-    inspect = add("inspect", help="list the tensors: zeros, patterns, bytes")
-    inspect.add_argument("input", metavar="FILE")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.add_argument("--plot", metavar="PNG", help="draw the sparsity of each weight")
-
-    diff = add("diff", help="say what differs; exit code 1 if anything does")
-    diff.add_argument("one", metavar="A")
-    diff.add_argument("two", metavar="B")
-
-    prune = _writing(add("prune", help="prune by rules"))
-    prune.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        metavar="TARGET=VALUE",
-        help='a name or glob, and a sparsity, "none" or N:M; the first rule that reaches a tensor '
-        "has it",
-    )
-    prune.add_argument("--config", metavar="TOML", help="rules and options in a file")
-    prune.add_argument("--pattern", help="unstructured (default), N:M, block:16x16 or channel:0")
-    prune.add_argument(
-        "--scope", help="local (default), or global: rank what a rule reaches jointly"
-    )
-    prune.add_argument("--score", help="magnitude (default) or random")
-    prune.add_argument("--distribution", help="uniform (default), erk or erdos-renyi")
-    prune.add_argument("--masks", metavar="FILE", help="write the masks as well, by name")
-    prune.add_argument("--seed", type=int, help="of random scores")
-    prune.add_argument("--dry-run", action="store_true", help="say what would be masked")
-
-    _writing(add("squash", help="fold the masks that the checkpoint holds into dense weights"))
-    _writing(add("binarize", help="make its masks bool, their scale in the weights"))
-    masks = _writing(add("masks", help="extract its masks"))
-    masks.add_argument("--zeros", action="store_true", help="of a dense one: what is not 0")
-    _writing(add("pack", help="write it without its zeros"))
-    _writing(add("unpack", help="write what was packed"))
-    return parser
-
-
-def _writing(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("input", metavar="IN")
-    parser.add_argument("output", metavar="OUT")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    for name, (_, help_, arguments) in _COMMANDS.items():
+        command = add(name, help=help_)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
     return parser

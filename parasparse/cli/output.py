@@ -1,4 +1,4 @@
-"""What the commands that write share: the output, how far the work is, what is left out."""
+"""Parts that the writing commands share: the output, and the note on missing entries."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,22 +12,20 @@ from parasparse.files.writing import TORCH, writing
 
 @contextmanager
 def output(args: Namespace, source: Checkpoint, layout: Layout) -> Iterator[tuple[Put, Advance]]:
-    """Open what `args` names for writing; yield what takes tensors, and what counts bytes."""
-    with (
-        writing(args.output, source, layout) as put,
-        progress(args.command, source.nbytes) as advance,
-    ):
+    """Open the output of a command; yield functions that take tensors and count bytes."""
+    work = progress(args.command, source.nbytes)
+    with writing(args.output, source, layout) as put, work as advance:
         yield put, advance
 
 
 def copy(source: Checkpoint, key: str, put: Put, advance: Advance) -> None:
-    """Write tensor `key` of `source` as it is."""
+    """Write tensor `key` of `source` unchanged."""
     put(key, pieces(source.read(key)))
     advance(source.infos[key].nbytes)
 
 
 def left_out(source: Checkpoint, path: str) -> str:
-    """Return the sentence on entries of the file that a file at `path` does not take."""
+    """Return a sentence on the `beside_state_dict` entries if a file at `path` lacks them."""
     if path.lower().endswith(TORCH) or not source.beside_state_dict:
         return ""
     return f" Left out: {', '.join(source.beside_state_dict)}."

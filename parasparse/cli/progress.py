@@ -1,4 +1,4 @@
-"""How far the work is: a bar on a terminal that has rich, plain lines otherwise."""
+"""Progress: a bar on a terminal if rich is installed, plain lines otherwise."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +10,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
-    """Yield a function that takes how many more bytes are done; it writes to stderr.
-
-    Args:
-        what: is being done.
-        total: bytes.
-    """
+    """Yield a function that adds to the bytes done, of `total`; progress goes to stderr."""
     bar = _bar() if sys.stderr.isatty() else None
     if bar is None:
         yield _lines(what, total)
@@ -26,7 +21,6 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 
 
 def _bar() -> Any:
-    """Return a bar of rich, None if that is not installed."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -37,14 +31,14 @@ def _bar() -> Any:
 
 
 def _lines(what: str, total: int) -> Advance:
-    """Return a function that writes a line at each quarter of large work."""
+    """Return a function that prints a line at each quarter of large work."""
     done, quarter = 0, 1
 
     def advance(nbytes: int) -> None:
         nonlocal done, quarter
         done += nbytes
         while total > 1 << 28 and quarter <= 4 and done * 4 >= total * quarter:
-            print(f"{what}: {25 * quarter} % of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+            print(f"{what}: {25 * quarter}% of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
             quarter += 1
 
     return advance

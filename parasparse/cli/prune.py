@@ -23,14 +23,14 @@ from parasparse.text import as_text
 
 
 def prune(args: Namespace) -> str:
-    """Write IN with masks folded in, chosen by rules."""
+    """Choose masks by rules, and write IN with them folded in."""
     rules, seed = _rules(args)
     source = open_checkpoint(args.input)
     if not args.dry_run:
         _check_outputs(args, source)
     groups = reached(source, rules)
     if not groups:
-        raise CheckpointError("every rule is none: nothing is to be pruned.")
+        raise CheckpointError("every rule is none, so nothing is to be pruned.")
     if seed is not None:
         torch.manual_seed(seed)
     with ExitStack() as stack:
@@ -38,7 +38,7 @@ def prune(args: Namespace) -> str:
 
 
 def _rules(args: Namespace) -> tuple[list[Rule], int | None]:
-    """Return the rules of the command line or of the file of `--config`, and the seed."""
+    """Return the rules of the command line or of `--config`, and the seed."""
     options, rules = read_config(args.config) if args.config else ({}, {})
     if args.rule and rules:
         raise CheckpointError("rules must come from --rule or from --config, not from both.")
@@ -55,13 +55,15 @@ def _check_outputs(args: Namespace, source: Checkpoint) -> None:
         masks = Path(args.masks).resolve()
         for place in (Path(args.input).resolve(), Path(args.output).resolve()):
             if place in (masks, *masks.parents):
-                raise CheckpointError("--masks must name another file than IN and OUT, outside.")
+                raise CheckpointError(
+                    "--masks must name another file than IN and OUT, and not one inside them."
+                )
 
 
 def _written(
     args: Namespace, source: Checkpoint, groups: list[list[Reached]], stack: ExitStack
 ) -> list[tuple[Reached, int]]:
-    """Write the pruned checkpoint, and the masks; return how many entries each tensor keeps."""
+    """Write the pruned checkpoint and the masks; return the number of kept entries."""
     every = [each for group in groups for each in group]
     put: Put = _ignored
     put_mask: Put = _ignored
@@ -110,7 +112,7 @@ def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace
 
 
 def _passes(each: Reached) -> int:
-    """Return how often the scores of `each` are read to be ranked."""
+    """Return how often `each` is read to be ranked."""
     prune = each.rule.prune
     assert prune is not None
     alone = prune.scope == "local" and prune.pattern is not unstructured
@@ -122,4 +124,4 @@ def _nbytes(source: Checkpoint, each: Reached) -> int:
 
 
 def _ignored(name: str, pieces: Iterable[Tensor]) -> None:
-    """Take a tensor, and do nothing: a dry run."""
+    """Ignore a tensor, for `--dry-run`."""

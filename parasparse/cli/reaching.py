@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint the rules reach: those that they would in a model with them."""
+"""The tensors of a checkpoint that rules reach: the same as in a model with these tensors."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,57 +12,52 @@ from parasparse.cli.rules import Rule
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.names import ancestors
 from parasparse.targets.reach import group_by_rule
-from parasparse.targets.tensors import Target, tensors_of
+from parasparse.targets.tensors import tensors_of
 
 
 @dataclass(frozen=True, eq=False)
 class Reached:
-    """A tensor that a rule reaches, or a pair.
-
-    Attributes:
-        name: of the tensor; the joint one of a pair.
-        parts: the names of its tensor, or of its real and imaginary one.
-        rule: the rule.
-    """
+    """A tensor, or a pair, that a rule reaches."""
 
     name: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # the name of the tensor, or of the two components
     rule: Rule
 
 
 def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
-    """Return what each rule that prunes reaches: what it would in a model with these tensors.
+    """Return the tensors that each pruning rule reaches, as in a model with these tensors.
 
-    But for buffers: a checkpoint does not tell them from parameters, unless they are integers.
-
-    Raises:
-        CheckpointError: a rule reaches nothing, or what cannot be masked.
+    A checkpoint does not tell buffers from parameters, so only integer buffers are excluded.
     """
     _check_plain(source, rules)
     model, names = _model_of(source)
     targets = tensors_of(model)
-    # A glob of biases reaches nothing that could be pruned, and says no more than that they stay.
+    # A `none` rule for biases alone is fine, although it reaches nothing that could be pruned.
     rules = [rule for rule in rules if not _is_idle(rule, source)]
     try:
         groups = group_by_rule({n: rule.target for n, rule in enumerate(rules)}, targets)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    found = []
-    for number, group in groups.items():
-        if rules[number].prune is not None:
-            found.append([_reached(target, names, rules[number]) for target in group])
+    found = [
+        [
+            Reached(t.name, tuple(names[id(s.module), s.attr] for s in t.firsts), rules[number])
+            for t in group
+        ]
+        for number, group in groups.items()
+        if rules[number].prune is not None
+    ]
     for each in (one for group in found for one in group):
         dtype = source.infos[each.parts[0]].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise CheckpointError(
-                f'a pruned tensor must be real or complex; "{each.name}" is {dtype}. Put '
+                f'a pruned tensor must be floating-point or complex; "{each.name}" is {dtype}. Put '
                 f"--rule '{each.name}=none' before its rule."
             )
     return found
 
 
 def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
-    """Raise CheckpointError if a rule prunes what only a model can compute."""
+    """Raise CheckpointError if a rule prunes a masked or parametrized tensor."""
     for name, keys in computed(source).items():
         rule = next((r for r in rules if any(_is_in(key, r.target) for key in (name, *keys))), None)
         if rule is not None and rule.prune is not None:
@@ -73,12 +68,12 @@ def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
 
 
 def _is_in(name: str, glob: str) -> bool:
-    """Whether `glob` matches `name` or a module around it."""
+    """Whether `glob` matches `name` or a module that contains it."""
     return any(fnmatchcase(place, glob) for place in ancestors(name))
 
 
 def _is_idle(rule: Rule, source: Checkpoint) -> bool:
-    """Whether a rule leaves alone what could not be pruned anyhow: vectors, computed tensors."""
+    """Whether a rule excludes only tensors that could not be pruned: vectors, computed ones."""
     if rule.prune is not None or rule.target in source.infos:
         return False
     left = computed(source)
@@ -88,13 +83,8 @@ def _is_idle(rule: Rule, source: Checkpoint) -> bool:
     return bool(dims or any(_is_in(n, rule.target) for n in left)) and max(dims, default=0) < 2
 
 
-def _reached(target: Target, names: dict[tuple[int, str], str], rule: Rule) -> Reached:
-    parts = tuple(names[id(site.module), site.attr] for site in target.firsts)
-    return Reached(target.name, parts, rule)
-
-
 def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]]:
-    """Return modules on the meta device that hold what `source` does; place -> its name there."""
+    """Return a model on the meta device with the tensors of `source`, and their names there."""
     model = _Place()
     modules: dict[str, nn.Module] = {"": model}
     held: dict[str, Tensor] = {}
@@ -105,7 +95,7 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
         if name in left:
             continue
         if attr.startswith("_") and hasattr(model, attr):
-            raise CheckpointError(f'a tensor must not be called as a Module\'s own; "{name}" is.')
+            raise CheckpointError(f'tensor "{name}" has the name of an attribute of nn.Module.')
         kind: type[nn.Module] = nn.ParameterDict if attr in ("real", "imag") else _Place
         module = _module_at(path, modules, kind)
         first = source.ties.get(name, name)
@@ -122,7 +112,7 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
 
 
 class _Place(nn.Module):
-    """Holds tensors of any name: those of methods, too."""
+    """A module whose tensors can have any name, even that of a method."""
 
     def __getattribute__(self, name: str) -> Any:
         if not name.startswith("_"):
@@ -134,7 +124,7 @@ class _Place(nn.Module):
 
 
 def _module_at(path: str, modules: dict[str, nn.Module], make: type[nn.Module]) -> nn.Module:
-    """Return the module at `path`, made where there is none."""
+    """Return the module at `path`; create it if there is none."""
     if path not in modules:
         above, _, own = path.rpartition(".")
         modules[path] = make()

@@ -1,4 +1,4 @@
-"""Rules as they are written on a command line or in a file of TOML."""
+"""Rules as written on the command line or in a TOML file."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,33 +11,33 @@ from parasparse.patterns import Pattern
 from parasparse.rules.prune import Prune
 from parasparse.scores.weights_alone import magnitude, random
 
-SCORES = {"magnitude": magnitude, "random": random}
-DISTRIBUTIONS = {
-    "uniform": None, "erk": distributions.erk, "erdos-renyi": distributions.erdos_renyi,
+# Option -> its values as written -> what `Prune` takes; the first is the default.
+_CHOICES: dict[str, dict[str, Any]] = {
+    "scope": {"local": "local", "global": "global"},
+    "score": {"magnitude": magnitude, "random": random},
+    "distribution": {
+        "uniform": None, "erk": distributions.erk, "erdos-renyi": distributions.erdos_renyi,
+    },
 }  # fmt: skip
-SCOPES = {"local": "local", "global": "global"}
-_KEYS = ("pattern", "scope", "score", "distribution", "seed")
+_OPTIONS = ("pattern", *_CHOICES)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the tensors that a glob or name reaches; no `prune`: nothing."""
+    """What to do with the tensors that a glob or name reaches; no `prune`: nothing."""
 
     target: str
     prune: Prune | None
 
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options and the rules of a file of TOML.
+    """Return the options and the rules of a TOML file, as in this example.
 
-        scope = "global"
-        [rules]
-        "layer*.weight" = 0.9
-        "head.weight" = { sparsity = 0.5, pattern = "channel:0" }
-        "*.bias" = "none"
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
+    scope = "global"
+    [rules]
+    "layer*.weight" = 0.9
+    "head.weight" = { sparsity = 0.5, pattern = "channel:0" }
+    "*.bias" = "none"
     """
     try:
         with open(path, "rb") as file:
@@ -45,14 +45,14 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be read: {error.strerror}.') from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f'"{path}" is no TOML: {error}.') from error
+        raise CheckpointError(f'"{path}" is not valid TOML: {error}.') from error
     rules = config.pop("rules", None)
     if not isinstance(config.get("seed", 0), int):
-        raise CheckpointError(f'"{path}" must hold a whole number as its seed.')
-    unknown = [key for key in config if key not in _KEYS]
+        raise CheckpointError(f'the seed in "{path}" must be an integer.')
+    unknown = [key for key in config if key not in (*_OPTIONS, "seed")]
     if unknown or not isinstance(rules, dict):
         raise CheckpointError(
-            f'"{path}" must hold a table [rules], and of {", ".join(_KEYS)} what it wants; '
+            f'"{path}" must hold a table [rules] and may hold {", ".join(_OPTIONS)}, seed; '
             + (f'it holds "{unknown[0]}".' if unknown else "it has no [rules].")
         )
     return config, rules
@@ -74,15 +74,10 @@ def split_rules(texts: Sequence[str]) -> dict[str, str]:
 
 
 def as_rules(rules: Mapping[str, Any], options: Mapping[str, Any]) -> list[Rule]:
-    """Return the rules that are meant.
+    """Return rules from their written form.
 
-    Args:
-        rules: target -> a sparsity, "none", a pattern that decides by itself ("2:4"), or a table of
-            these with options of their own.
-        options: `pattern`, `scope`, `score`, `distribution` of those that say no other.
-
-    Raises:
-        CheckpointError: a value that means nothing.
+    A target has a sparsity, "none", a pattern with its own sparsity ("2:4"), or a table with
+    `sparsity` and its own options.
     """
     if not rules:
         raise CheckpointError("at least one rule must be given: --rule 'layer*.weight=0.9'.")
@@ -91,11 +86,11 @@ def as_rules(rules: Mapping[str, Any], options: Mapping[str, Any]) -> list[Rule]
 
 def _prune(target: str, value: Any, options: Mapping[str, Any]) -> Prune | None:
     if isinstance(value, Mapping):
-        unknown = [k for k in value if k not in ("sparsity", *_KEYS[:-1])]
+        unknown = [key for key in value if key not in ("sparsity", *_OPTIONS)]
         if unknown:
             raise CheckpointError(
-                f'the rule of "{target}" must hold of sparsity, {", ".join(_KEYS[:-1])} what it '
-                f'wants; it holds "{unknown[0]}".'
+                f'the rule of "{target}" may hold sparsity, {", ".join(_OPTIONS)}; it holds '
+                f'"{unknown[0]}".'
             )
         return _prune(target, value.get("sparsity", ""), {**options, **value})
     if str(value).lower() == "none":
@@ -113,17 +108,9 @@ def _prune(target: str, value: Any, options: Mapping[str, Any]) -> Prune | None:
                 f'{sparsity:g}. Write "{target}={given}".'
             )
         sparsity = None
-    score = _one_of(SCORES, "score", options.get("score") or "magnitude")
-    distribution = options.get("distribution") or "uniform"
-    scope = _one_of(SCOPES, "scope", options.get("scope") or "local")
+    chosen = {option: _chosen(option, options.get(option)) for option in _CHOICES}
     try:
-        return Prune(
-            sparsity,
-            pattern=pattern,
-            score=score,
-            scope=scope,
-            distribution=_one_of(DISTRIBUTIONS, "distribution", distribution),
-        )
+        return Prune(sparsity, pattern=pattern, **chosen)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'the rule of "{target}": {error}') from error
 
@@ -146,7 +133,7 @@ def as_pattern(text: str) -> Pattern:
         if text == "unstructured":
             return patterns.unstructured
     except ValueError as error:
-        raise CheckpointError(f'the pattern "{text}" means nothing: {error}') from error
+        raise CheckpointError(f'the pattern "{text}" is not valid: {error}') from error
     raise CheckpointError(
         'a pattern must be unstructured, N:M, channel:0 or block:16x16 ("*" for a whole '
         f'dimension); got "{text}".'
@@ -166,7 +153,9 @@ def _sparsity(target: str, value: Any) -> float | None:
         ) from None
 
 
-def _one_of(known: Mapping[str, Any], what: str, name: str) -> Any:
+def _chosen(option: str, name: Any) -> Any:
+    known = _CHOICES[option]
+    name = name or next(iter(known))
     if not isinstance(name, str) or name not in known:
-        raise CheckpointError(f'the {what} must be one of {", ".join(known)}; got "{name}".')
+        raise CheckpointError(f'the {option} must be one of {", ".join(known)}; got "{name}".')
     return known[name]

@@ -1,1 +1,1 @@
-"""Data sparsifiers: they own the masks of tensors that live in no model."""
+"""Data sparsifiers, which own masks of tensors outside models."""

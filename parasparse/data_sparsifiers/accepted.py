@@ -1,4 +1,4 @@
-"""What data may be, and the mask that it gets at first."""
+"""Accepted kinds of data, and their first mask."""
 
 from typing import Any
 
@@ -6,19 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from parasparse.dtypes import widened_dtype
+
 
 def weight_of(data: Any) -> Tensor:
-    """Return the tensor that `data` is or holds.
-
-    Raises:
-        TypeError: it is no Tensor, Parameter, Embedding or EmbeddingBag.
-        ValueError: an embedding is parametrized.
-    """
+    """Return the tensor of `data`; raise TypeError or ValueError if it is not accepted."""
     if isinstance(data, nn.Embedding | nn.EmbeddingBag):
         if is_parametrized(data, "weight"):
             raise ValueError(
-                f"{type(data).__name__} must have a plain weight; it is parametrized, so that "
-                "masked values could not be written back. `squash` it first."
+                f"the weight of {type(data).__name__} must not be parametrized, because masked "
+                "values could not be written back. `squash` it first."
             )
         return data.weight
     if not isinstance(data, Tensor):
@@ -30,10 +27,9 @@ def weight_of(data: Any) -> Tensor:
 
 
 def ones_like(data: Tensor) -> Tensor:
-    """Return a mask that keeps all: floating, so that it has a mean."""
+    """Return a mask of ones, floating-point so that it has a mean."""
     dtype = data.dtype.to_real() if data.dtype.is_complex else data.dtype
-    if not dtype.is_floating_point or dtype.itemsize == 1:
-        dtype = torch.float32
+    dtype = widened_dtype(dtype) if dtype.is_floating_point else torch.float32
     plain = data.detach().as_subclass(Tensor)
-    with torch.inference_mode(False):  # it is changed later
+    with torch.inference_mode(False):  # the mask changes later
         return torch.ones_like(plain, dtype=dtype, requires_grad=False)

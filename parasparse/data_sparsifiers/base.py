@@ -16,26 +16,26 @@ from parasparse.data_sparsifiers.torch_ao import introduce
 from parasparse.text import listed, nearest
 from parasparse.verbs.writable import is_writable
 
-_SPECIAL = ("mask", "parametrization")  # of `add_data`, not of `update_mask`
+_SPECIAL = ("mask", "parametrization")  # for `add_data`, not `update_mask`
 
 
 class BaseDataSparsifier(ABC):
-    """Owns masks of tensors, Parameters and embeddings by name; a subclass says what they are.
+    """Owns masks of tensors, Parameters and embeddings by name; subclasses compute the masks.
 
     A subclass defines `update_mask(name, data, **config)`, which changes `self.get_mask(name)` in
-    place. The tensors stay the user's own: changes outside show here, and `squash_mask` writes
-    masked values into them.
+    place. Tensors are not copied: your changes to them apply here, and `squash_mask` writes masked
+    values into them.
 
     Args:
-        data_list: (name, data) of what to add at once.
-        **defaults: the configuration of data that says no other.
+        data_list: pairs (name, data) to add.
+        **defaults: default configuration of data.
 
     Attributes:
         defaults: as given.
-        data_groups: the configuration of each data, by name.
-        state: by name what is remembered, the mask as `state[name]["mask"]`; `update_mask` may add
-            to it.
-        enable_mask_update: whether `step` does anything; schedulers set it.
+        data_groups: configuration of each data, by name.
+        state: state of each data, by name; `state[name]["mask"]` is its mask, and `update_mask` may
+            add entries.
+        enable_mask_update: whether `step` updates masks; schedulers set it.
 
     Examples:
         >>> class Threshold(BaseDataSparsifier):
@@ -46,10 +46,10 @@ class BaseDataSparsifier(ABC):
         >>> sparsifier.get_data("a", return_original=False).tolist()
         [0.0, -2.0, 0.4000000059604645]
 
-    Reference: torch.ao.pruning's BaseDataSparsifier, whose schedulers take this one and whose state
-        this one loads. Differs: a tensor that is loaded goes into the user's own where one of its
-        shape is there; with `strict=False` what is loaded wins; `step` passes over what was
-        squashed; pickles and copies keep every attribute; masks of complex data are real.
+    Reference: torch.ao.pruning's BaseDataSparsifier; its schedulers work with this class, which
+        also loads its state. Differs: loaded values are written into your tensors if shapes agree;
+        with `strict=False`, loaded data replaces existing data; `step` skips squashed data; pickles
+        and copies keep every attribute; masks of complex data are real.
     """
 
     def __init__(self, data_list: Iterable[tuple[str, Any]] | None = None, **defaults: Any) -> None:
@@ -64,38 +64,33 @@ class BaseDataSparsifier(ABC):
 
     @abstractmethod
     def update_mask(self, name: str, data: Tensor, *args: Any, **config: Any) -> None:
-        """Change the mask of `name` in place; `data` is the tensor without its mask."""
+        """Change the mask of `name` in place; `data` is the unmasked tensor."""
 
     def prepare(self, model: Any, config: Any) -> None:
-        """Refuse: there is no model.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Raise NotImplementedError, because there is no model."""
         raise NotImplementedError("a data sparsifier has no model to prepare; use `add_data`.")
 
     def add_data(self, name: str, data: Any, reuse_mask: bool = True, **config: Any) -> Tensor:
-        """Give data a mask, all ones at first; return the masked tensor.
+        """Add data with a mask of ones and return the masked tensor.
 
         Args:
-            name: what to call it, without dots. If there is data of that name, this takes its
-                place: under the same configuration but for what `config` says, and the same mask.
-            data: a Tensor, Parameter, Embedding or EmbeddingBag of any number of dimensions.
-            reuse_mask: keep the mask of the data that is replaced, which must have this shape.
-            **config: what `update_mask` gets, over the defaults. Two are none of its arguments:
-                `mask`, the first mask, live from now on; `parametrization`, a class that makes of a
-                mask the module that applies it.
+            name: its name, without dots. Existing data with this name is replaced; the new data
+                gets its mask, and its configuration where `config` does not override it.
+            data: a Tensor, Parameter, Embedding or EmbeddingBag with any number of dimensions.
+            reuse_mask: whether replaced data passes on its mask, which must have this shape.
+            **config: configuration for `update_mask`, overriding the defaults. Two entries are not
+                passed on: `mask`, the first mask, which is not copied; `parametrization`, a class
+                whose instance `parametrization(mask)` is a module that applies the mask.
 
         Raises:
-            TypeError: data of another kind; a name that is no string.
-            ValueError: a name with a dot; a mask of another shape; an embedding that is
-                parametrized.
-            AssertionError: the shape is not that of the mask to be reused.
+            TypeError: `data` is of another kind, or `name` is not a string.
+            ValueError: `name` has a dot, a mask has another shape, or an embedding is parametrized.
+            AssertionError: the mask to be reused has another shape.
         """
         if not isinstance(name, str):
             raise TypeError(f"`name` must be a string; got {name!r}.")
         if not name or "." in name:
-            raise ValueError(f"`name` must have no dot, and a character at least; got {name!r}.")
+            raise ValueError(f"`name` must not be empty or contain a dot; got {name!r}.")
         weight = self._extract_weight(data)
         known = name in self.data_groups
         group = {**copy.deepcopy(self.data_groups[name] if known else self.defaults), **config}
@@ -106,15 +101,15 @@ class BaseDataSparsifier(ABC):
             kept, mask = self.state[name], self.get_mask(name)
             if mask.shape != weight.shape:
                 raise AssertionError(
-                    f'to reuse the mask of "{name}", {tuple(mask.shape)}, data must have its '
-                    f"shape; got {tuple(weight.shape)}. Pass `reuse_mask=False`, or let the loader "
-                    "`drop_last=True` if it is a smaller last batch."
+                    f'`data` must have the shape of the mask of "{name}", {tuple(mask.shape)}, to '
+                    f"reuse it; got {tuple(weight.shape)}. Pass `reuse_mask=False`, or "
+                    "`drop_last=True` to the DataLoader if this is a smaller last batch."
                 )
             mask = mask.to(weight.device)
         if not isinstance(mask, Tensor) or mask.shape != weight.shape:
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"`mask` must be a tensor of shape {tuple(weight.shape)}; got {got}.")
-        stack = masked(weight, mask, group)
+        stack = masked(weight, mask, group, {})
         if known:
             warnings.warn(
                 "Replacing existing data of the same name. - Did you mean a different name?",
@@ -126,33 +121,33 @@ class BaseDataSparsifier(ABC):
         return self._container.read(name)
 
     def get_data(self, name: str, return_original: bool = True) -> Tensor:
-        """Return the tensor itself, or with `return_original=False` the masked one.
+        """Return the unmasked tensor, or the masked one with `return_original=False`.
 
         Raises:
-            ValueError: there is none of that name; it was squashed, so that there is no original.
+            ValueError: the name is unknown, or the original was squashed.
         """
         self._check_known(name)
         if not return_original:
             return self._container.read(name)
         if not self._container.is_masked(name):
             raise ValueError(
-                f'the mask of "{name}" was squashed: there is no original any more. What it has '
-                "become is `get_data(name, return_original=False)`."
+                f'"{name}" was squashed, so its original no longer exists. Use '
+                "`get_data(name, return_original=False)`."
             )
         return self._container.plain(name)
 
     def get_mask(self, name: str) -> Tensor:
-        """Return the mask, the live one: of the data's floating dtype until something changes it.
+        """Return the mask, not a copy; by default it has the floating-point dtype of the data.
 
         Raises:
-            ValueError: there is no data of that name.
+            ValueError: the name is unknown.
         """
         self._check_known(name)
         mask: Tensor = self.state[name]["mask"]
         return mask
 
     def step(self) -> None:
-        """Call `update_mask` for all data that is masked, without gradients."""
+        """Call `update_mask` for all masked data, without gradients."""
         if not self.enable_mask_update:
             return
         with torch.no_grad():
@@ -165,46 +160,41 @@ class BaseDataSparsifier(ABC):
                     raise
 
     def squash_mask(
-        self,
-        *args: Any,
-        leave_parametrized: bool = True,
-        names: Iterable[str] | None = None,
+        self, *args: Any, leave_parametrized: bool = True, names: Iterable[str] | None = None,
         **kwargs: Any,
-    ) -> None:
-        """Write the masked values into the user's own tensors, and let go of the originals.
-
-        Groups and masks stay.
+    ) -> None:  # fmt: skip
+        """Write the masked values into your tensors; configurations and masks stay.
 
         Args:
             *args: not used.
-            leave_parametrized: False: leave the tensors as they are.
-            names: which; None: all that are masked.
+            leave_parametrized: False: leave the values of the tensors unchanged.
+            names: names of the data; None: all masked data.
             **kwargs: not used.
 
         Raises:
-            ValueError: there is no data of that name, or it was squashed before.
+            ValueError: a name is unknown, or its data was squashed before.
             RuntimeError: a tensor cannot be written to. Nothing has changed.
         """
         data = self._masked_data() if names is None else {n: self.get_data(n) for n in _all(names)}
         wrong = [name for name, original in data.items() if not is_writable(original)]
         if leave_parametrized and wrong:
             raise RuntimeError(
-                f"`squash_mask` must be able to write to {listed(wrong)}, made in inference mode "
-                "or by `expand`. Add clones, or pass `leave_parametrized=False`."
+                f"`squash_mask` cannot write to {listed(wrong)}, created in inference mode or by "
+                "`expand`. Add clones, or pass `leave_parametrized=False`."
             )
         with torch.no_grad():
             for name in data if leave_parametrized else ():
-                self._container.read(name)  # what cannot be read raises now
+                self._container.read(name)  # raises now if it cannot be read
             for name, original in data.items():
                 if leave_parametrized:  # one by one: they may share memory
                     original.copy_(self._container.read(name))
                 self._container.put(name, original)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks (sparse COO) and what else is remembered, configurations and tensors.
+        """Return the state, with masks as sparse COO tensors, the configurations and the tensors.
 
-        The tensors are those themselves, not copies, as in `torch.nn.Module.state_dict`.
-        `torch.load(weights_only=True)` loads it if the configurations hold plain values.
+        As in `torch.nn.Module.state_dict`, tensors are not copied. `torch.load(weights_only=True)`
+        loads it if the configurations contain only plain values.
         """
         state = {
             name: {
@@ -217,15 +207,15 @@ class BaseDataSparsifier(ABC):
         return {"state": state, "data_groups": groups, "_container": self._container.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Take over a state; a tensor that is here already gets the loaded values.
+        """Load a state; values are written into existing tensors of the same shape.
 
         Args:
-            state_dict: of `state_dict`, here or in torch.ao.pruning; not changed.
-            strict: forget all data that it does not hold; else that stays.
+            state_dict: from `state_dict` of this class or of torch.ao.pruning; not changed.
+            strict: whether to remove data that is not in `state_dict`.
 
         Raises:
-            RuntimeError: "Error loading <name>": its three parts do not fit each other. Nothing has
-                changed.
+            RuntimeError: "Error loading <name>", if the parts of the state are inconsistent.
+                Nothing has changed.
         """
         loaded = entries(state_dict)
         tensors = {name: self._ours(name, entry.tensor) for name, entry in loaded.items()}
@@ -245,7 +235,7 @@ class BaseDataSparsifier(ABC):
             self.state[name], self.data_groups[name] = entry.state, entry.group
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler replaces `step` by a function that is bound to this very object.
+        # A scheduler replaces `step` by a function that is bound to this object.
         bound = hasattr(self.__dict__.get("step"), "_with_counter")
         return {k: v for k, v in self.__dict__.items() if k != "step" or not bound}
 
@@ -254,7 +244,7 @@ class BaseDataSparsifier(ABC):
         self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        for name in self.data_groups:  # torch copies no tensor that has been computed
+        for name in self.data_groups:  # torch does not deep-copy computed tensors
             tensor = self._container.plain(name)
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
@@ -270,22 +260,21 @@ class BaseDataSparsifier(ABC):
         return "\n".join([f"{type(self).__name__}(", *lines, ")"])
 
     def _extract_weight(self, data: Any) -> Tensor:
-        """Return the tensor that `data` is or holds."""
+        # torch.ao.pruning has this method, which subclasses may override.
         return weight_of(data)
 
     def _masked_data(self) -> dict[str, Tensor]:
-        """Return the originals of all data that was not squashed."""
         return {n: self.get_data(n) for n in self.data_groups if self._container.is_masked(n)}
 
     def _check_known(self, name: str) -> None:
         if name not in self.data_groups:
             raise ValueError(
-                f'data with the name "{name}" does not exist{nearest(name, self.data_groups)}; '
-                f"there is {listed(self.data_groups) or 'none'}."
+                f'there is no data named "{name}"{nearest(name, self.data_groups)}; known names: '
+                f"{listed(self.data_groups) or 'none'}."
             )
 
     def _ours(self, name: str, loaded: Tensor) -> Tensor:
-        """Return what takes the values of `loaded`: the tensor that is here, or a new one."""
+        """Return the tensor to load the values into: the existing one, or a new one."""
         here = self._container.plain(name) if name in self.data_groups else None
         if here is None or here.shape != loaded.shape or not is_writable(here):
             return loaded.clone()

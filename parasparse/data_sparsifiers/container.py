@@ -1,4 +1,4 @@
-"""Where a data sparsifier keeps its tensors: in torch's own layout of parametrized ones."""
+"""The tensors of a data sparsifier, in the layout of torch's parametrizations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from parasparse.masks.apply import apply_mask
 
 
 class DataMask(nn.Module):
-    """Multiplies by a mask that somebody else changes: the buffer is the very tensor given."""
+    """Multiplies by the given mask, which is not copied and may change."""
 
     mask: Tensor
 
@@ -20,10 +20,10 @@ class DataMask(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, data: Tensor) -> Tensor:
-        """Return `data` where the mask is not 0, times it, and +0.0 elsewhere."""
-        if self.mask.shape != data.shape:  # or it would broadcast
+        """Return `data` times the mask, +0.0 where the mask is 0."""
+        if self.mask.shape != data.shape:  # it would broadcast
             raise ValueError(
-                f"a mask must keep the shape of its data, {tuple(data.shape)}; it has become "
+                f"a mask must keep the shape of its data, {tuple(data.shape)}; it now has "
                 f"{tuple(self.mask.shape)}."
             )
         return apply_mask(data, self.mask)
@@ -32,8 +32,7 @@ class DataMask(nn.Module):
 class Container(nn.Module):
     """Tensors by name, masked or plain; `container.<name>` reads one if a Module has no such name.
 
-    Not a masked class (`attach/classes.py`): these are made for each set of names, and here names
-    come and go.
+    It does not use masked classes (`attach/classes.py`), because its names change.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +44,7 @@ class Container(nn.Module):
         return stack_of(self, name) is not None
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor, masked where it has a mask."""
+        """Return the tensor, masked if it has a mask."""
         stack = stack_of(self, name)
         return self.plain(name) if stack is None else stack()
 
@@ -57,20 +56,20 @@ class Container(nn.Module):
         return tensor
 
     def put(self, name: str, held: MaskedParametrizationList | Tensor) -> None:
-        """Hold a masked or a plain tensor as `name`."""
+        """Store a masked or a plain tensor as `name`."""
         self.forget(name)
         if isinstance(held, Tensor):
-            self._buffers[name] = held  # not register_buffer: it refuses names of methods
+            self._buffers[name] = held  # register_buffer refuses names of methods
         else:
             put_stack(self, name, held)
 
     def forget(self, name: str) -> None:
-        """Hold nothing as `name` any more."""
+        """Remove `name`."""
         self._buffers.pop(name, None)
         self._stacks().pop(name, None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the state of a container of torch.ao.pruning holds: masks come elsewhere."""
+        """Return the tensors as in torch.ao.pruning's container state, which has no masks."""
         held = {}
         for name, stack in self._stacks().items():
             held[f"parametrizations.{name}.original"] = self.plain(name)
@@ -86,23 +85,16 @@ class Container(nn.Module):
 
 
 def masked(
-    original: Tensor,
-    mask: Tensor,
-    group: Mapping[str, Any],
-    own: Mapping[str, Tensor] | None = None,
+    original: Tensor, mask: Tensor, group: Mapping[str, Any], own: Mapping[str, Tensor]
 ) -> MaskedParametrizationList:
-    """Return a stack of `original` under `mask`, by the class that `group` names or `DataMask`.
+    """Return `original` with `mask`, applied by the "parametrization" of `group` or `DataMask`.
 
-    Args:
-        original: the data.
-        mask: its mask, live.
-        group: its configuration.
-        own: what else the module that masks had in its state.
+    `own` is the other state of the module that masks.
     """
     module = group.get("parametrization", DataMask)(mask)
     if own:
         module.load_state_dict(own, strict=False)
     stack = MaskedParametrizationList(original, module)
     with torch.no_grad():
-        stack()  # what cannot be read is refused before anything has changed
+        stack()  # raises if it cannot be read, before anything has changed
     return stack

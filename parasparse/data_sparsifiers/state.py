@@ -1,4 +1,4 @@
-"""The state dict of a data sparsifier, taken apart and checked."""
+"""Parsing the state dict of a data sparsifier."""
 
 import copy
 from collections.abc import Mapping
@@ -10,29 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What a state says of one data.
+    """The state of one data."""
 
-    Attributes:
-        state: what is remembered, the dense mask with it.
-        group: its configuration.
-        tensor: its values, unmasked where it is masked.
-        is_masked: it was not squashed.
-        own: what its parametrization holds but the mask.
-    """
-
-    state: dict[str, Any]
-    group: dict[str, Any]
-    tensor: Tensor
+    state: dict[str, Any]  # with the dense mask
+    group: dict[str, Any]  # the configuration
+    tensor: Tensor  # without the mask
     is_masked: bool
-    own: dict[str, Tensor]
+    own: dict[str, Tensor]  # other state of the module that masks
 
 
 def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return what `state_dict`, which stays as it is, says of each data, by name.
-
-    Raises:
-        RuntimeError: "Error loading <name>": its three parts do not fit each other.
-    """
+    """Return the state of each data by name; raise RuntimeError if `state_dict` is inconsistent."""
     missing = [key for key in ("state", "data_groups", "_container") if key not in state_dict]
     if missing:
         raise _inconsistent(missing[0])
@@ -63,6 +51,6 @@ def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
 
 def _inconsistent(name: str) -> RuntimeError:
     return RuntimeError(
-        f"Error loading {name}: `state_dict` must hold its mask, its configuration and its "
-        "tensor, of the mask's shape, and names without dots."
+        f"Error loading {name}: `state_dict` must have its mask, its configuration and its tensor "
+        "(in the mask's shape), under a name without dots."
     )

@@ -1,13 +1,13 @@
-"""How torch.ao.pruning comes to take our data sparsifiers for its own."""
+"""Makes torch.ao.pruning accept our data sparsifiers."""
 
 import warnings
 
 
 def introduce(ours: type) -> None:
-    """Let its schedulers, which ask for an instance of its base class, take those of `ours`."""
-    with warnings.catch_warnings():  # it sets filters when it is imported
+    """Register `ours` as a subclass of torch.ao's base class, which its schedulers require."""
+    with warnings.catch_warnings():  # importing it sets filters
         try:
             from torch.ao.pruning._experimental import data_sparsifier
-        except ImportError:  # a torch that has none
+        except ImportError:  # this torch has no data sparsifiers
             return
     data_sparsifier.BaseDataSparsifier.register(ours)

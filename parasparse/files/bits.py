@@ -5,12 +5,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-# Eight bools, a little-endian word of bytes 0 and 1, times this have bit 56 + j where byte j is 1.
+# Eight bools are a little-endian word of bytes 0 and 1. Bit 56 + j of its product is byte j.
 _GATHER = 0x0102_0408_1020_4080
 
 
 def pack_bits(bools: Tensor) -> Tensor:
-    """Return `bools` as bits, uint8: eight a byte, from the lowest bit up, filled with 0."""
+    """Return `bools` as uint8, eight per byte from the lowest bit up, padded with 0."""
     flat = bools.flatten().view(torch.uint8)
     if flat.numel() % 8:
         flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])
@@ -24,6 +24,6 @@ def unpack_bits(bits: Tensor, number: int) -> Tensor:
 
 
 def buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
-    """Return the bytes of a contiguous uint8 tensor, not copied; `data` must outlive them."""
-    # Tensor.numpy() would do, but numpy is no dependency.
+    """Return the bytes of a contiguous uint8 tensor without a copy; `data` must outlive them."""
+    # Not Tensor.numpy(), because numpy is not a dependency.
     return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())

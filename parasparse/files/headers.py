@@ -1,4 +1,4 @@
-"""Headers of packed files: what they say, and what is said of damaged ones."""
+"""Headers of packed files, and the errors about damaged ones."""
 
 import ctypes
 import json
@@ -15,14 +15,14 @@ FilePath: TypeAlias = str | os.PathLike[str]
 
 
 def metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a packed file says of itself: format, version, header and its checksum."""
+    """Return the metadata of a packed file: format, version, header and checksum of the header."""
     text = json.dumps(header, separators=(",", ":"))
     checksum = crc32(text.encode())
     return {"format": FORMAT, "version": str(VERSION), "header": text, "crc32": checksum}
 
 
 def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]:
-    """Return the header in `content`; raise ValueError if it is of another file or damaged."""
+    """Return the header in `content`; raise ValueError if it is damaged or not a packed file's."""
     if content.get("format") != FORMAT:
         reader = "safetensors.torch.load_file" if is_safetensors(path) else "torch.load"
         raise ValueError(
@@ -33,24 +33,23 @@ def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]
     whole, _, _ = version.partition(".")
     if whole.isdecimal() and whole.lstrip("0") != "" and whole != str(VERSION):
         raise ValueError(
-            f'`path` must be of a version that this parasparse reads; "{path}" was written by a '
-            f"newer parasparse: version {version:.20}; this one reads {VERSION}. Upgrade "
-            "parasparse."
+            f'"{path}" was written by a newer parasparse: version {version:.20}; this one reads '
+            f"{VERSION}. Upgrade parasparse."
         )
     with damage_named(path, "has no intact header"):
         if version != str(VERSION) or crc32(text.encode()) != content["crc32"]:
-            raise ValueError("The version or the checksum is another.")
+            raise ValueError("The version or the checksum does not match.")
         header: dict[str, Any] = json.loads(text)
         if header.keys() - {"metadata"} != {"entries", "modules"} or not all(
             isinstance(entry, dict) for entry in header["entries"].values()
         ):
-            raise ValueError("It holds other things than it should.")
+            raise ValueError("The header has unexpected entries.")
     return header
 
 
 @contextmanager
 def damage_named(path: FilePath, what: str) -> Iterator[None]:
-    """Turn what is raised over damaged bytes, which may be anything, into a ValueError."""
+    """Turn any exception that damaged bytes cause into a ValueError."""
     try:
         yield
     except (PermissionError, ImportError, MemoryError, NotImplementedError):
@@ -70,5 +69,5 @@ def crc32(data: bytes | ctypes.Array[ctypes.c_ubyte]) -> str:
 
 
 def is_safetensors(path: FilePath) -> bool:
-    """Whether the name of a file is that of a safetensors file."""
+    """Whether `path` ends in .safetensors."""
     return os.fspath(path).lower().endswith(".safetensors")

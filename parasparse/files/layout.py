@@ -1,4 +1,4 @@
-"""What a new checkpoint holds, and how its tensors are handed over: in pieces."""
+"""The content of a new checkpoint, and its tensors in pieces."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,32 +9,22 @@ from parasparse.files.checkpoint import TensorInfo
 from parasparse.masks.apply import apply_mask
 
 _PIECE = 1 << 20  # entries
-# Takes a tensor by name, as flat pieces, the first entries first.
+# Takes a tensor by name, as flat pieces in order.
 Put = Callable[[str, Iterable[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a new checkpoint holds.
+    """The content of a new checkpoint."""
 
-    Attributes:
-        infos: of each tensor, in order.
-        ties: a name that is the same tensor as another one -> that one, which is put for both.
-        origin: a name that the source has not -> the one of the source that it comes from.
-        is_whole: what else the source holds (an optimizer, an index, a configuration) comes along.
-    """
-
-    infos: dict[str, TensorInfo]
-    ties: dict[str, str] = field(default_factory=dict)
-    origin: dict[str, str] = field(default_factory=dict)
-    is_whole: bool = True
+    infos: dict[str, TensorInfo]  # in order
+    ties: dict[str, str] = field(default_factory=dict)  # tied name -> name that is put for both
+    origin: dict[str, str] = field(default_factory=dict)  # new name -> name in the source
+    is_whole: bool = True  # whether the optimizer, index, configuration, ... are copied
 
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the entries of `tensor`, masked, in flat pieces: no second tensor of its size.
-
-    `mask` broadcasts to it.
-    """
+    """Yield `tensor`, masked by `mask` (which broadcasts), in flat pieces, to save memory."""
     mask = None if mask is None else mask.expand(tensor.shape).contiguous()
     if tensor.dim() == 0 or tensor.numel() <= _PIECE:
         yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()

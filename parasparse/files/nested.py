@@ -1,4 +1,4 @@
-"""What torch files hold besides a state dict's tensors: nested, of any depth."""
+"""The content of torch files beside the tensors of a state dict, nested to any depth."""
 
 import copy
 from collections.abc import Mapping
@@ -8,28 +8,24 @@ import torch
 from torch import Tensor
 
 from parasparse.files.checkpoint import CheckpointError
+from parasparse.files.ties import identity
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in `value`, one that is there twice twice, in an order that is its own."""
+    """Return all tensors in `value`, repeated ones each time, in a fixed order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [tensor for held in value.values() for tensor in tensors_in(held)]
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
         return [tensor for held in value for tensor in tensors_in(held)]
     return []
 
 
 def renewed(value: Any, made: dict[tuple[Any, ...], Tensor]) -> Any:
-    """Return `value` with tensors of their own, whose memory is not touched; equal ones stay one.
+    """Return a copy of `value` with new, unfilled tensors; tied tensors stay tied.
 
-    Args:
-        value: what is to be written.
-        made: what tensors have become, to be passed on.
-
-    Raises:
-        CheckpointError: a tensor is sparse, quantized or has no values.
+    `made` collects the new tensors by the `identity` of the old ones.
     """
     if isinstance(value, Tensor):
         check_dense(value, "a tensor beside the state dict")
@@ -52,13 +48,6 @@ def renewed(value: Any, made: dict[tuple[Any, ...], Tensor]) -> Any:
         items = [renewed(held, made) for held in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors share if they are one."""
-    place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-    own = () if tensor.numel() else (id(tensor),)
-    return (*place, tensor.is_conj(), tensor.is_neg(), *own)
 
 
 def check_dense(tensor: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of all kinds, by what lies at a path."""
+"""Opens checkpoints of every kind."""
 
 import os
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from parasparse.files import packed_files
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from parasparse.files.headers import FORMAT
+from parasparse.files.headers import FORMAT, is_safetensors
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
 from parasparse.files.torch_files import TorchFile, content_of
 
 
 class PackedFile(Checkpoint):
-    """A file of `parasparse.save`, whose tensors are unpacked when they are read."""
+    """A file of `parasparse.save`. Reading a tensor unpacks it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -39,16 +39,12 @@ class PackedFile(Checkpoint):
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Return the checkpoint at `path`.
-
-    Raises:
-        CheckpointError: there is none that can be read.
-    """
+    """Return the checkpoint at `path`; raise CheckpointError if none can be read there."""
     if not os.path.exists(path):
-        raise CheckpointError(f'"{path}" is not there.')
+        raise CheckpointError(f'"{path}" does not exist.')
     if is_folder(path):
         return SafetensorsFolder(path)
-    if path.lower().endswith(".safetensors"):
+    if is_safetensors(path):
         plain = SafetensorsFile(path)
         return PackedFile(path) if plain.metadata.get("format") == FORMAT else plain
     content = content_of(path)

@@ -20,24 +20,24 @@ from parasparse.files.headers import (
 from parasparse.files.packing import Packed, matrix, pack_tensor, unpack_tensor
 from parasparse.files.replacing import replacing
 
-# What the header says of one name: of a tensor {dtype, shape, unit, bits, crc32}, where `bits` is
-# the number of bytes of the bitmask, which come before those of the values; of one that is tied
-# {same}; of what is no tensor {value}.
+# In the header, a tensor is {dtype, shape, unit, bits, crc32}, a tied one {same: first name}, any
+# other value {value}. `bits` is the number of bytes of the bitmask, which precedes the values.
 Entry: TypeAlias = dict[str, Any]
+_Read: TypeAlias = Callable[[str], Tensor]
 
 
-def write(path: FilePath, read: Callable[[str], Tensor], header: dict[str, Any]) -> None:
-    """Write a packed file of what `read` returns for each tensor of the entries in `header`."""
+def write(path: FilePath, read: _Read, header: dict[str, Any]) -> None:
+    """Write a packed file: `read` returns the tensor of each entry in `header`."""
     with replacing(path) as file:
         (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 
 
-def opened(path: FilePath) -> tuple[dict[str, Any], Callable[[str], Tensor]]:
-    """Return the header of a packed file, and what reads and unpacks a tensor of it.
+def opened(path: FilePath) -> tuple[dict[str, Any], _Read]:
+    """Return the header of a packed file, and a function that reads and unpacks a tensor.
 
-    Raises: as `load_packed`.
+    Both raise as `load_packed` does.
     """
-    with open(path, "rb"):  # the system's own errors for what cannot be opened
+    with open(path, "rb"):  # raises the system's own error if the file cannot be opened
         pass
     with damage_named(path, "cannot be read"):
         content, read = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
@@ -51,14 +51,13 @@ def opened(path: FilePath) -> tuple[dict[str, Any], Callable[[str], Tensor]]:
 
 
 def check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise TypeError if a file would not give back what `state` holds."""
+    """Raise TypeError if a file cannot store `state`, which is `given` with names as strings."""
     wrong = [name for name, value in state.items() if not _storable(name, value)]
-    if wrong or not all(isinstance(name, str) for name in given):
-        name = wrong[0] if wrong else next(name for name in given if not isinstance(name, str))
-        value = given.get(name)
+    wrong += [name for name in given if not isinstance(name, str)]
+    if wrong:
         raise TypeError(
             "`source` must hold tensors and plain JSON by name; "
-            f"got {type(value).__name__} as {name!r}."
+            f"got {type(given.get(wrong[0])).__name__} as {wrong[0]!r}."
         )
     modules = getattr(given, "_metadata", None)
     if not _is_json(modules):
@@ -66,7 +65,7 @@ def check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def entries_of(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Entry]:
-    """Return the entries of `state`, each tensor's as long as it may get."""
+    """Return the entries of `state`; entries of tensors have their greatest length."""
     entries: dict[str, Entry] = {}
     for name, value in state.items():
         if name in first:
@@ -80,7 +79,7 @@ def entries_of(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, 
 
 
 def _storable(name: str, value: object) -> bool:
-    # "__metadata__" is the head's own in safetensors; a lone surrogate cannot be written.
+    # safetensors reserves "__metadata__", and a lone surrogate cannot be encoded.
     if name == "__metadata__" or name.encode(errors="replace").decode() != name:
         return False
     return isinstance(value, Tensor) or _is_json(value)
@@ -96,52 +95,43 @@ def _is_json(value: object) -> bool:
 def _entry(
     dtype: torch.dtype, shape: tuple[int, ...], unit: tuple[int, int], bits: int, crc32: str
 ) -> Entry:
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-        "unit": list(unit),
-        "bits": bits,
-        "crc32": crc32,
-    }
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "shape": list(shape), "unit": list(unit), "bits": bits, "crc32": crc32}
 
 
 def _packed(tensor: Tensor) -> tuple[Entry, Tensor]:
     """Return the entry of `tensor`, and its bytes: the bitmask, then the values."""
     packed = pack_tensor(tensor)
     data = packed.values.view(torch.uint8)
-    bits = 0
-    if packed.bits is not None:
-        bits = packed.bits.numel()
-        data = torch.cat([packed.bits, data])
-    data = data.cpu()
+    bits = 0 if packed.bits is None else packed.bits.numel()
+    data = (data if packed.bits is None else torch.cat([packed.bits, data])).cpu()
     return _entry(packed.dtype, packed.shape, packed.unit, bits, crc32(buffer(data))), data
 
 
 def _unpacked(entry: Entry, data: Tensor) -> Tensor:
-    """Return the tensor of an entry and its bytes; raise ValueError if they are other bytes."""
     data = data.contiguous().flatten().view(torch.uint8)
     if crc32(buffer(data)) != entry["crc32"]:
-        raise ValueError("The checksum is another.")
+        raise ValueError("The checksum does not match.")
     bits, values = data[: entry["bits"]], data[entry["bits"] :]
     dtype = getattr(torch, entry["dtype"], None)
     if dtype is None:
         raise NotImplementedError(
             f"the file holds {entry['dtype']}, which this torch does not have. Upgrade torch."
         )
-    # At a place in memory that is fit for `dtype`; without bits it is copied later.
+    # The copy is aligned for `dtype`. Without bits, `unpack_tensor` copies.
     values = (values.clone() if len(bits) else values).view(dtype)
     shape, unit = tuple(entry["shape"]), (entry["unit"][0], entry["unit"][1])
     return unpack_tensor(Packed(dtype, shape, unit, bits if len(bits) else None, values))
 
 
-def _write_safetensors(
-    file: BinaryIO, read: Callable[[str], Tensor], header: dict[str, Any]
-) -> None:
+def _write_safetensors(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
     """Write tensor by tensor; the entries of `header` become those of the packed tensors."""
     entries = header["entries"]
-    sizes = {name: _dense_size(entry) for name, entry in entries.items() if "crc32" in entry}
-    # The head is known last and comes first. It is no longer than the one for tensors without
-    # zeros: each number in it has at most as many digits.
+    sizes = {
+        name: (torch.uint8, [entry["bits"]]) for name, entry in entries.items() if "crc32" in entry
+    }
+    # The head comes first but is known last. Its numbers have at most as many digits as for tensors
+    # without zeros, which `entries_of` assumes.
     room = len(safetensors_heads.head(metadata_of(header), sizes))
     file.seek(room)
     for name in sizes:
@@ -155,11 +145,7 @@ def _write_safetensors(
     file.write(head)
 
 
-def _dense_size(entry: Entry) -> tuple[torch.dtype, list[int]]:
-    return torch.uint8, [entry["bits"]]  # as `entries_of` has it
-
-
-def _write_torch(file: BinaryIO, read: Callable[[str], Tensor], header: dict[str, Any]) -> None:
+def _write_torch(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
     entries = header["entries"]
     tensors: dict[str, Tensor] = {}
     for name in [name for name, entry in entries.items() if "crc32" in entry]:
@@ -167,13 +153,13 @@ def _write_torch(file: BinaryIO, read: Callable[[str], Tensor], header: dict[str
     torch.save({**metadata_of(header), "tensors": tensors}, file)
 
 
-def _read_safetensors(path: FilePath) -> tuple[Mapping[str, str], Callable[[str], Tensor]]:
+def _read_safetensors(path: FilePath) -> tuple[Mapping[str, str], _Read]:
     file = safetensors_heads.opened(path)
     return file.metadata() or {}, file.get_tensor
 
 
-def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], Callable[[str], Tensor]]:
+def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], _Read]:
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict):
-        content = {}  # another kind of file
+        content = {}  # not a packed file
     return content, lambda name: content["tensors"][name]

@@ -1,4 +1,4 @@
-"""Tensors without their zeros: a bitmask and the entries that are kept. No modules, no files."""
+"""Tensors without their zeros: a bitmask and the kept entries. No modules, no files."""
 
 import copy
 import math
@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from parasparse.files.bits import pack_bits, unpack_bits
+from parasparse.files.ties import first_names
 
-# What is zero is asked of the bits, for -0.0 and every nan are something; 16 bytes are two words.
+# Zeros are found by their bits, because -0.0 and nan payloads are kept. 16 bytes are two words.
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-# Places take 8 bytes each: so many at a time.
+# Indices take 8 bytes each, so this many are made at a time.
 _SLICE = 1 << 22
 
 
@@ -23,16 +24,16 @@ _SLICE = 1 << 22
 class Packed:
     """One tensor without its zeros.
 
-    It is read as a matrix, (shape[0], all else), and cut into rectangles of the size `unit`: (1, 1)
-    for single entries, (1, columns) for rows, (4, 4) for blocks. Rectangles of nothing but zero
-    bits are dropped, the others kept whole.
+    The tensor is read as a matrix (shape[0], product of the other sizes) and cut into rectangles of
+    the size `unit`: (1, 1) for single entries, (1, columns) for rows, (4, 4) for blocks. Rectangles
+    whose bits are all zero are dropped; the others are kept whole.
 
     Args:
-        dtype: of the tensor.
-        shape: of the tensor.
-        unit: rows and columns of a rectangle; they divide those of the matrix.
-        bits: uint8, one bit a rectangle, 1 for kept: row by row, eight a byte from the lowest bit
-            up, the last byte filled with 0. None: everything is kept, `values` is the tensor.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        unit: rows and columns of a rectangle; they divide the rows and columns of the matrix.
+        bits: uint8, one bit per rectangle, row by row, 1 for kept: eight per byte from the lowest
+            bit up, the last byte padded with 0. None: everything is kept.
         values: 1-D, in `dtype`: the entries of each kept rectangle in turn, row by row.
     """
 
@@ -49,19 +50,19 @@ class Packed:
 
 
 def pack(state_dict: Mapping[str, Any]) -> dict[str, Packed | Any]:
-    """Return `state_dict` with each tensor packed in the way that takes the fewest bytes.
+    """Return `state_dict` with each tensor packed in the unit that takes the fewest bytes.
 
-    An entry is zero if all its bits are: -0.0 and nan payloads are kept. (A product with a mask
-    leaves -0.0, which `+ 0.0` makes 0.0; parasparse's own zeros are 0.0.) The ways are single
-    entries (one bit each, and those that are kept), whole kernels, whole slices along the first or
-    the second dim, square blocks of 4 to 64 that fit the matrix (shape[0], all else), and dense.
+    An entry is zero if all its bits are, so -0.0 and nan payloads are kept. (Multiplying by a mask
+    can leave -0.0, which `+ 0.0` turns into 0.0; parasparse itself writes 0.0.) The units are
+    single entries, kernels, slices along the first or second dim, and square blocks of 4 to 64 that
+    divide the matrix (shape[0], product of the other sizes). A tensor may also stay dense.
 
     Args:
-        state_dict: not changed; its tensors are copied. One that it holds under several names is
-            packed once, and one `Packed` is under all of them. What is no tensor passes through.
+        state_dict: not changed; tensors are copied. A tensor with several names is packed once, and
+            all its names share one `Packed`. Values that are not tensors are passed through.
 
     Raises:
-        TypeError: `state_dict` is no dict.
+        TypeError: `state_dict` is not a dict.
         ValueError: a tensor is sparse, nested, quantized, distributed or on the meta device.
 
     Examples:
@@ -83,10 +84,10 @@ def pack(state_dict: Mapping[str, Any]) -> dict[str, Packed | Any]:
 def unpack(packed: Mapping[str, Packed | Any]) -> dict[str, Any]:
     """Return the state dict that `pack` was given, bit for bit.
 
-    Tensors are new, contiguous, and where their packed parts are; those that were one are one.
+    Tensors are new, contiguous and on the device of their packed parts. Ties are restored.
 
     Raises:
-        ValueError: the parts of a `Packed` do not belong together.
+        ValueError: the parts of a `Packed` do not fit each other.
 
     Examples:
         >>> state = unpack(pack({"weight": torch.eye(2), "steps": 3}))
@@ -100,7 +101,7 @@ def unpack(packed: Mapping[str, Packed | Any]) -> dict[str, Any]:
 
 
 def with_metadata(state: OrderedDict[str, Any], source: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Return `state` with the versions of modules that torch keeps beside a state dict."""
+    """Return `state` with the module versions (`_metadata`) of `source`."""
     metadata = getattr(source, "_metadata", None)
     if metadata is not None:
         state._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]
@@ -108,11 +109,11 @@ def with_metadata(state: OrderedDict[str, Any], source: Mapping[str, Any]) -> Or
 
 
 def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `state_dict` with plain tensors: detached, of no subclass, on their storage.
+    """Return `state_dict` with detached tensors of the class Tensor, not copied.
 
     Raises:
-        TypeError: it is no dict.
-        ValueError: a tensor has no values of its own.
+        TypeError: `state_dict` is not a dict.
+        ValueError: a tensor is not dense or has no values.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -146,28 +147,15 @@ def _unpackable(tensor: Tensor) -> str:
     return next((kind for kind, found in kinds.items() if found), "")
 
 
-def first_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Return, for each tensor that came before under another name, that name."""
-    names: dict[tuple[Any, ...], str] = {}
-    first = {}
-    for name, value in state_dict.items():
-        if isinstance(value, Tensor) and value.numel():
-            place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-            known = names.setdefault((*place, value.is_conj(), value.is_neg()), name)
-            if known != name:
-                first[name] = known
-    return first
-
-
 def pack_tensor(tensor: Tensor) -> Packed:
-    """Return `tensor` packed in the way that takes the fewest bytes."""
+    """Return `tensor` packed in the unit that takes the fewest bytes."""
     dtype, shape = tensor.dtype, tuple(tensor.shape)
     words = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(_WORDS[dtype.itemsize])
     kept = words != 0
     if _words_per_entry(dtype) > 1:
         kept = kept.view(-1, _words_per_entry(dtype)).any(1)
     rows, columns = matrix(shape)
-    found = _cheapest(kept.view(rows, columns), _inner(shape), dtype.itemsize)
+    found = _cheapest(kept.view(rows, columns), math.prod(shape[2:]), dtype.itemsize)
     if found is None:
         return Packed(dtype, shape, (rows, columns), None, words.clone().view(dtype))
     unit, grid = found
@@ -177,23 +165,20 @@ def pack_tensor(tensor: Tensor) -> Packed:
     values = cut.new_empty(int(flat.count_nonzero()), tall * wide)
     done = 0
     for part, chosen in zip(cut.split(_SLICE), flat.split(_SLICE), strict=True):
-        places = chosen.nonzero().squeeze(1)  # masked_select is 3 times slower than by index
-        torch.index_select(part, 0, places, out=values[done : done + len(places)])
-        done += len(places)
+        index = chosen.nonzero().squeeze(1)  # masked_select is 3 times slower than index_select
+        torch.index_select(part, 0, index, out=values[done : done + len(index)])
+        done += len(index)
     return Packed(dtype, shape, unit, pack_bits(grid), values.view(-1).view(dtype))
 
 
 def unpack_tensor(packed: Packed) -> Tensor:
-    """Return the tensor that `packed` was made of.
-
-    Raises:
-        ValueError: its parts do not belong together.
-    """
+    """Return the tensor of `packed`; raise ValueError if its parts do not fit each other."""
     rows, columns = matrix(packed.shape)
     word = _WORDS[packed.dtype.itemsize]
     if packed.values.dtype != packed.dtype:
         raise ValueError(
-            f"`values` of a `Packed` must be {packed.dtype}, as it says; got {packed.values.dtype}."
+            f"`values` of a `Packed` must be {packed.dtype}, its `dtype`; got "
+            f"{packed.values.dtype}."
         )
     if packed.bits is None:
         _check_size("values", packed.values, rows * columns)
@@ -201,7 +186,7 @@ def unpack_tensor(packed: Packed) -> Tensor:
     unit = packed.unit
     if min(unit) < 1 or rows % unit[0] or columns % unit[1] or packed.bits.dtype != torch.uint8:
         raise ValueError(
-            f"`unit` of a `Packed` must divide {rows} x {columns}, and its bits be uint8; got "
+            f"`unit` of a `Packed` must divide {rows} x {columns}, and its `bits` be uint8; got "
             f"{unit} and {packed.bits.dtype}."
         )
     height, width = rows // unit[0], columns // unit[1]
@@ -213,9 +198,9 @@ def unpack_tensor(packed: Packed) -> Tensor:
     words = values.new_zeros(height * width, tall * wide)
     done = 0
     for part, chosen in zip(words.split(_SLICE), kept.split(_SLICE), strict=True):
-        places = chosen.nonzero().squeeze(1)
-        part.index_copy_(0, places, values[done : done + len(places)])
-        done += len(places)
+        index = chosen.nonzero().squeeze(1)
+        part.index_copy_(0, index, values[done : done + len(index)])
+        done += len(index)
     joined = words.view(height, width, tall, wide).transpose(1, 2).reshape(-1)
     return joined.view(packed.dtype).view(packed.shape)
 
@@ -223,8 +208,8 @@ def unpack_tensor(packed: Packed) -> Tensor:
 def _check_size(part: str, tensor: Tensor, size: int) -> None:
     if tensor.numel() != size:
         raise ValueError(
-            f"`{part}` of a `Packed` must hold {size} entries, as its other parts say; "
-            f"got {tensor.numel()}."
+            f"`{part}` of a `Packed` must hold {size} entries to fit its other parts; got "
+            f"{tensor.numel()}."
         )
 
 
@@ -233,22 +218,14 @@ def _words_per_entry(dtype: torch.dtype) -> int:
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a tensor that is read as (shape[0], all else)."""
+    """Return the rows and columns of a tensor as a matrix (shape[0], product of the others)."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def _inner(shape: tuple[int, ...]) -> int:
-    """Return how many columns of that matrix belong to one index of the second dim."""
-    return math.prod(shape[2:])
-
-
 def _cheapest(kept: Tensor, inner: int, itemsize: int) -> tuple[tuple[int, int], Tensor] | None:
-    """Return the unit with the fewest bytes in all, and which are kept; None if dense is no more.
+    """Return the unit that takes the fewest bytes and which units are kept; None for dense.
 
-    Args:
-        kept: bool, (rows, columns).
-        inner: columns that belong to one index of the second dim.
-        itemsize: bytes of an entry.
+    `inner` is the number of columns per index of the second dim.
     """
     rows, columns = kept.shape
     number = int(kept.count_nonzero())
@@ -262,7 +239,7 @@ def _cheapest(kept: Tensor, inner: int, itemsize: int) -> tuple[tuple[int, int],
         for unit in chain:
             grid = _coarser(grid, unit[0] // last[0], unit[1] // last[1])
             values = int(grid.count_nonzero()) * unit[0] * unit[1] * itemsize
-            if values >= least:  # and coarser ones keep no less
+            if values >= least:  # coarser units keep at least as much
                 break
             total, last = values + -(-grid.numel() // 8), unit
             if total < least:
@@ -271,15 +248,15 @@ def _cheapest(kept: Tensor, inner: int, itemsize: int) -> tuple[tuple[int, int],
 
 
 def _chains(rows: int, columns: int, inner: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the units to try, each a multiple of the one before it in its list."""
-    # Entries; kernels; slices along the first dim; along the second. Often two of them are one.
+    """Yield lists of units to try, each a multiple of the previous one in its list."""
+    # Entries, kernels, slices along the first dim, along the second. Some often coincide.
     for unit in dict.fromkeys([(1, 1), (1, inner), (1, columns), (rows, inner)]):
         yield [unit]
     yield [(b, b) for b in (4, 8, 16, 32, 64) if rows % b == 0 == columns % b]
 
 
 def _coarser(grid: Tensor, tall: int, wide: int) -> Tensor:
-    """Return which rectangles of `grid` have a kept unit in them."""
+    """Return which `tall` x `wide` rectangles of `grid` contain a kept unit."""
     rows, columns = grid.shape
     cut = grid.view(torch.uint8).view(rows // tall, tall, columns // wide, wide)
-    return cut.amax(1).amax(2).view(torch.bool)  # ten times faster than `any` over both
+    return cut.amax(1).amax(2).view(torch.bool)  # 10 times faster than `any` over both

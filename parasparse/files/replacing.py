@@ -1,4 +1,4 @@
-"""Files and folders that are made beside their target and take its place when they are whole."""
+"""Files and folders that are written beside their target and replace it when complete."""
 
 import errno
 import os
@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yield a new file beside `path` that takes its place at the end, unless something is raised.
+    """Yield a new file beside `path`, which replaces it at the end unless an exception is raised.
 
-    As when `path` itself is opened, links are followed, and permissions stay or are the usual.
+    As with `open`, links are followed and permissions are kept.
     """
     with replacing_path(path) as beside, open(beside, "r+b") as file:
         yield file
@@ -24,10 +24,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of an empty file beside `path`, which takes its place at the end."""
+    """Yield the path of an empty file beside `path`, which replaces it at the end."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise ValueError(f'`path` must be a file or be free; "{path}" is neither.')
+        raise ValueError(f'`path` "{path}" exists and is not a regular file.')
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
     beside = _beside(target)
@@ -44,10 +44,7 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path` that takes its place at the end.
-
-    For a moment there is none of that name.
-    """
+    """Yield a new folder beside `path`, which replaces it at the end, not atomically."""
     target = Path(os.path.realpath(path))
     beside, old = _beside(target), _beside(target)
     beside.mkdir()
@@ -68,16 +65,12 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def reserve(file: BinaryIO, nbytes: int) -> None:
-    """Give a file its room on the disk, where the system can; its content stays.
-
-    Raises:
-        OSError: there is no room.
-    """
+    """Allocate disk space for a file where the system can; raise OSError if there is too little."""
     if nbytes and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported there
                 raise
 
 

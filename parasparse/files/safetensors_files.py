@@ -37,36 +37,31 @@ class SafetensorsFile(Checkpoint):
 
     def _reopen(self) -> None:
         try:
-            with open(self.path, "rb"):  # the system's own error for what cannot be opened
+            with open(self.path, "rb"):  # raises the system's own error
                 pass
             self._file: Any = opened(self.path)
         except OSError as error:
             raise CheckpointError(f'"{self.path}" cannot be read: {error.strerror}.') from error
         except ImportError as error:
             raise CheckpointError(str(error)) from error
-        except Exception as error:  # safetensors' own, which has no common class with others
+        except Exception as error:  # safetensors' own class is not public
             raise CheckpointError(
-                f'"{self.path}" is no whole safetensors file: {error}. It was cut off, or is '
+                f'"{self.path}" is not an intact safetensors file: {error}. It was cut off, or is '
                 "another kind of file."
             ) from error
 
 
 class SafetensorsFolder(Checkpoint):
-    """A folder with an index and its shards, or with one .safetensors file.
-
-    Attributes:
-        shards: file name -> what it holds.
-        index: name and content of the index; None without.
-    """
+    """A folder with an index and its shards, or with one .safetensors file."""
 
     def __init__(self, path: str) -> None:
         super().__init__(os.path.dirname(path) or "." if path.endswith(INDEX) else path)
         folder = Path(self.path)
         found = [Path(path)] if path.endswith(INDEX) else sorted(folder.glob(f"*{INDEX}"))
-        self.index: tuple[str, dict[str, Any]] | None = None
+        self.index: tuple[str, dict[str, Any]] | None = None  # its name and content
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            raise CheckpointError(f'"{path}" must hold one index; it holds {names}. Name one.')
+            raise CheckpointError(f'"{path}" holds several indexes: {names}. Name one of them.')
         if found:
             self.index = (found[0].name, _index(found[0]))
             files = list(dict.fromkeys(self.index[1]["weight_map"].values()))
@@ -74,8 +69,8 @@ class SafetensorsFolder(Checkpoint):
             files = [file.name for file in sorted(folder.glob("*.safetensors"))]
             if len(files) != 1:
                 raise CheckpointError(
-                    f'"{path}" must hold a *{INDEX}, or one .safetensors file; it holds '
-                    f"{len(files)} of these."
+                    f'"{path}" must hold a *{INDEX}, or exactly one .safetensors file; it holds '
+                    f"{len(files)}."
                 )
         self.shards = {name: SafetensorsFile(os.fspath(folder / name)) for name in files}
         one, *others = (shard.metadata for shard in self.shards.values())
@@ -90,7 +85,7 @@ class SafetensorsFolder(Checkpoint):
         for name, file in weight_map.items():
             if name not in self.shards[file].infos:
                 raise CheckpointError(
-                    f'"{self.path}": the index says that "{name}" is in {file}; it is not.'
+                    f'"{self.path}": the index says that "{name}" is in {file}, but it is not.'
                 )
         rest = [name for name in self._of if name not in weight_map]
         if rest:
@@ -115,16 +110,16 @@ def _index(file: Path) -> dict[str, Any]:
         if not all(isinstance(name, str) for pair in weight_map.items() for name in pair):
             raise TypeError("names are strings")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f'"{file}" is no index of safetensors files: {error!r}.') from error
+        raise CheckpointError(f'"{file}" is not a safetensors index: {error!r}.') from error
     for name in weight_map.values():
         if Path(name).name != name:
             raise CheckpointError(f'"{file}" must name files beside it; it names "{name}".')
         if not (file.parent / name).is_file():
-            raise CheckpointError(f'"{file}" names "{name}", which is not there.')
+            raise CheckpointError(f'"{file}" names "{name}", which does not exist.')
     assert isinstance(index, dict)
     return index
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder, or an index in one."""
+    """Whether `path` is a folder, or the index of one."""
     return os.path.isdir(path) or path.endswith(INDEX)

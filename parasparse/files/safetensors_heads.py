@@ -1,7 +1,7 @@
-"""The safetensors format: heads of files that are written in parts, and files opened for reading.
+"""The safetensors format.
 
-Reading is the safetensors library's, an extra. Its writer wants every tensor in memory at once, so
-writing is ours: 8 bytes with the length of a JSON text, the text, the tensors' bytes.
+The safetensors library reads. It can only write tensors that are all in memory, so writing is done
+here: 8 bytes with the length of a JSON text, the text, the tensors' bytes.
 """
 
 import json
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-_LONGEST = 100_000_000  # what the library reads
+from parasparse.text import needs
+
+_LONGEST = 100_000_000  # the library reads no longer head
 _NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32",
     "U32": "uint32", "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16",
@@ -31,15 +33,10 @@ def head(
     *,
     room: int = 0,
 ) -> bytes:
-    """Return what comes before the tensors, which follow without gaps in this order.
-
-    Args:
-        metadata: for the file as a whole.
-        tensors: dtype and shape by name.
-        room: fill it with spaces to at least so many bytes.
+    """Return the bytes before the tensors, at least `room`; tensors follow without gaps in order.
 
     Raises:
-        ValueError: it is longer than the library reads; or it has no name for a dtype.
+        ValueError: safetensors cannot store a name or dtype, or the head is too long.
 
     Examples:
         >>> head({}, {"a": (torch.uint8, [3])})[8:]
@@ -47,36 +44,33 @@ def head(
     """
     odd = [n for n in tensors if n == "__metadata__" or n.encode(errors="replace").decode() != n]
     if odd:
-        raise ValueError(f"safetensors files know no tensor that is called {odd[0]!r}. Save a .pt.")
+        raise ValueError(
+            f"safetensors cannot store the tensor name {odd[0]!r}. Save to a .pt file."
+        )
     names = {dtype: name for name, dtype in DTYPES.items()}
     text: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in tensors.items():
         if dtype not in names:
-            raise ValueError(f'safetensors files know no {dtype}, that of "{name}". Save a .pt.')
+            raise ValueError(f'safetensors cannot store {dtype} ("{name}"). Save to a .pt file.')
         start, end = end, end + math.prod(shape) * dtype.itemsize
         text[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    body = json.dumps(text, separators=(",", ":")).encode()
-    body = body.ljust(room - 8)
+    body = json.dumps(text, separators=(",", ":")).encode().ljust(room - 8)
     body += b" " * (-len(body) % 8)
     if len(body) > _LONGEST:
         raise ValueError(
-            f"the head of a safetensors file must be at most {_LONGEST:,} bytes; got "
-            f"{len(body):,}. Save to a torch file (.pt) instead."
+            f"the head of a safetensors file must have at most {_LONGEST:,} bytes; got "
+            f"{len(body):,}. Save to a .pt file."
         )
     return len(body).to_bytes(8, "little") + body
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
-    """Return the file as the library opens it, tensors unread.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
+    """Return the file opened by the library; raise ImportError if that is not installed."""
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            "Reading a .safetensors file needs safetensors: pip install parasparse[safetensors]"
+            needs("reading a .safetensors file", "safetensors", "safetensors")
         ) from error
     return safe_open(path, framework="pt")

@@ -1,4 +1,4 @@
-"""Torch files that are written tensor by tensor, without holding them in memory."""
+"""Torch files written tensor by tensor, without holding them in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from parasparse.names import ancestors
 
 @contextmanager
 def torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
-    """Yield what takes each tensor of `layout` for a torch file at `path`; see `writing`."""
+    """Yield a function that takes each tensor of a torch file at `path`; see `writing`."""
     whole = source if isinstance(source, TorchFile) and layout.is_whole else None
     key = None if whole is None else whole.key
     made = _content(source, layout, whole)
@@ -44,7 +44,7 @@ def torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]
 
 
 def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any:
-    """Return what the new torch file holds, with tensors of any values, which share no memory."""
+    """Return the content of the new file, with unfilled tensors that share no memory."""
     state: OrderedDict[Any, Any] = OrderedDict()
     for name, info in layout.infos.items():
         first = layout.ties.get(name)
@@ -63,7 +63,7 @@ def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any
 
 
 def _modules_of(source: Checkpoint, layout: Layout) -> OrderedDict[str, Any]:
-    """Return the versions of modules, without those of parametrizations that are gone."""
+    """Return the versions of the modules, without parametrizations that are gone."""
     modules = source.modules or {}
     stays = {place for name in layout.infos for place in ancestors(name)}
     return OrderedDict(
@@ -72,7 +72,7 @@ def _modules_of(source: Checkpoint, layout: Layout) -> OrderedDict[str, Any]:
 
 
 def _copy_rest(source: TorchFile, writer: _TorchWriter) -> None:
-    """Copy the tensors that are not in the state dict: an optimizer's, say."""
+    """Copy the tensors outside the state dict, such as the optimizer's."""
     for number in range(len(tensors_in(source.rest()))):
         writer.put(
             lambda content, n=number: tensors_in(source.rest(content))[n],  # type: ignore[misc]
@@ -83,20 +83,17 @@ def _copy_rest(source: TorchFile, writer: _TorchWriter) -> None:
 class _TorchWriter:
     """Writes a torch file whose tensors come one by one, in any order.
 
-    `torch.save` writes the file with empty storages; these are mapped and filled, and the checksums
-    of the archive are set at the end. Where maps cannot be shared, all is held in memory instead.
-
-    Args:
-        path: to be made.
-        content: what the file is to hold; only the dtypes, shapes and ties of its tensors count.
+    `torch.save` writes the file with empty storages. These are mapped and filled, and the checksums
+    of the archive are set at the end. Where maps cannot be shared, the content stays in memory.
     """
 
     def __init__(self, path: str, content: Any) -> None:
         self._path, self._unflushed, self._maps = path, 0, hasattr(mmap, "MAP_SHARED")
         self._content: Any = None
-        # A full disk must raise, not kill the process that writes to the map.
+        nbytes = sum({id(tensor): tensor.nbytes for tensor in tensors_in(content)}.values())
+        # Writing to a map on a full disk would kill the process instead of raising.
         with open(path, "r+b") as file:
-            reserve(file, _nbytes(content))
+            reserve(file, nbytes)
         with torch.serialization.skip_data():
             torch.save(content, path)
         with open(path, "r+b") as file:
@@ -105,7 +102,7 @@ class _TorchWriter:
 
     @torch.no_grad()
     def put(self, place: Callable[[Any], Tensor], pieces: Iterable[Tensor]) -> None:
-        """Give the tensor at `place` of the content its values, flat pieces of them in turn."""
+        """Fill the tensor that `place` returns of the content with flat pieces in order."""
         nbytes = place(self._content).nbytes
         if self._maps and self._unflushed and self._unflushed + nbytes > 1 << 26:
             self._reopen()
@@ -121,14 +118,14 @@ class _TorchWriter:
 
     def close(self) -> None:
         """Finish the file."""
-        if not self._maps:
+        if self._maps:
+            self._content = None
+            _set_checksums(self._path)
+        else:
             torch.save(self._content, self._path)
-            return
-        self._content = None
-        _set_checksums(self._path)
 
     def _reopen(self) -> None:
-        self._content = None  # lets go of the old map first
+        self._content = None  # releases the old map first
         self._unflushed = 0
         if not self._maps:
             self._content = torch.load(self._path, weights_only=True)
@@ -137,13 +134,8 @@ class _TorchWriter:
             self._content = torch.load(self._path, mmap=True, weights_only=True)
 
 
-def _nbytes(content: Any) -> int:
-    """Return the bytes of all different tensors of `content`."""
-    return sum({id(tensor): tensor.nbytes for tensor in tensors_in(content)}.values())
-
-
 def _set_checksums(path: str) -> None:
-    """Write the CRC-32 of each record where a zip archive has it: before it, and in the directory.
+    """Write the CRC-32 of each record of a zip archive: beside its data, and in the directory.
 
     Reference: PKWARE, ".ZIP File Format Specification", 4.3.7, 4.3.9 and 4.3.12.
     """

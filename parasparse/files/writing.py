@@ -1,4 +1,4 @@
-"""Checkpoints that are written tensor by tensor, in any order, and appear when they are whole."""
+"""Checkpoints written tensor by tensor, in any order, that appear when they are complete."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def check_target(path: str, source: Checkpoint, *, force: bool) -> None:
     if isinstance(source, SafetensorsFolder) and Path(path).suffix.lower() not in _SUFFIXES:
         _check_free(path, force)
         if Path(source.path).resolve() in Path(path).resolve().parents:
-            raise CheckpointError(f'"{path}" must not lie in IN, of which all files are copied.')
+            raise CheckpointError(f'"{path}" must not be inside IN, whose files are all copied.')
         if os.path.exists(path):
             _check_replaceable(path, source.path)
     else:
@@ -41,31 +41,33 @@ def check_file(path: str, *, force: bool) -> None:
         raise CheckpointError(f'"{path}" must end in one of {", ".join(_SUFFIXES)}.')
     _check_free(path, force)
     if os.path.isdir(path):
-        raise CheckpointError(f'"{path}" must be a file or be free; it is a folder.')
+        raise CheckpointError(f'"{path}" must be a file; it is a folder.')
 
 
 def _check_replaceable(path: str, source: str) -> None:
-    """Raise CheckpointError if a folder would be lost that is more than a checkpoint."""
+    """Raise CheckpointError if `path` is anything but an empty folder or a checkpoint."""
     if not os.path.isdir(path):
-        raise CheckpointError(f'"{path}" must be a folder or be free; it is a file.')
+        raise CheckpointError(f'"{path}" must be a folder; it is a file.')
     held, inner = Path(path).resolve(), Path(source).resolve()
     if held in (*inner.parents, *Path.cwd().parents, Path.cwd()):
-        raise CheckpointError(f'"{path}" must not hold IN or be where you are: it is replaced.')
+        raise CheckpointError(
+            f'"{path}" is replaced, so it must not hold IN or the current working directory.'
+        )
     try:
         if any(held.iterdir()):
             SafetensorsFolder(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f'"{path}" must be a folder of a checkpoint, which is replaced as a whole: {error}'
+            f'"{path}" is replaced as a whole, so it must be a checkpoint: {error}'
         ) from error
 
 
 def _check_free(path: str, force: bool) -> None:
     if os.path.lexists(path) and not force:
-        raise CheckpointError(f'"{path}" is there already. Use --force to replace it.')
+        raise CheckpointError(f'"{path}" exists already. Use --force to replace it.')
     parent = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(parent):
-        raise CheckpointError(f'"{path}" cannot be written: there is no folder "{parent}".')
+        raise CheckpointError(f'"{path}" cannot be written: the folder "{parent}" does not exist.')
 
 
 @contextmanager
@@ -73,7 +75,8 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
     """Yield a function that takes each tensor of `layout` once; the checkpoint appears at the end.
 
     Raises:
-        RuntimeError: a tensor was not put, or had another dtype or shape.
+        CheckpointError: a safetensors file cannot hold an entry of `source`.
+        RuntimeError: a tensor was not put, or its dtype or size is not that of `layout`.
     """
     missing = {name for name in layout.infos if name not in layout.ties}
     suffix = Path(path).suffix.lower()
@@ -81,7 +84,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
         if suffix == ".safetensors":
             if layout.is_whole and source.not_tensors:
                 raise CheckpointError(
-                    f'safetensors files hold tensors by name alone; "{source.path}" holds '
+                    f'safetensors files hold only tensors; "{source.path}" also holds '
                     f'"{next(iter(source.not_tensors))}". Write a .pt file.'
                 )
             file = stack.enter_context(replacing(path))
@@ -94,7 +97,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
 
         def put(name: str, pieces: Iterable[Tensor]) -> None:
             if name not in missing:
-                raise RuntimeError(f"{name!r} was put twice, or never announced.")
+                raise RuntimeError(f"{name!r} was put twice, or is not in the layout.")
             missing.remove(name)
             write(name, _checked(name, layout.infos[name], pieces))
 
@@ -104,7 +107,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
 
 
 def _checked(name: str, info: TensorInfo, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield `pieces`; raise RuntimeError if they are not the tensor that was announced."""
+    """Yield `pieces`; raise RuntimeError if they do not fit `info`."""
     numel = 0
     for piece in pieces:
         numel += piece.numel()
@@ -112,7 +115,7 @@ def _checked(name: str, info: TensorInfo, pieces: Iterable[Tensor]) -> Iterator[
             break
         yield piece
     if numel != info.numel:
-        raise RuntimeError(f"{name!r} is not as it was announced.")
+        raise RuntimeError(f"the dtype or size of {name!r} is not that of the layout.")
 
 
 def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, str]) -> Put:
@@ -121,8 +124,10 @@ def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, s
     offsets, end = {}, len(start)
     for name, info in layout.infos.items():
         offsets[name], end = end, end + info.nbytes
-    reserve(file, end)  # a full disk is known before the work is done
-    ties = _ties(layout)
+    reserve(file, end)  # so a full disk raises before the work is done
+    ties: dict[str, list[str]] = {}
+    for name, first in layout.ties.items():
+        ties.setdefault(first, []).append(name)
 
     def write(name: str, pieces: Iterable[Tensor]) -> None:
         done = 0
@@ -152,7 +157,7 @@ def _folder_writer(path: str, source: SafetensorsFolder, layout: Layout) -> Iter
 def _copy_files(
     source: SafetensorsFolder, folder: Path, homes: Mapping[str, str], layout: Layout
 ) -> None:
-    """Write the index, and copy what else lies beside the shards: configurations, vocabularies."""
+    """Write the index, and copy the other files: configurations, vocabularies."""
     if source.index is not None:
         name, index = source.index
         size = sum(info.nbytes for info in layout.infos.values())
@@ -172,10 +177,3 @@ def _copy_files(
             shutil.copytree(file, folder / file.name, symlinks=True)
         elif file.is_file():
             shutil.copy2(file, folder / file.name)
-
-
-def _ties(layout: Layout) -> dict[str, list[str]]:
-    ties: dict[str, list[str]] = {}
-    for name, first in layout.ties.items():
-        ties.setdefault(first, []).append(name)
-    return ties

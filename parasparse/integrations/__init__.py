@@ -1,1 +1,1 @@
-"""One module for each library that parasparse plugs into; each imports its library."""
+"""One module per library that parasparse works with; each imports its library."""

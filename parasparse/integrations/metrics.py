@@ -1,10 +1,10 @@
-"""What is logged of an update."""
+"""Metrics of an update for loggers."""
 
 from parasparse.training.history import Update
 
 
 def metrics_of(update: Update) -> dict[str, float]:
-    """Return the numbers of `update` that speak of all tensors together."""
+    """Return the metrics of `update` over all tensors."""
     return {
         "sparsity/total": update.total,
         "sparsity/churn": update.churn,

@@ -1,11 +1,10 @@
-"""Adapters of PEFT on a masked base model."""
+"""PEFT adapters on a masked base model."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from parasparse.masks.mask import Mask
 from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed
@@ -14,34 +13,33 @@ from parasparse.verbs.squash import squash
 
 
 def merge_and_unload(model: Any, **options: Any) -> nn.Module:
-    """Merge the adapters of `model` into its base model, whose masks hold; return the base model.
+    """Merge the adapters of `model` into its masked base model, and return the base model.
 
-    PEFT writes `weight.data` of the layers that it adapts. That of a masked layer is computed at
-    each reading, so that PEFT's own merge changes nothing there, without a word. Here the masks are
-    folded in, PEFT merges, and the masks come on again: w' = mask * (mask * w + scaling * B A).
+    w' = mask * (mask * w + scaling * B A). PEFT's own merge writes to `weight.data`, which is
+    computed at each read in a masked layer, so its change is silently lost.
 
-    What the adapters add at masked entries is lost, so that outputs change by that much: evaluate
-    after merging. Dropped entries hold no earlier values afterwards: they are 0 or what was added.
+    Outputs lose the adapters' change of masked entries: evaluate after merging. Masked entries then
+    store only this change, not their earlier values.
 
     Args:
-        model: a `peft.PeftModel` whose base model has masks that are set; is changed.
-        options: for its `merge_and_unload`, such as `adapter_names`.
+        model: a `peft.PeftModel` whose base model has bool masks; is changed in place.
+        **options: arguments of its `merge_and_unload`, such as `adapter_names`.
 
     Raises:
-        ValueError: there are no masks, or some are not set, real-valued or learned.
+        ValueError: there are no masks, or some are unset, real-valued or learned.
 
     Reference: Hu et al., "LoRA", 2021, arXiv:2106.09685, section 4.1.
     """
     targets = masked_targets(model)
-    others = [target.name for target in targets if not _is_bool(target)]
+    others = [target.name for target in targets if not target.has_bool_mask]
     if others or not targets:
-        which = f"those of {listed(others)} are not" if others else "it has none"
+        which = f"the masks of {listed(others)} are not" if others else "it has none"
         raise ValueError(
-            f"the masks of `model` must be set, and bool; {which}. `binarize` makes learned and "
-            "real-valued ones bool."
+            f"`model` must have bool masks that are set; {which}. `binarize` turns learned and "
+            "real-valued masks into bool ones."
         )
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
-        model.unmerge_adapter()  # else PEFT skips them, though nothing came of it where masks are
+        model.unmerge_adapter()  # PEFT skips merged adapters, but masked layers have not changed
     tensors = [_Kept(target) for target in targets]
     squash(model)
     base = model
@@ -52,14 +50,14 @@ def merge_and_unload(model: Any, **options: Any) -> nn.Module:
             kept.put_back()
         raise
     finally:
-        masks = {kept.place: kept.mask for kept in tensors}  # modules and names in them stay
+        masks = {kept.place: kept.mask for kept in tensors}  # merging keeps modules and attributes
         found = {t.name: masks.get(_place(t)) for t in tensors_of(base)}
         sparsify(base, {name: mask for name, mask in found.items() if mask is not None})
     return base  # type: ignore[no-any-return]
 
 
 class _Kept:
-    """What a masked tensor was before it was squashed."""
+    """A masked tensor before `squash`."""
 
     def __init__(self, target: Target) -> None:
         self.place, self.mask = _place(target), torch.clone(target.mask())  # type: ignore[arg-type]
@@ -69,7 +67,7 @@ class _Kept:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Store again what was stored, unless something was merged into it."""
+        """Restore the stored values, unless an adapter was merged into them."""
         if torch.equal(self._target.stored(), self._effective):
             for site, stored in self._parts:
                 site.stored().copy_(stored)
@@ -78,8 +76,3 @@ class _Kept:
 def _place(target: Target) -> tuple[int, str]:
     site = target.firsts[0]
     return id(site.module), site.attr
-
-
-def _is_bool(target: Target) -> bool:
-    module = target.masks()[0]
-    return isinstance(module, Mask) and module.mask is not None and module.mask.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""What the trainers' callbacks share: masks that a checkpoint brings, controllers that go on."""
+"""Shared by the trainers' callbacks: masks from checkpoints, and controllers that resume."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from parasparse.verbs.masks import named_masks
 
 
 def accept_masks(model: nn.Module) -> RemovableHandle:
-    """Let `model.load_state_dict` attach the masks that it is given, until the handle is removed.
+    """Make `model.load_state_dict` attach the masks it finds, until the handle is removed.
 
-    Trainers load a checkpoint before there is an optimizer, and a controller needs one.
+    Trainers load a checkpoint before they create the optimizer, which a controller needs.
     """
     return model.register_load_state_dict_pre_hook(_attach)  # type: ignore[no-any-return]
 
@@ -31,7 +31,7 @@ def _attach(module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
 def state_of(
     controller: Controller, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Return what `resumed` and `reorder` need to know of a run."""
+    """Return the state of a run for `resumed` and `reorder`."""
     return {
         "class": type(controller).__name__,
         "controller": controller.state_dict(),
@@ -41,10 +41,10 @@ def state_of(
 
 
 def is_of(controller: Controller | None, model: nn.Module) -> bool:
-    """Whether `controller`, if there is one, is of this very model, which still has its masks."""
-    if controller is None or model not in (
-        controller.model, getattr(controller.model, "module", None)
-    ):  # fmt: skip
+    """Whether `controller` is for this model, which still has its masks."""
+    if controller is None:
+        return False
+    if model not in (controller.model, getattr(controller.model, "module", None)):
         return False
     names = {name for name, _ in named_masks(model)}
     return names >= set(controller.state_dict()["start"])
@@ -53,29 +53,23 @@ def is_of(controller: Controller | None, model: nn.Module) -> bool:
 def resumed(
     model: nn.Module, make: Callable[[], Controller], state: Mapping[str, Any]
 ) -> Controller:
-    """Return a controller that stands where `state` says, on the masks that `model` has.
+    """Return a controller from `make` that continues from `state`; `model` stays as it is.
 
-    Args:
-        model: as it was when `state` was taken; stays so.
-        make: makes the controller, anew, which may change masks and weights.
-        state: of `state_of`.
-
-    Raises:
-        RuntimeError: `model` has other masks, or `make` makes another controller.
+    Raises RuntimeError if `model` has other masks, or `make` makes a controller of another class.
     """
     ours = _digests(model)
     other = [name for name, found in state["masks"].items() if ours.get(name) != found]
     if other:
         raise RuntimeError(
-            "the state of a controller must come with the masks that it chose; those of "
-            f"{listed(other)} are not in the model. Load the checkpoint that it was saved with; "
-            "of a PEFT model, trainers save the adapters alone."
+            "the state of a controller must be loaded together with its masks; the masks of "
+            f"{listed(other)} are not in the model. Load the checkpoint that it was saved with. "
+            "For a PEFT model, trainers save only the adapters."
         )
     kept = copy.deepcopy(model.state_dict())
     controller = make()
     if type(controller).__name__ != state["class"]:
         raise RuntimeError(
-            f"the factory must make the controller that was saved, {state['class']}; it made "
+            f"the factory must make the saved kind of controller, {state['class']}; it made "
             f"{type(controller).__name__}."
         )
     model.load_state_dict(kept)
@@ -86,14 +80,10 @@ def resumed(
 def reorder(
     model: nn.Module, optimizer: torch.optim.Optimizer, order: list[list[str]] | None
 ) -> None:
-    """Give each parameter its own state, where it was loaded by position.
+    """Give each parameter its own state after `optimizer` has loaded a state by position.
 
-    An optimizer that is made after masks are attached counts parameters in another order.
-
-    Args:
-        model: whose parameters the optimizer holds.
-        optimizer: has loaded a state.
-        order: names of the parameters, by group, as they were when the state was saved.
+    An optimizer that is created after masks are attached has its parameters in another order.
+    `order` lists the names of the parameters of each group when the state was saved.
     """
     if order is None or order == _order(model, optimizer):
         return
@@ -109,12 +99,12 @@ def reorder(
 def _order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]] | None:
     try:
         return [group["params"] for group in named_state(model, optimizer)["param_groups"]]
-    except ValueError:  # it also holds what is not the model's
+    except ValueError:  # it also holds parameters outside the model
         return None
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
-    """Return the digests of bool masks; those of gates are computed, and differ by device."""
+    """Return digests of the bool masks; masks of gates are computed and differ by device."""
     return {
         name: digest(mask)
         for name, mask in named_masks(model)

@@ -6,15 +6,13 @@ from parasparse.integrations.metrics import metrics_of
 
 
 class SparsityWriter:
-    """Writes the updates of a controller: `sparsity/total`, `/churn`, `/overlap` and by tensor.
+    """Writes `sparsity/total`, `/churn`, `/overlap` and the sparsity of each tensor.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar`.
-        controller: has a `history`; of a callback, its `controller`.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or any object with its `add_scalar`.
+        controller: a controller, such as the `controller` of a callback.
 
     Examples:
-        >>> from torch import nn
-        >>> from parasparse import GradualPruning, schedules
         >>> class Printer:
         ...     def add_scalar(self, tag, value, global_step): print(tag, value, global_step)
         >>> pruner = GradualPruning(nn.Linear(10, 10), 0.5, schedule=schedules.Constant(1), every=9)
@@ -34,8 +32,8 @@ class SparsityWriter:
         """Write the updates since the last call.
 
         Args:
-            global_step: where to write them; None: at the step of each update, which starts anew in
-                each round of `LotteryTicket` and `ContinuousSparsification`.
+            global_step: the step to write them at; None: the step of each update, which starts
+                again in each round of `LotteryTicket` and `ContinuousSparsification`.
         """
         for update in self.controller.history[self._written :]:
             step = update.step if global_step is None else global_step

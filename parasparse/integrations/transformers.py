@@ -1,4 +1,4 @@
-"""A callback of the Hugging Face Trainer."""
+"""A callback for the Hugging Face Trainer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from parasparse.text import needs
+
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    error.add_note('this needs transformers: pip install "parasparse[transformers]"')
+    error.add_note(needs("parasparse.integrations.transformers", "transformers", "transformers"))
     raise
 
 from parasparse.integrations import resuming
@@ -20,24 +22,22 @@ FILE = "parasparse.pt"
 
 
 class SparsityCallback(TrainerCallback):
-    """Drives a controller: makes it, steps it, and saves it in the Trainer's checkpoints.
+    """Creates a controller, steps it, and saves it in the Trainer's checkpoints.
 
-    Checkpoints hold the masked model; `trainer.train(resume_from_checkpoint=)` goes on bit for bit.
-    A further `train()` goes on with the masks that the model has. After training call
-    `parasparse.squash(model)`, then `model.save_pretrained(...)`: a dense model with zeros, which
-    `from_pretrained` reads.
+    Checkpoints contain the masked model: `trainer.train(resume_from_checkpoint=)` resumes bit for
+    bit. Another `train()` continues with the masks of the model. After training, call
+    `parasparse.squash(model)` and then `model.save_pretrained(...)`, which saves a dense model with
+    zeros for `from_pretrained`.
 
     Args:
         factory: `(model, optimizer) -> controller`, called when training starts.
-        trainer: needed where several processes train, since only the Trainer has the wrapped model,
-            which the controller wants: `trainer.add_callback(SparsityCallback(factory,
-            trainer=trainer))`.
+        trainer: required with several processes, because the controller needs the Trainer's wrapped
+            model: `trainer.add_callback(SparsityCallback(factory, trainer=trainer))`.
 
     Attributes:
-        controller: None until training starts; the last one afterwards, with its `history`.
+        controller: None until training starts; afterwards the last controller.
 
     Examples:
-        >>> from parasparse import rigl
         >>> callback = SparsityCallback(
         ...     lambda model, optimizer: rigl(model, 0.8, optimizer, stop=7_500)
         ... )  # Trainer(..., callbacks=[callback])
@@ -50,20 +50,20 @@ class SparsityCallback(TrainerCallback):
             resuming.accept_masks(trainer.model)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model load masks: a checkpoint comes before there is an optimizer."""
+        """Let the model load masks, because checkpoints come before the optimizer."""
         resuming.accept_masks(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Make the controller; it goes on where the checkpoint, or the last training, stood.
+        """Create the controller; it continues from the checkpoint or the last training.
 
         Raises:
-            RuntimeError: several processes train and `trainer` was not given; or the controller of
-                the checkpoint is another, or is of other masks than the model has.
-            FileNotFoundError: training goes on from a checkpoint that has no state of a controller.
+            RuntimeError: several processes train without `trainer`, or the controller in the
+                checkpoint is of another class or belongs to other masks.
+            FileNotFoundError: the checkpoint has no state of a controller.
         """
         if args.world_size > 1 and self.trainer is None:
             raise RuntimeError(
-                "`trainer` must be given where several processes train: "
+                "`trainer` must be given with several processes: "
                 "trainer.add_callback(SparsityCallback(factory, trainer=trainer))."
             )
         model, optimizer = given["model"], given["optimizer"]
@@ -81,11 +81,11 @@ class SparsityCallback(TrainerCallback):
         _declare_ties(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Step the controller: the optimizer has been stepped."""
+        """Step the controller; the optimizer has stepped."""
         self.controller.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take back what the controller hung on the model."""
+        """Remove the hooks of the controller."""
         if self.controller is not None:
             self.controller.close()
 
@@ -98,10 +98,10 @@ class SparsityCallback(TrainerCallback):
 
 
 def _declare_ties(model: nn.Module) -> None:
-    """Say which tensors of masked ties are duplicates, for `save_pretrained`.
+    """Name the duplicate tensors of masked ties for `save_pretrained`.
 
-    It refuses shared tensors that no `_tied_weights_keys` names, and looks for these in every
-    module (test_a_tied_embedding_is_saved_masked).
+    It refuses shared tensors that are in no module's `_tied_weights_keys`
+    (test_a_tied_embedding_is_saved_masked).
     """
     for target in masked_targets(model):
         for component in target.components:
@@ -111,7 +111,7 @@ def _declare_ties(model: nn.Module) -> None:
 
 
 def _saved(args: Any, state: Any) -> dict[str, Any]:
-    """Return the controller's state in the checkpoint that training goes on from."""
+    """Return the controller's state in the checkpoint that training resumes from."""
     named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
     folders = [*named, Path(args.output_dir, f"checkpoint-{state.global_step}")]
     for folder in folders:
@@ -120,7 +120,7 @@ def _saved(args: Any, state: Any) -> dict[str, Any]:
             if saved["step"] == state.global_step:
                 return saved
     raise FileNotFoundError(
-        f"the controller's state at step {state.global_step} must lie in "
-        f"{' or '.join(str(f / FILE) for f in folders)}; it is not there. Where the checkpoint "
-        "lies elsewhere, name it in TrainingArguments, too: resume_from_checkpoint=folder."
+        f"the controller's state at step {state.global_step} is not in "
+        f"{' or '.join(str(f / FILE) for f in folders)}. If the checkpoint is in another folder, "
+        "pass this to TrainingArguments too: resume_from_checkpoint=folder."
     )

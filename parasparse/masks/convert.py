@@ -1,4 +1,4 @@
-"""What is given as a mask, as the tensor that masks."""
+"""Converts masks that users pass to tensors of the right shape and dtype."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,11 @@ from torch import Tensor
 def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return `mask` as a tensor of `shape`: bool if its entries are all 0 or 1, else real.
 
-    Args:
-        mask: bool, integer or real; tensor, array, nested list or number.
-        shape: of the tensor to be masked; the result may be a view that repeats `mask`.
-        dtype: of the tensor to be masked; a real mask has it, or its real part's, or float32 where
-            that has a single byte.
-
-    Raises:
-        RuntimeError: it does not broadcast to `shape`.
-        TypeError: it is complex, or no array of numbers.
-        ValueError: it holds NaN, inf, or what `dtype` cannot hold.
+    The result may be an expanded view. A real mask gets the real dtype of `dtype`, or float32 if
+    `dtype` has one byte. See `Mask.mask_` for what it raises.
     """
     if hasattr(mask, "__array__") and not isinstance(mask, Tensor) and hasattr(mask, "copy"):
-        mask = mask.copy()  # torch takes neither negative strides nor read-only memory
+        mask = mask.copy()  # torch accepts neither negative strides nor read-only memory
     try:
         value = torch.as_tensor(mask).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -37,7 +29,7 @@ def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     except RuntimeError as error:
         raise RuntimeError(
             f"a mask must match the existing size {tuple(shape)} of its tensor, or broadcast to "
-            f"it; got a mask of shape {tuple(value.shape)}."
+            f"it; got shape {tuple(value.shape)}."
         ) from error
 
 
@@ -47,12 +39,12 @@ def _bool_or_real(value: Tensor, dtype: torch.dtype) -> Tensor:
     real = value.to(dtype)
     if not bool(real.isfinite().all()) or bool(((real != 0) != (value != 0)).any()):
         raise ValueError(
-            f"a mask must not hold NaN, inf, or what {dtype} rounds to inf or 0; its entries go "
-            f"from {value.min()} to {value.max()}."
+            f"a mask must not contain NaN, inf, or values that {dtype} rounds to inf or 0; got "
+            f"entries from {value.min()} to {value.max()}."
         )
     return real
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return `dtype`, of a complex one that of its parts."""
+    """Return `dtype`, or the dtype of the components if it is complex."""
     return dtype.to_real() if dtype.is_complex else dtype

@@ -1,7 +1,7 @@
-"""The kinds of gates: how the logits of a `SoftMask` mask a tensor. One class each.
+"""The kinds of gates: one class for each way in which the logits of a `SoftMask` mask a tensor.
 
-A kind holds settings only. The logits, the temperature and so on are in the `SoftMask`, which every
-method gets; the formulas are the functions of `parasparse.gates`.
+A kind has settings only. The `SoftMask`, which is passed to every method, has the logits and the
+buffers, and `parasparse.gates` has the formulas.
 """
 
 import math
@@ -17,12 +17,12 @@ from parasparse import gates
 from parasparse.counts import check_sparsity
 from parasparse.masks.apply import apply_mask
 
-_FAR = 20.0  # a logit that is open or closed for good
-_RELEVANT = 3.0  # log alpha up to which a weight counts as more than noise: alpha = 20
+_FAR = 20.0  # the logit of a gate that stays open; -_FAR stays closed
+_RELEVANT = 3.0  # the highest log alpha of a weight that is more than noise: alpha = 20
 
 
 class Gated(Protocol):
-    """What a kind sees of its `SoftMask`."""
+    """The members of a `SoftMask` that its kind uses."""
 
     logits: nn.Parameter
     init: float
@@ -31,24 +31,19 @@ class Gated(Protocol):
     sparsity: Tensor
 
     @property
-    def mask(self) -> Tensor:
-        """What multiplies the tensor now, but for noise."""
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Return the value of its unit for each entry."""
-
-    def pooled(self, keep: Tensor) -> Tensor:
-        """Return whether any entry of each unit is kept."""
+    def mask(self) -> Tensor: ...
+    def spread(self, values: Tensor) -> Tensor: ...
+    def pooled(self, keep: Tensor) -> Tensor: ...
 
 
 class GateKind(ABC):
-    """How a `SoftMask` masks. For a gate that multiplies, derive from `ProductGate` instead.
+    """Base class for kinds of gates. If the gate multiplies, derive from `ProductGate` instead.
 
     Attributes:
-        init: what all logits are at first.
-        draws: it draws noise at each read in training mode.
-        takes_sparsity: a `sparsity` must be given, and is a buffer of the `SoftMask`.
-        takes_units: a pattern of units may share each logit.
+        init: the initial value of all logits.
+        draws: whether each read in training mode draws noise.
+        takes_sparsity: whether a `sparsity` is required, which becomes a buffer of the `SoftMask`.
+        takes_units: whether the entries of a unit may share a logit.
     """
 
     init: ClassVar[float] = 0.0
@@ -57,43 +52,43 @@ class GateKind(ABC):
     takes_units: ClassVar[bool] = True
 
     def check_init(self, init: float, dtype: torch.dtype) -> None:  # noqa: B027 - optional
-        """Raise ValueError if logits of `dtype` must not all be `init` at first."""
+        """Raise ValueError if logits of `dtype` must not start at `init`."""
 
     def buffers(self, logits: Tensor, sparsity: float | None) -> dict[str, Tensor]:
-        """Return the numbers that belong to the state, scalar tensors by name."""
+        """Return the scalar tensors that the `SoftMask` registers as buffers, by name."""
         if sparsity is None:
             return {}
         share = torch.tensor(check_sparsity(sparsity), dtype=torch.float64)
         return {"sparsity": share.to(logits.device)}
 
     def noise(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the noise of one read; of a kind that draws."""
+        """Return the noise for one read. Only called if `draws` is True."""
         raise NotImplementedError
 
     @abstractmethod
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Return `weight` through the gate, with noise or without."""
+        """Return the masked `weight`; `noise` is None outside of training."""
 
     @abstractmethod
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the penalty, a scalar with its graph."""
+        """Return the penalty, a differentiable scalar."""
 
     @abstractmethod
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
-        """Return what to store so that open entries read as `value`, and closed ones stay."""
+        """Return the tensor to store, so that open entries read as `value` and closed ones stay."""
 
     @abstractmethod
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor | None:
-        """Return what multiplies `weight` once the gate is pruned; None if it only subtracts."""
+        """Return the mask after pruning the gate, or None if the gate does not multiply."""
 
     def fold_(self, mask: Gated, keep: Tensor | None) -> None:  # noqa: B027 - optional
         """Fix the gate after it has been folded into the weight; see `SoftMask.fold_`."""
 
 
 class ProductGate(GateKind):
-    """A gate that multiplies by something that does not depend on the tensor.
+    """Base class for gates that multiply by a mask that does not depend on the tensor.
 
-    A gate of your own overrides `multiplier`, and what else differs.
+    Override `multiplier`, and other methods where your gate differs.
 
     Examples:
         >>> class Squared(ProductGate):
@@ -107,37 +102,34 @@ class ProductGate(GateKind):
 
     @abstractmethod
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return the mask, of the shape of `mask.logits`."""
+        """Return the mask, in the shape of `mask.logits`."""
 
     def value(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return the mask, of the shape of the logits; 0 or 1 after it has been folded."""
+        """Return `multiplier`, or 0 and 1 after the gate has been folded into the weight."""
         if mask.hard:
             return (mask.logits > 0).to(mask.logits.dtype)
         return self.multiplier(mask, noise)
 
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Return `weight` times the mask; +0.0 where a hard one is closed."""
         value = mask.spread(self.value(mask, noise))
         return apply_mask(weight, value) if mask.hard else weight * value.to(mask.logits.dtype)
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the sum of the mask."""
+        """Return the sum of the mask over all entries."""
         return mask.mask.sum()
 
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
-        """Return `value` divided by the mask where it is open."""
         multiplier = mask.mask
-        more = value.to(stored) / multiplier
-        # Divided by a gate that is all but closed, a value overflows.
-        can = (multiplier != 0) & (more.isfinite() | ~value.isfinite())
-        return torch.where(can, more, stored)
+        divided = value.to(stored) / multiplier
+        # A gate that is nearly closed makes the quotient overflow.
+        fits = (multiplier != 0) & (divided.isfinite() | ~value.isfinite())
+        return torch.where(fits, divided, stored)
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor | None:
-        """Return the mask, 0 where it is not above `threshold`."""
+        """Return the mask, with 0 where it is not above `threshold`."""
         return mask.mask if threshold is None else mask.mask * (mask.mask > threshold)
 
     def fold_(self, mask: Gated, keep: Tensor | None) -> None:
-        """Make the mask 1 where it is open, or where `keep` says so, and 0 elsewhere."""
         units = mask.pooled(mask.mask != 0 if keep is None else keep)
         mask.logits.copy_(torch.where(units, _FAR, -_FAR))
         mask.hard, mask.init = True, math.inf
@@ -148,41 +140,30 @@ class Sigmoid(ProductGate):
     """Continuous Sparsification: `gates.sigmoid`, which a temperature hardens."""
 
     def check_init(self, init: float, dtype: torch.dtype) -> None:
-        """Refuse an `init` whose sigmoid, by which masks are divided, is 0."""
         if torch.tensor(init, dtype=dtype, device="cpu").sigmoid() == 0:
             raise ValueError(
-                f"`init` must have a sigmoid over 0 in {dtype}, by which masks are divided; got "
-                f"{init}."
+                f"`init` must have a sigmoid above 0 in {dtype}, because masks are divided by it; "
+                f"got {init}."
             )
 
     def buffers(self, logits: Tensor, sparsity: float | None) -> dict[str, Tensor]:
-        """Return the temperature."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         return {"temperature": torch.ones((), dtype=wide, device=logits.device)}
 
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return sigmoid(T s) / sigmoid(s0), or its limit."""
         return gates.sigmoid(mask.logits, mask.temperature, init=mask.init, hard=mask.hard)
 
     def value(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return the same: its limit has the scale 1 / sigmoid(s0)."""
-        return self.multiplier(mask, noise)
+        return self.multiplier(mask, noise)  # also if hard: open gates are 1 / sigmoid(s0), not 1
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor:
-        """Return the limit: logits above `threshold` (None: 0) are open."""
         moved = mask.logits - (threshold or 0.0)
         return mask.spread(gates.sigmoid(moved, init=mask.init, hard=True))
 
 
 @dataclass(frozen=True)
 class HardConcrete(ProductGate):
-    """L0 regularisation: `gates.hard_concrete`, whose arguments these are.
-
-    Attributes:
-        temperature: beta > 0.
-        low: gamma < 0.
-        high: zeta > 1.
-    """
+    """L0 regularisation: `gates.hard_concrete`, with its arguments as fields."""
 
     init: ClassVar[float] = 2.0  # open with probability 0.97
     draws: ClassVar[bool] = True
@@ -191,18 +172,17 @@ class HardConcrete(ProductGate):
     high: float = 1.1
 
     def noise(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return uniform numbers, one for each logit."""
-        wide = torch.promote_types(mask.logits.dtype, torch.float32)  # half draws 0 too often
+        # Half precision would draw 0 too often.
+        wide = torch.promote_types(mask.logits.dtype, torch.float32)
         return torch.rand_like(mask.logits, dtype=wide)
 
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return the stretched sigmoid, cut off at 0 and 1."""
         return gates.hard_concrete(
             mask.logits, noise, temperature=self.temperature, low=self.low, high=self.high
         )
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the number of entries that are expected not to be 0."""
+        """Return the expected number of entries that are not 0."""
         open_ = gates.hard_concrete_penalty(
             mask.logits, temperature=self.temperature, low=self.low, high=self.high
         )
@@ -216,24 +196,20 @@ class StraightThrough(ProductGate):
     takes_sparsity: ClassVar[bool] = True
 
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return 1 for the highest scores, 0 for the others."""
         return gates.straight_through(mask.logits, mask.sparsity)
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the sum of sigmoid(scores)."""
+        """Return the sum of sigmoid(scores) over all entries."""
         return mask.spread(torch.sigmoid(mask.logits)).sum()
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor:
-        """Return 1 for scores above `threshold`; None: for the highest."""
         if threshold is None:
             return mask.mask
         return mask.spread((mask.logits > threshold).to(mask.logits.dtype))
 
     def fold_(self, mask: Gated, keep: Tensor | None) -> None:
-        """Set the sparsity to what is kept as well."""
-        units = mask.pooled(mask.mask != 0 if keep is None else keep)
         super().fold_(mask, keep)
-        mask.sparsity.fill_(1 - float(units.double().mean()))
+        mask.sparsity.fill_(1 - float((mask.logits > 0).double().mean()))
 
 
 @dataclass(frozen=True)
@@ -243,26 +219,22 @@ class SoftThreshold(GateKind):
     init: ClassVar[float] = -10.0  # |w| - 4.5e-5
 
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Return `weight`, less the threshold."""
         return gates.soft_threshold(weight, mask.spread(mask.logits))
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return 0: weight decay on the logits takes its part."""
+        """Return 0, because weight decay on the logits does this job."""
         return mask.logits.new_zeros(())
 
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
-        """Return `value` and the threshold; what reads as 0 already stays."""
         threshold = torch.sigmoid(mask.spread(mask.logits))
-        more = value + value.sgn() * threshold
+        new = value + value.sgn() * threshold
         stays = (value == 0) & (stored.abs() <= threshold)
-        return torch.where(stays, stored, more.to(stored))
+        return torch.where(stays, stored, new.to(stored))
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> None:
-        """Return None: it only subtracts."""
-        return
+        return  # it subtracts
 
     def fold_(self, mask: Gated, keep: Tensor | None) -> None:
-        """Make the threshold 0."""
         mask.logits.fill_(-math.inf)
 
 
@@ -275,38 +247,33 @@ class VariationalDropout(GateKind):
     takes_units: ClassVar[bool] = False
 
     def noise(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return normal numbers, one for each entry."""
         return torch.randn_like(weight)
 
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
-        """Return `weight` with noise; +0.0 where it is irrelevant, if hard."""
         if mask.hard:
             return apply_mask(weight, _relevant(mask, weight))
         return gates.variational_dropout(weight, mask.logits, noise)
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
-        """Return the KL divergence."""
+        """Return the sum of KL divergences over all entries."""
         relevance = gates.log_alpha(weight, mask.logits)
         is_complex = weight.is_complex()
         return gates.variational_dropout_penalty(relevance, is_complex=is_complex).sum()
 
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
-        """Return `value`; what is irrelevant reads as 0 whatever its value."""
         return torch.where(_relevant(mask, stored), value, stored) if mask.hard else value
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor:
-        """Return 1 where log alpha is at most `threshold` (None: 3)."""
         return _relevant(mask, weight, threshold).to(mask.logits.dtype)
 
 
 @dataclass(frozen=True)
 class Multiplier(ProductGate):
-    """A function of the logits as a gate."""
+    """A gate whose mask is a function of the logits."""
 
     function: Callable[[Tensor], Tensor]
 
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        """Return the function of the logits."""
         return self.function(mask.logits)
 
 
@@ -325,17 +292,13 @@ KINDS: dict[Callable[..., Tensor], GateKind] = {
 
 
 def as_kind(gate: Callable[..., Tensor] | GateKind) -> GateKind:
-    """Return the kind of a gate that is given as such, or as a function.
-
-    Raises:
-        TypeError: it is neither.
-    """
+    """Return the kind of a gate that is a `GateKind` or a function, or raise TypeError."""
     if isinstance(gate, GateKind):
         return gate
     if not callable(gate) or isinstance(gate, type):
         known = ", ".join(f"gates.{function.__name__}" for function in KINDS)
         raise TypeError(
-            f"`gate` must be one of {known}, a `GateKind`, or a function from logits to a mask; "
-            f"got {gate!r}."
+            f"`gate` must be one of {known}, a `GateKind` instance, or a function from logits to a "
+            f"mask; got {gate!r}."
         )
     return KINDS.get(gate) or Multiplier(gate)

@@ -1,14 +1,14 @@
-"""Whether calling a module does more than its `forward`."""
+"""Whether calling a module runs hooks."""
 
 from torch import nn
 from torch.nn.modules import module as _torch
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook is to run when `module` is called: its own, or one on all modules.
+    """Whether calling `module` runs a hook, its own or a global one.
 
-    Without, `module.forward(x)` does what `module(x)` does and saves about half a microsecond, of
-    ten that reading a small masked weight takes (benchmarks/overhead.py).
+    If not, `module.forward(x)` does the same as `module(x)` and saves about half a microsecond of
+    the ten that a read of a small masked weight takes (benchmarks/overhead.py).
     """
     return bool(
         module._forward_hooks

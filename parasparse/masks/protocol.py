@@ -1,4 +1,4 @@
-"""The contract of a module that masks, and what holds where one of a user's own says nothing."""
+"""The contract of a module that masks, and the defaults for its optional members."""
 
 from typing import Protocol
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class MaskModule(Protocol):
-    """A module that masks a tensor. All but `forward` is optional.
+    """A module that masks a tensor. Only `forward` is required.
 
-    A treatment may return any `nn.Module` that gives back a tensor of the shape and dtype that it
-    gets. What else it has of these is used; `Mask` and `SoftMask` have all of it.
+    A treatment may return any `nn.Module` whose output has the shape and dtype of its input. The
+    other members are used where the module has them. `Mask` and `SoftMask` have all of them.
 
     Attributes:
-        mask: what multiplies the tensor now; None: not set. Without it, what is not 0 counts as
-            kept.
-        is_told_by_its_values: whether what is read says what is stored, but for masked entries, so
-            that `functional_call` can put it back. Without it, yes.
+        mask: the tensor that multiplies now, or None if it is not set. Without this attribute,
+            entries that are not 0 count as kept.
+        is_told_by_its_values: whether the masked tensor determines the stored one where entries are
+            kept, so that `functional_call` can restore it. Without this attribute, True.
     """
 
     mask: Tensor | None
@@ -28,15 +28,15 @@ class MaskModule(Protocol):
     def merged(self, value: Tensor, stored: Tensor) -> Tensor:
         """Return the tensor to store, so that kept entries read as `value`.
 
-        Called when a masked tensor is assigned to. Without it, `right_inverse(value)` is, as in
-        torch's parametrizations; without that, assigning raises RuntimeError.
+        Called when the masked tensor is assigned to. Without this method, `right_inverse(value)` is
+        called, as in torch's parametrizations. Without either, assigning raises RuntimeError.
         """
 
     def penalty(self, weight: Tensor) -> Tensor:
-        """Return what `parasparse.penalty` adds up; `weight` is what the module gets."""
+        """Return the term of `parasparse.penalty`; `weight` is the input of the module."""
 
     def fold_(self, keep: Tensor | None = None) -> None:
-        """Mask without a scale after it has been folded into the weight; keep what `keep` says."""
+        """Mask without a scale, which has been folded into the weight; `keep` selects entries."""
 
     def forget_(self, device: torch.device) -> None:
         """Unset the mask when weights without masks are assigned to a model on the meta device."""
@@ -48,34 +48,29 @@ def has_mask(module: nn.Module) -> bool:
 
 
 def is_told_by_its_values(module: nn.Module) -> bool:
-    """Whether what is read says what is stored."""
+    """Return the attribute of that name, or True if `module` does not have it."""
     return bool(getattr(module, "is_told_by_its_values", True))
 
 
 def merged(module: nn.Module, value: Tensor, stored: Tensor) -> Tensor:
-    """Return the tensor to store, so that kept entries read as `value`.
-
-    Raises:
-        RuntimeError: `module` has neither `merged` nor `right_inverse`.
-    """
+    """Call `merged` of `module`, else its `right_inverse`; raise RuntimeError if it has neither."""
     if hasattr(module, "merged"):
         return module.merged(value, stored)  # type: ignore[operator, no-any-return]
     if hasattr(module, "right_inverse"):
         return module.right_inverse(value)  # type: ignore[operator, no-any-return]
     raise RuntimeError(
-        f"a tensor masked by {type(module).__name__}, which has neither `merged` nor "
-        "`right_inverse`, cannot be assigned to. Write to `parametrizations.<name>.original` "
-        "instead."
+        f"a tensor masked by {type(module).__name__} cannot be assigned to, because this module "
+        "has neither `merged` nor `right_inverse`. Write to `parametrizations.<name>.original`."
     )
 
 
 def fold_(module: nn.Module, keep: Tensor | None = None) -> None:
-    """Let `module` mask without a scale from now on, if it can."""
+    """Call `fold_` of `module`, if it has this method."""
     if hasattr(module, "fold_"):
         module.fold_(keep)  # type: ignore[operator]
 
 
 def forget_(module: nn.Module, device: torch.device) -> None:
-    """Unset the mask of `module`, if it can be unset."""
+    """Call `forget_` of `module`, if it has this method."""
     if hasattr(module, "forget_"):
         module.forget_(device)  # type: ignore[operator]

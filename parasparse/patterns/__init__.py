@@ -1,13 +1,12 @@
 """Patterns: scores and a sparsity in, a bool mask out (True = kept).
 
-A pattern is any callable `(scores, sparsity) -> mask`. One that decides by itself how much to keep
-has an attribute `takes_sparsity = False` and is called as `(scores)`. One of units has a method
-`pool(scores)` that gives a score for each unit, and `spread(units, shape)` that gives each entry
-what its unit has.
+A pattern is any callable `(scores, sparsity) -> mask`. A pattern that decides by itself how much to
+keep has an attribute `takes_sparsity = False` and is called as `(scores)`. A pattern of units has
+the methods `pool(scores)`, one score per unit, and `spread(units, shape)`, the value of its unit
+for each entry.
 
-Everywhere: scores are real, of any shape, and not NaN. Of `n` entries, or units, the
-`num_kept(n, sparsity)` with the highest scores stay; of equal ones the one with the lower flat
-index.
+Scores are real, of any shape, and not NaN. Of `n` entries or units, the `num_kept(n, sparsity)`
+with the highest scores are kept; among equal scores, those with the lower flat indices.
 """
 
 from parasparse.patterns.fixed import n_of_m, nearly_diagonal

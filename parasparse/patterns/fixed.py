@@ -1,4 +1,4 @@
-"""Patterns that say themselves how much is kept: groups, and bands of diagonals."""
+"""Patterns that decide by themselves how much to keep: groups, and bands of diagonals."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -7,26 +7,26 @@ import torch
 from torch import Tensor
 
 from parasparse.counts import dimension, whole_number
-from parasparse.patterns.selection.source import check_ranked
+from parasparse.dtypes import widened
+from parasparse.patterns.selection.scores import as_scores, check_scores
 
 
 @dataclass(frozen=True)
 class n_of_m:  # noqa: N801 - a pattern reads as a function
     """Keep the `n` highest of every `m` consecutive entries along `dim`: 2:4 is `n_of_m(2, 4)`.
 
-    The weights of Linear and Conv are (out, in, ...), so that `dim=1` groups the inputs, as
-    hardware does. A depthwise convolution has one input in a group: leave it out, or take `dim=0`.
+    The weights of Linear and Conv are (out, in, ...), so `dim=1` groups the inputs, as hardware
+    does. The weight of a depthwise convolution has one input: exclude it, or use `dim=0`.
 
     Args:
         n: entries kept in each group, in [0, m].
-        m: size of a group.
+        m: size of a group, at least 1.
         dim: the grouped dimension.
-        remainder: what becomes of the last entries where m does not divide the size of `dim`:
-            "refuse" raises, "keep" keeps them all, "pad" keeps their n highest, as if what fills
-            the group up were dropped first.
+        remainder: treatment of the last entries if m does not divide the size of `dim`: "refuse"
+            raises, "keep" keeps all of them, "pad" keeps their n highest.
 
     Raises:
-        ValueError: n outside [0, m], an unknown `remainder`; on call: the tensor has no such
+        ValueError: n is outside [0, m], or `remainder` is unknown. On call: the tensor has no such
             dimension, or m does not divide its size and `remainder` is "refuse".
 
     Examples:
@@ -57,21 +57,17 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
         dim = dimension(self, self.dim, scores.shape)
         size, rest = scores.shape[dim], scores.shape[dim] % self.m
         if rest and self.remainder == "refuse":
-            depthwise = (
-                " It is depthwise, one input in a group."
-                if size == dim == 1 and scores.ndim > 2
-                else ""
-            )
+            is_depthwise = size == dim == 1 and scores.ndim > 2
+            depthwise = " It is depthwise, with one input per group." if is_depthwise else ""
             raise ValueError(
                 f"{self} must divide dimension {dim} into groups of {self.m}; got shape "
-                f"{tuple(scores.shape)}.{depthwise} Leave this tensor out, choose another `dim`, "
-                'or set `remainder` to "keep" or "pad".'
+                f"{tuple(scores.shape)}.{depthwise} Exclude this tensor, choose another `dim`, or "
+                'set `remainder` to "keep" or "pad".'
             )
         if scores.is_meta:
             return torch.empty_like(scores, dtype=torch.bool)
-        check_ranked(scores)
-        last = scores.to(torch.float32) if scores.dtype.itemsize == 1 else scores
-        groups, tail = last.movedim(dim, -1).split([size - rest, rest], -1)
+        check_scores(as_scores(scores))
+        groups, tail = widened(scores).movedim(dim, -1).split([size - rest, rest], -1)
         masks = [
             _highest_of_each(groups.unflatten(-1, (size // self.m, self.m)), self.n).flatten(-2),
             _highest_of_each(tail, rest if self.remainder == "keep" else self.n),
@@ -83,14 +79,14 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
 class nearly_diagonal:  # noqa: N801
     """Keep the `k` diagonals nearest to the main one: entries with |row - column| <= k // 2.
 
-    Rows and columns are the first two dimensions; the scores are not looked at.
+    Rows and columns are the first two dimensions. The scores are not used.
 
     Args:
-        k: number of diagonals, odd.
+        k: number of diagonals, odd and at least 1.
 
     Raises:
-        ValueError: k is even or below 1; on call: fewer than two dimensions, or k // 2 reaches the
-            smaller of the first two.
+        ValueError: k is even or below 1. On call: the tensor has fewer than two dimensions, or
+            one of the first two is not larger than k // 2.
 
     Examples:
         >>> nearly_diagonal(3)(torch.rand(3, 4)).int().tolist()

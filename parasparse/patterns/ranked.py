@@ -1,4 +1,4 @@
-"""Patterns that rank: the highest scores stay, of one tensor or of several together."""
+"""Patterns that keep the entries or units with the highest scores, in one tensor or in several."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from parasparse.counts import check_sparsity, num_kept
-from parasparse.patterns.fixed import n_of_m, nearly_diagonal
+from parasparse.dtypes import widened_dtype
+from parasparse.patterns.fixed import n_of_m
 from parasparse.patterns.selection.kth import highest
-from parasparse.patterns.units import block, channel, has_units, head
+from parasparse.patterns.units import Units, block, channel, has_units, head
 from parasparse.sharding.dtensors import (
     full_tensor,
     is_dtensor,
@@ -19,12 +20,8 @@ from parasparse.sharding.dtensors import (
     on_local,
 )
 
-__all__ = [
-    "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal", "takes_sparsity",
-    "unstructured",
-]  # fmt: skip
-
 Pattern = Callable[..., Tensor]
+_Scores = Mapping[str, Tensor]
 
 
 def takes_sparsity(pattern: Pattern) -> bool:
@@ -33,14 +30,14 @@ def takes_sparsity(pattern: Pattern) -> bool:
 
 
 def unstructured(scores: Tensor, sparsity: float) -> Tensor:
-    """Return the mask of the highest scores, wherever they lie.
+    """Return the mask of the highest scores, whatever their position.
 
     Args:
         scores: any shape.
         sparsity: share of zeros, in [0, 1].
 
     Raises:
-        ValueError: NaN among the scores; sparsity outside [0, 1].
+        ValueError: the scores contain NaN, or the sparsity is outside [0, 1].
 
     Examples:
         >>> unstructured(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.25).tolist()
@@ -52,18 +49,19 @@ def unstructured(scores: Tensor, sparsity: float) -> Tensor:
 def jointly(
     scores: Mapping[str, Tensor], sparsity: float, *, pattern: Pattern = unstructured
 ) -> dict[str, Tensor]:
-    """Return a mask for each of `scores`, ranked together: all as a whole have the sparsity.
+    """Return a mask for each of `scores`, ranked together: they have the sparsity as a whole.
 
     Units of different tensors are compared by their mean or norm per entry, and each counts as one.
 
     Args:
         scores: by name, any shapes.
         sparsity: share of zeros among all of them, in [0, 1].
-        pattern: a pattern that takes a sparsity. One of your own that has no `pool` and `spread` is
-            called once, with all scores as one flat tensor.
+        pattern: a pattern that takes a sparsity. A custom one without `pool` and `spread` is called
+            once, with all scores as one flat tensor.
 
     Raises:
-        ValueError: as `pattern`; or it takes no sparsity.
+        ValueError: the pattern takes no sparsity, or does not fit a shape; the scores contain NaN;
+            or the sparsity is outside [0, 1].
 
     Examples:
         >>> masks = jointly({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}, 0.5)
@@ -78,19 +76,40 @@ def jointly(
     if isinstance(pattern, chain):
         return pattern.jointly(scores, sparsity)
     if any(score.is_meta for score in scores.values()):
-        if isinstance(pattern, block | channel | head):  # refuses shapes that do not fit
-            return {name: pattern(score, sparsity) for name, score in scores.items()}
-        return {n: torch.empty_like(score, dtype=torch.bool) for n, score in scores.items()}
-    total = sum(score.numel() for score in scores.values())
+        return _on_meta(scores, sparsity, pattern)
     if pattern is unstructured:
-        masks = highest(list(scores.values()), num_kept(total, sparsity))
-        return dict(zip(scores, masks, strict=True))
+        return _of_entries(scores, sparsity)
     if any(is_dtensor(score) for score in scores.values()):
-        found = jointly({n: full_tensor(s) for n, s in scores.items()}, sparsity, pattern=pattern)
-        return {name: laid_out_like(mask, scores[name]) for name, mask in found.items()}
+        return _of_full_tensors(scores, sparsity, pattern)
     if has_units(pattern):
-        kept = jointly({n: pattern.pool(score) for n, score in scores.items()}, sparsity)
-        return {n: pattern.spread(kept[n], score.shape) for n, score in scores.items()}
+        return _of_units(scores, sparsity, pattern)
+    return _of_one_flat_tensor(scores, sparsity, pattern)
+
+
+def _on_meta(scores: _Scores, sparsity: float, pattern: Pattern) -> dict[str, Tensor]:
+    if isinstance(pattern, block | channel | head):  # raises if a shape does not fit
+        return {name: pattern(score, sparsity) for name, score in scores.items()}
+    return {name: torch.empty_like(score, dtype=torch.bool) for name, score in scores.items()}
+
+
+def _of_entries(scores: _Scores, sparsity: float) -> dict[str, Tensor]:
+    total = sum(score.numel() for score in scores.values())
+    masks = highest(list(scores.values()), num_kept(total, sparsity))
+    return dict(zip(scores, masks, strict=True))
+
+
+def _of_full_tensors(scores: _Scores, sparsity: float, pattern: Pattern) -> dict[str, Tensor]:
+    full = {name: full_tensor(score) for name, score in scores.items()}
+    masks = jointly(full, sparsity, pattern=pattern)
+    return {name: laid_out_like(mask, scores[name]) for name, mask in masks.items()}
+
+
+def _of_units(scores: _Scores, sparsity: float, pattern: Units) -> dict[str, Tensor]:
+    kept = jointly({name: pattern.pool(score) for name, score in scores.items()}, sparsity)
+    return {name: pattern.spread(kept[name], score.shape) for name, score in scores.items()}
+
+
+def _of_one_flat_tensor(scores: _Scores, sparsity: float, pattern: Pattern) -> dict[str, Tensor]:
     device = next(iter(scores.values())).device
     flat = torch.cat([score.flatten().to(device) for score in scores.values()])
     parts = pattern(flat, sparsity).split([score.numel() for score in scores.values()])
@@ -101,10 +120,7 @@ def jointly(
 
 
 def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
-    """Return what `pattern` makes of `scores`, which may be spread over processes.
-
-    They are gathered for it where what it compares may lie on different processes.
-    """
+    """Return the mask of `pattern` for `scores`, gathered only if it needs full tensors."""
     if not is_dtensor(scores) or pattern is unstructured:
         return pattern(scores, *sparsity)
     if isinstance(pattern, n_of_m) and not is_sharded_along(scores, pattern.dim):
@@ -114,16 +130,17 @@ def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
 
 @dataclass(frozen=True, init=False, repr=False)
 class chain:  # noqa: N801
-    """Apply patterns one after the other, each to what those before it kept.
+    """Apply patterns one after the other, each to the entries that the earlier ones kept.
 
-    `chain(channel(0), n_of_m(2, 4))` drops channels, and half of what the others hold.
+    `chain(channel(0), n_of_m(2, 4))` drops channels, and half of the entries of the others.
 
     Args:
-        patterns: two or more. At most one takes a sparsity, and gets that of the chain: the whole
-            is sparser. A pattern of units can only be the first.
+        patterns: two or more. At most one takes a sparsity, which is the chain's. The result is
+            sparser if another pattern drops more. A pattern of units must be the first.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: there are fewer than two patterns, more than one takes a sparsity, a pattern of
+            units is not the first, or a pattern is a class or not callable.
 
     Examples:
         >>> scores = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
@@ -134,15 +151,15 @@ class chain:  # noqa: N801
     patterns: tuple[Pattern, ...]
 
     def __init__(self, *patterns: Pattern) -> None:
-        # A chain within a chain is its patterns in their place.
+        # A chain in a chain is replaced by its patterns.
         patterns = tuple(p for q in patterns for p in (q.patterns if isinstance(q, chain) else [q]))
         taking = [pattern for pattern in patterns if takes_sparsity(pattern)]
         late = [p for p in patterns[1:] if has_units(p)]
         classes = [p for p in patterns if isinstance(p, type) or not callable(p)]
         if len(patterns) < 2 or len(taking) > 1 or late or classes:
             raise ValueError(
-                "`patterns` must be two or more, one of them at most with a sparsity, and units "
-                f"first; got {patterns}."
+                "`patterns` must be two or more callables, at most one of which takes a sparsity, "
+                f"and a pattern of units must be first; got {patterns}."
             )
         object.__setattr__(self, "patterns", patterns)
 
@@ -151,7 +168,7 @@ class chain:  # noqa: N801
 
     @property
     def takes_sparsity(self) -> bool:
-        """Whether one of the patterns does."""
+        """Whether one of the patterns takes a sparsity."""
         return any(takes_sparsity(pattern) for pattern in self.patterns)
 
     def __call__(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
@@ -161,7 +178,7 @@ class chain:  # noqa: N801
     def jointly(
         self, scores: Mapping[str, Tensor], sparsity: float | None = None
     ) -> dict[str, Tensor]:
-        """Return the masks for `scores`; the pattern with a sparsity ranks them together."""
+        """Return the masks for `scores`; the pattern that takes a sparsity ranks them together."""
         masks: dict[str, Tensor] = {}
         left = dict(scores)
         for pattern in self.patterns:
@@ -175,7 +192,7 @@ class chain:  # noqa: N801
 
 
 def _lowered(scores: Tensor, mask: Tensor) -> Tensor:
-    """Return `scores` with what `mask` drops below all others."""
-    narrow = not scores.is_floating_point() or scores.dtype.itemsize == 1
-    values = scores.double() if narrow else scores
+    """Return `scores` with the entries that `mask` drops below all others."""
+    is_exact = scores.is_floating_point() and widened_dtype(scores.dtype) == scores.dtype
+    values = scores if is_exact else scores.double()
     return torch.where(mask, values.clamp(min=torch.finfo(values.dtype).min), -math.inf)

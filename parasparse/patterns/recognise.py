@@ -1,4 +1,4 @@
-"""Which patterns a mask keeps to, read off the mask itself."""
+"""Recognise the patterns of a mask from its entries."""
 
 import math
 
@@ -7,12 +7,11 @@ from torch import Tensor
 
 
 def recognised(mask: Tensor) -> list[str]:
-    """Return the names of the patterns that a bool mask keeps to, exactly and everywhere.
+    """Return the names of the patterns that all entries of a bool mask follow.
 
-    "dense"; "empty"; "channel(d)", "channel(d) in runs of k"; "block(a x b)", the largest;
-    "n:m" along dimension 1 or "n:m along d", exactly n, the sparsest; what the first two dimensions
-    drop as a whole does not count;
-    "nearly_diagonal(k)"; else "unstructured".
+    "dense"; "empty"; "channel(d)" or "channel(d) in runs of k"; "block(a x b)" with the largest
+    block; the sparsest "n:m" (dimension 1) or "n:m along d", channels that are dropped as a whole
+    aside; "nearly_diagonal(k)"; else "unstructured".
     """
     if mask.all():
         return ["dense"]
@@ -25,7 +24,7 @@ def recognised(mask: Tensor) -> list[str]:
 
 
 def _units(mask: Tensor) -> str | None:
-    """Name the largest tiles that are kept or dropped as a whole, if they are any."""
+    """Name the largest tiles that are kept or dropped as a whole, if larger than an entry."""
     tile = [_run(mask, dim) for dim in range(mask.ndim)]
     cut = [dim for dim in range(mask.ndim) if tile[dim] < mask.shape[dim]]
     if mask.ndim > 1 and len(cut) == 1 and math.prod(tile) > 1:
@@ -35,19 +34,19 @@ def _units(mask: Tensor) -> str | None:
 
 
 def _run(mask: Tensor, dim: int) -> int:
-    """Return the length of the runs along `dim`, from index 0 on, in which nothing changes."""
+    """Return the length of the runs along `dim`, from index 0 on, whose slices are equal."""
     rows = mask.movedim(dim, 0).flatten(1) if mask.ndim > 1 else mask[:, None]
     changes = (rows[1:] != rows[:-1]).any(1).nonzero().flatten() + 1
     return math.gcd(*changes.tolist()) or len(rows)
 
 
 def _n_of_m(mask: Tensor, dim: int) -> str | None:
-    """Name the sparsest n:m for which each group along `dim` holds n, or lies in an empty slice.
+    """Name the sparsest n:m with exactly n in each group along `dim` outside empty slices.
 
-    With two groups or more: any mask whose slices hold n each is n:(size of the dimension).
+    There must be at least two groups, or every row with n entries would be n:(its length).
     """
     for other in {0, 1} - {dim} if mask.ndim > 1 else ():
-        filled = mask.movedim(other, 0).flatten(1).any(1)  # not what `channel(other)` dropped
+        filled = mask.movedim(other, 0).flatten(1).any(1)  # without dropped channels
         mask = mask.movedim(other, 0)[filled].movedim(0, other)
     last = mask.movedim(dim, -1)
     size = last.shape[-1]
@@ -57,7 +56,7 @@ def _n_of_m(mask: Tensor, dim: int) -> str | None:
             continue
         groups = last.unflatten(-1, (size // m, m)).flatten(0, -2)
         n = int(groups[0].sum())
-        # Few of the groups tell as a rule.
+        # A few groups are usually enough to rule n:m out.
         equal = all(bool((some.sum(1) == n).all()) for some in (groups[:256], groups))
         if equal and n / m < best[0]:
             best = (n / m, n, m)
@@ -66,7 +65,7 @@ def _n_of_m(mask: Tensor, dim: int) -> str | None:
 
 
 def _band(mask: Tensor) -> str | None:
-    """Name the band of diagonals that the mask is."""
+    """Name the band of diagonals that the mask keeps, if it is one."""
     if mask.ndim < 2:
         return None
     flat = mask.flatten(2)[..., 0] if mask.ndim > 2 else mask

@@ -1,4 +1,4 @@
-"""Tensors cut into tiles of one size: a value for each tile, and back to the entries."""
+"""Tensors cut into tiles of equal size: one value per tile, and back to the entries."""
 
 import math
 from collections.abc import Sequence
@@ -7,30 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parasparse.patterns.selection.source import check_ranked
+from parasparse.patterns.selection.scores import as_scores, check_scores
 
 
 def pooled(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
-    """Return one score for each tile of `scores`: the mean or norm of its entries.
+    """Return one float64 score for each tile of `scores`, the mean or norm of its entries s.
 
-    Args:
-        scores: any shape, no NaN.
-        tile: the size of a tile along each dimension.
-        norm: None: mean of s; inf: the largest s; else mean(s^norm)^(1/norm).
-
-    Returns:
-        float64; means that agree in their first 32 bits are equal.
-
-    Raises:
-        ValueError: NaN, or with a norm negative ones among the scores.
+    That is mean(s) with norm None, max(s) with norm inf, else mean(s^norm)^(1/norm). Raises
+    ValueError if scores are NaN, or negative with a norm.
     """
-    check_ranked(scores)
-    values, scale = scores.detach().double(), 1.0  # squares neither overflow nor vanish
+    check_scores(as_scores(scores))
+    values, scale = scores.detach().double(), 1.0  # scaled, so powers neither overflow nor vanish
     if norm is not None:
         if bool((values < 0).any()):
             raise ValueError(
-                f"scores must be >= 0 to take their norm; got {float(values.min()):g}. Use the "
-                "mean, `norm=None`, or scores that are magnitudes."
+                f"scores must be >= 0 for a norm; got {float(values.min()):g}. Use the mean "
+                "(`norm=None`), or scores that are magnitudes."
             )
         finite = torch.where(values.isinf(), 0.0, values)
         scale = (float(finite.max()) if values.numel() else 0.0) or 1.0
@@ -49,10 +41,7 @@ def pooled(scores: Tensor, tile: Sequence[int], norm: float | None) -> Tensor:
 
 
 def _to_32_bits(means: Tensor) -> Tensor:
-    """Return `means` rounded, so that the order in which a sum was taken plays no part.
-
-    Sums of the same numbers differ in their last bits with the number of threads and the place in
-    memory; units that are equal must tie.
+    """Round `means`, so equal units tie whatever the order in which their entries were added.
 
     Reference: Veltkamp's splitting, in Dekker, "A floating-point technique for extending the
         available precision", 1971, Numerische Mathematik 18, section 5.
@@ -63,14 +52,14 @@ def _to_32_bits(means: Tensor) -> Tensor:
 
 
 def spread_out(units: Tensor, tile: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return a tensor of `shape` that has the value of its tile everywhere."""
+    """Return a tensor of `shape` in which each entry has the value of its tile."""
     for dim, size in enumerate(tile):
         units = units.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
     return units.contiguous()
 
 
 def tiled(values: Tensor, tile: Sequence[int], *, fill: float = 0.0) -> Tensor:
-    """Return `values` as (tiles, entries) for each dimension in turn, the last ones with `fill`."""
+    """Return `values` with each dimension split into (tiles, entries), padded with `fill`."""
     short = [-length % size for size, length in zip(tile, values.shape, strict=True)]
     if any(short):
         values = F.pad(values, [n for missing in reversed(short) for n in (0, missing)], value=fill)

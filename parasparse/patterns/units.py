@@ -1,6 +1,6 @@
-"""Patterns of units: blocks, channels, attention heads are kept or dropped as a whole.
+"""Patterns of units: blocks, channels and attention heads are kept or dropped as a whole.
 
-A unit is a tile: a tensor is cut into tiles of one size from index 0 on, the last ones short.
+A unit is a tile. Tiles have equal sizes and start at index 0; those at the end may be smaller.
 """
 
 import operator
@@ -18,7 +18,7 @@ from parasparse.patterns.tiles import pooled, spread_out
 
 
 class Units(Protocol):
-    """A pattern of units, which can be ranked across tensors."""
+    """A pattern of units, which can rank them across tensors."""
 
     def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
         """Return the mask for `scores`."""
@@ -31,17 +31,16 @@ class Units(Protocol):
 
 
 def has_units(pattern: object) -> TypeGuard[Units]:
-    """Whether `pattern` is one of units."""
+    """Whether `pattern` is a pattern of units."""
     return hasattr(pattern, "pool") and hasattr(pattern, "spread")
 
 
 class _OfUnits(ABC):
-    """A pattern that keeps or drops whole units of entries; counts are in units."""
+    """A pattern that keeps or drops whole units; the sparsity counts units."""
 
     norm: float | None
 
     def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
-        """Return the mask for `scores`."""
         check_sparsity(sparsity)
         self._tiles(scores.shape)  # refuses shapes that do not fit
         if scores.is_meta:
@@ -51,12 +50,10 @@ class _OfUnits(ABC):
         return self.spread(kept, scores.shape)
 
     def pool(self, scores: Tensor) -> Tensor:
-        """Return the score of each unit."""
         view, tile = self._tiles(scores.shape)
         return pooled(scores.reshape(view), tile, self.norm)
 
     def spread(self, units: Tensor, shape: torch.Size) -> Tensor:
-        """Return a tensor of `shape` whose entries have the value of their unit."""
         view, tile = self._tiles(shape)
         return spread_out(units, tile, view).reshape(shape)
 
@@ -67,17 +64,17 @@ class _OfUnits(ABC):
 
 @dataclass(frozen=True)
 class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
-    """Keep or drop whole blocks: 90 % of the 16 x 16 blocks of a Linear, say.
+    """Keep or drop whole blocks, such as the 16 x 16 blocks of a Linear.
 
-    Blocks lie side by side from index 0 on and are cut off at the other edges.
+    Blocks start at index 0. Those at the end of a dimension may be smaller.
 
     Args:
         shape: size of a block along each dimension of the tensor; -1: the whole dimension.
-        norm: None ranks blocks by the mean of their scores; p > 0 by the p-norm, may be inf.
+        norm: None ranks blocks by the mean of their scores; p > 0 by the p-norm, inf included.
 
     Raises:
-        ValueError: a size of 0 or below -1; on call: the tensor has another number of dimensions,
-            or is smaller than a block.
+        ValueError: a size is 0 or below -1. On call: the tensor has a different number of
+            dimensions, or is smaller than a block.
 
     Examples:
         >>> block((1, 2))(torch.tensor([[1.0, 5.0, 4.0, 3.0]]), 0.5).tolist()
@@ -86,7 +83,8 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
         torch.Size([4, 2, 1, 1])
 
     Reference: Narang, Undersander, Diamos, "Block-Sparse Recurrent Neural Networks", 2017,
-        arXiv:1711.02782, section 3.1. Differs: by the mean, not the maximum (`norm=math.inf`).
+        arXiv:1711.02782, section 3.1. Differs: ranks by the mean; the paper ranks by the maximum
+        (`norm=math.inf`).
     """
 
     shape: tuple[int, ...]
@@ -96,15 +94,15 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
         sizes = tuple(whole_number(n, "shape") for n in self.shape)
         object.__setattr__(self, "shape", sizes)
         if not self.shape or not all(n > 0 or n == -1 for n in self.shape):
-            raise ValueError(f"`shape` must hold sizes > 0, or -1; got {self.shape}.")
+            raise ValueError(f"`shape` must consist of sizes > 0, or -1; got {self.shape}.")
         _check_norm(self.norm)
 
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
         too_large = 0 not in shape and any(map(operator.gt, self.shape, shape))
         if len(shape) != len(self.shape) or too_large:
             raise ValueError(
-                f"{self} must have a size for each dimension of the tensor and fit into it; got "
-                f"shape {tuple(shape)}. A size of -1 stands for a whole dimension."
+                f"{self} must have one size per dimension of the tensor, and fit into it; got "
+                f"shape {tuple(shape)}. A size of -1 is the whole dimension."
             )
         sizes = zip(self.shape, shape, strict=True)
         return list(shape), [max(size, 1) if n == -1 else n for n, size in sizes]
@@ -114,15 +112,15 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
 class channel(_OfUnits):  # noqa: N801
     """Keep or drop whole channels: the slices along `dim`.
 
-    The weights of Linear and Conv are (out, in, ...): `channel(0)` drops outputs, `channel(1)`
+    The weights of Linear and Conv are (out, in, ...), so `channel(0)` drops outputs, `channel(1)`
     inputs.
 
     Args:
         dim: the dimension that counts the channels.
-        norm: None ranks channels by the mean of their scores; p > 0 by the p-norm, may be inf.
+        norm: None ranks channels by the mean of their scores; p > 0 by the p-norm, inf included.
 
     Raises:
-        ValueError: on call: the tensor has no such dimension.
+        ValueError: `norm` is not > 0. On call: the tensor has no such dimension.
 
     Examples:
         >>> channel(0)(torch.tensor([[1.0, 2.0], [3.0, 0.5]]), 0.5).tolist()
@@ -148,18 +146,18 @@ class channel(_OfUnits):  # noqa: N801
 class head(_OfUnits):  # noqa: N801
     """Keep or drop whole attention heads: runs of channels along `dim`.
 
-    Fused projections hold query, key and value one after the other, and a head has a run in each:
-    `head(12, fused=3)` for the `in_proj_weight` of MultiheadAttention, (3 * 12 * d, embed_dim);
-    `head(12, dim=1)` for the weight of its `out_proj`, (embed_dim, 12 * d).
+    A fused projection consists of query, key and value, one after the other, and a head has a run
+    in each: `head(12, fused=3)` for the `in_proj_weight` of MultiheadAttention, whose shape is
+    (3 * 12 * d, embed_dim); `head(12, dim=1)` for its `out_proj.weight`, (embed_dim, 12 * d).
 
     Args:
         num_heads: number of heads.
         dim: the dimension that counts the channels.
-        fused: number of projections that follow each other along `dim`.
-        norm: None ranks heads by the mean of their scores; p > 0 by the p-norm, may be inf.
+        fused: number of projections, one after the other along `dim`.
+        norm: None ranks heads by the mean of their scores; p > 0 by the p-norm, inf included.
 
     Raises:
-        ValueError: a number below 1; on call: the tensor has no such dimension, or
+        ValueError: a number is below 1. On call: the tensor has no such dimension, or
             `fused * num_heads` does not divide its size.
 
     Examples:
@@ -168,7 +166,8 @@ class head(_OfUnits):  # noqa: N801
         [False, True, False, True, False, True]
 
     Reference: Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?", 2019,
-        arXiv:1905.10650, section 4. Differs: any score, theirs is the gradient of a head's gate.
+        arXiv:1905.10650, section 4. Differs: ranks by any score; the paper uses the gradient of a
+        head's gate.
     """
 
     num_heads: int
@@ -194,7 +193,7 @@ class head(_OfUnits):  # noqa: N801
 
 
 def _check_norm(norm: object) -> None:
-    """Raise ValueError if `norm` is no order of a norm."""
+    """Raise ValueError if `norm` is neither None nor a number > 0."""
     number = isinstance(norm, Real) and not isinstance(norm, bool) and float(norm) > 0
     if norm is not None and not number:
         raise ValueError(f"`norm` must be None (the mean) or > 0, inf included; got {norm!r}.")

@@ -1,1 +1,1 @@
-"""What the masks of a model amount to, as a table and as pictures."""
+"""Tables and pictures of masks."""

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 class Picture(Figure):
-    """A Figure that a notebook shows, whether pyplot has been imported or not."""
+    """A Figure that notebooks show even if pyplot has not been imported."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()

@@ -1,10 +1,10 @@
-"""Names of tensors that fit on a picture."""
+"""Short names of tensors for pictures."""
 
 from collections.abc import Sequence
 
 
 def labels(names: Sequence[str], most: int) -> list[str]:
-    """Return `names` in at most some `most` characters each, still distinct, for matplotlib.
+    """Return distinct labels of about `most` characters for `names`, escaped for matplotlib.
 
     Parts without a digit shrink to their first letter, from the left, until a name fits.
 
@@ -15,7 +15,7 @@ def labels(names: Sequence[str], most: int) -> list[str]:
     short = [_shortened(name, most) for name in names]
     if len(set(short)) < len(set(names)):
         short = [f"{number} {name}" for number, name in enumerate(short, start=1)]
-    # What stands between $ is mathematics there, and what begins with _ is left out of legends.
+    # matplotlib typesets text between $ as a formula, and leaves names with _ out of legends.
     return [(" " if name.startswith("_") else "") + name.replace("$", r"\$") for name in short]
 
 

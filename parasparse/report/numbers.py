@@ -1,4 +1,4 @@
-"""The numbers behind the pictures: masks in a few cells, scores in bins."""
+"""Numbers to draw: masks averaged into cells, scores counted in bins."""
 
 from dataclasses import dataclass
 
@@ -12,46 +12,38 @@ from parasparse.scores.weights_alone import Score, magnitude
 from parasparse.sharding.dtensors import full_tensor
 from parasparse.targets.tensors import Target
 
-_PIECE = 1 << 20  # entries that are looked at in one go
+_PIECE = 1 << 20  # entries that are counted at once
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many entries have which score.
+    """Numbers of kept and of dropped entries by bin of their score."""
 
-    Attributes:
-        edges: of the bins, ascending, one more than bins.
-        kept: entries that the mask keeps, by bin.
-        dropped: the others.
-        lowest_kept: the lowest score of all that are kept; None if none is.
-    """
-
-    edges: list[float]
+    edges: list[float]  # one more than bins
     kept: list[int]
     dropped: list[int]
-    lowest_kept: float | None
+    lowest_kept: float | None  # None if no entry is kept
 
 
 @torch.no_grad()
 def kept_by(target: Target) -> Tensor | None:
-    """Return where the mask of `target` is not 0, None where it is not set.
+    """Return where the mask of `target` is not 0, None if it is not set.
 
     A learned mask counts as `binarize` would make it.
     """
-    module, mask = target.masks()[0], None
+    module = target.masks()[0]
     if isinstance(module, SoftMask):
-        mask = module.hardened(target.stored())
-        mask = target.effective() if mask is None else mask
-    else:
-        mask = target.mask()
+        hard = module.hardened(target.stored())
+        return full_tensor(target.effective() if hard is None else hard) != 0
+    mask = target.mask()
     return None if mask is None else full_tensor(mask) != 0
 
 
 @torch.no_grad()
 def cells_of(target: Target, most: int) -> Tensor | None:
-    """Return the mean of the mask of `target` over a grid of cells, None where it is not set.
+    """Return means of the mask of `target` over a grid of cells, None if it is not set.
 
-    Rows are entries of dimension 0, columns those of all others; at most `most` of each.
+    Rows are entries of dimension 0, columns all other dimensions; there are `most` of each or less.
     """
     mask = target.mask() if has_mask(target.masks()[0]) else kept_by(target)
     if mask is None:
@@ -60,7 +52,7 @@ def cells_of(target: Target, most: int) -> Tensor | None:
     mask = mask.reshape(1, -1) if mask.ndim < 2 else mask.flatten(1)
     if mask.numel() == 0:
         return torch.zeros(1, 1)
-    # Band by band: the whole mask in float would be four times as large.
+    # Band by band, because the whole mask in float would take four times the memory.
     bands = mask.tensor_split(min(most, mask.shape[0]))
     rows = torch.stack([band.sum(0, dtype=torch.float32) / len(band) for band in bands])
     return adaptive_avg_pool1d(rows, min(most, mask.shape[1])).cpu()
@@ -68,9 +60,9 @@ def cells_of(target: Target, most: int) -> Tensor | None:
 
 @torch.no_grad()
 def scores_of(target: Target, score: Score | None) -> Tensor:
-    """Return the scores of the stored entries, of the shape of the tensor.
+    """Return the scores of the stored entries.
 
-    None: magnitude; the logits of a learned mask that multiplies.
+    If `score` is None, they are the logits of a learned mask that multiplies, or magnitudes.
     """
     module = target.masks()[0]
     stored = target.stored()
@@ -84,10 +76,10 @@ def scores_of(target: Target, score: Score | None) -> Tensor:
 
 @torch.no_grad()
 def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | None:
-    """Return how the scores of `target` are spread, None where its mask is not set.
+    """Return the histogram of the scores of `target`, None if its mask is not set.
 
-    Scores that are not finite are left out, and dropped entries that are stored as 0: dynamic
-    sparse training has nothing else there, and their column would dwarf all others.
+    It leaves out scores that are not finite, and dropped entries that are stored as 0: dynamic
+    sparse training stores 0 in all of them, so their bar would dwarf the others.
     """
     kept = kept_by(target)
     if kept is None:
@@ -95,8 +87,8 @@ def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | 
     scores = scores_of(target, score)
     if scores.shape != kept.shape:
         raise ValueError(
-            f"`score` must return as many scores as entries; got {tuple(scores.shape)} for "
-            f"{target.name!r} of shape {tuple(kept.shape)}."
+            f"`score` must return one score per entry; got shape {tuple(scores.shape)} for "
+            f'"{target.name}" of shape {tuple(kept.shape)}.'
         )
     finite, dropped = scores.isfinite(), ~kept
     if not isinstance(target.masks()[0], SoftMask):
@@ -116,7 +108,7 @@ def histogram_of(target: Target, score: Score | None, bins: int) -> Histogram | 
 
 
 def _counts(values: Tensor, low: float, step: float, bins: int) -> list[int]:
-    """Return how many of `values` lie in each bin: `torch.histc` counts in float32, to 2 ** 24."""
+    # torch.histc counts in float32, which stops at 2 ** 24.
     total = torch.zeros(bins, dtype=torch.int64, device="cpu")
     for piece in values.split(_PIECE):
         places = ((piece.double() - low) / step).long().clamp(0, bins - 1)

@@ -1,4 +1,4 @@
-"""What the masks of a model amount to, as a table."""
+"""The table of a model's masks: sparsity, patterns, bytes, multiply-adds, milliseconds."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,21 +24,21 @@ class SummaryRow:
     Attributes:
         name: plain name of the tensor.
         shape: its shape; () in a total.
-        pattern: which patterns the mask keeps to, by commas: "dense", "empty",
+        pattern: recognised patterns of the mask, separated by commas: "dense", "empty",
             "channel(dim)" ("in runs of k": heads of size k), "block(a x b)", "n:m" (along dimension
             1, or "along dim"), "nearly_diagonal(k)", "unstructured"; "soft" or "real-valued" if it
-            is not bool; "custom" under a module of your own; "unset".
+            is not bool; "custom" for your own mask module; "unset"; "unknown" on the meta device.
         numel: number of entries.
-        kept: entries whose mask is not 0; None where the mask is not set.
-        bytes_dense: of the tensor alone.
-        bytes_now: of the tensor with its mask.
-        bytes_packed: of the tensor when it is packed; this and what follows is None unless example
-            inputs were given.
-        multiply_adds_dense: of the dense tensor in one call of the model; None where it is used
-            other than in linear, convolution, recurrent, attention and embedding layers.
-        multiply_adds: of its kept entries.
-        dense_ms: milliseconds of its dense kernel in one call; None unless `latency` was asked.
-        sparse_ms: of the fastest format, the dense kernel included.
+        kept: number of entries whose mask is not 0; None if the mask is not set.
+        bytes_dense: bytes of the tensor alone.
+        bytes_now: bytes of the tensor and its mask.
+        bytes_packed: bytes of the packed tensor. This and the next two attributes are None unless
+            example inputs are given.
+        multiply_adds_dense: multiply-adds of the dense tensor in one call of the model; None if it
+            is used outside linear, convolution, recurrent, attention and embedding layers.
+        multiply_adds: multiply-adds of its kept entries.
+        dense_ms: milliseconds of its dense kernel in one call; None without `latency=True`.
+        sparse_ms: milliseconds of the fastest format, which may be the dense kernel.
     """
 
     name: str
@@ -56,7 +56,7 @@ class SummaryRow:
 
     @property
     def sparsity(self) -> float | None:
-        """Share of zeros; None where the mask is not set."""
+        """Share of zeros; None if the mask is not set."""
         if self.kept is None:
             return None
         return 1 - self.kept / self.numel if self.numel else 0.0
@@ -64,12 +64,12 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """The masked tensors of a model, tied ones once, and two totals; prints as a table.
+    """The masked tensors of a model and two totals; prints as a table.
 
     Attributes:
-        rows: one for each masked tensor.
-        masked: their total.
-        model: the total over all parameters, masked or not.
+        rows: one row per masked tensor; tied tensors share a row.
+        masked: total of the rows.
+        model: total of all parameters, masked or not.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -77,13 +77,12 @@ class Summary:
     model: SummaryRow
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same as plain numbers, strings and lists."""
-        rows = [{**asdict(row), "sparsity": row.sparsity} for row in self.rows]
-        totals = {
-            key: {**asdict(row), "sparsity": row.sparsity}
-            for key, row in (("masked", self.masked), ("model", self.model))
-        }
-        return {"tensors": rows, **totals}
+        """Return the table as a dict of plain numbers, strings and lists."""
+        *rows, masked, model = (
+            {**asdict(row), "sparsity": row.sparsity}
+            for row in (*self.rows, self.masked, self.model)
+        )
+        return {"tensors": rows, "masked": masked, "model": model}
 
     def __repr__(self) -> str:
         head, *rows = self._cells()
@@ -94,16 +93,14 @@ class Summary:
         return as_html(head, rows)
 
     def _cells(self) -> list[tuple[str, ...]]:
-        """Return the head and the rows, without columns that were not asked for."""
+        """Return the head and the rows, without columns of None."""
         rows = [*self.rows, self.masked, self.model]
-        columns = [(head, [cell(row) for row in rows]) for head, cell in _COLUMNS.items()]
-        more = {head: [getattr(row, name) for row in rows] for head, name in _ASKED.items()}
-        columns += [
-            (head, [_number(value) for value in values])
-            for head, values in more.items()
-            if any(value is not None for value in values)
-        ]
-        return [tuple(head for head, _ in columns), *zip(*(c for _, c in columns), strict=True)]
+        columns = {head: [cell(row) for row in rows] for head, cell in _COLUMNS.items()}
+        for head, name in _ASKED.items():
+            values = [getattr(row, name) for row in rows]
+            if any(value is not None for value in values):
+                columns[head] = [_number(value) for value in values]
+        return [tuple(columns), *zip(*columns.values(), strict=True)]
 
 
 _COLUMNS: dict[str, Callable[[SummaryRow], str]] = {
@@ -133,20 +130,20 @@ def _number(value: float | None) -> str:
 def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = False) -> Summary:
     """Return the table of the masked tensors of `model`: pattern, entries kept, sparsity, bytes.
 
-    Tensors that are shared count once. A mask adds bytes while it is attached; `squash` drops them.
+    Tied tensors count once. An attached mask takes bytes; `squash` frees them.
 
     Args:
-        model: masked, and stays as it is; a squashed one has no masked tensors left to tell of.
-        example_inputs: what the model is called with, a tensor, a tuple or a dict: adds multiply-
-            adds of one call, for the dense and for the kept entries, and bytes when packed.
-        latency: also measure each masked weight, dense and in its fastest format, as `accelerate`
-            does; takes seconds.
+        model: a masked model; it does not change. Call `summary` before `squash`, which removes
+            the masks.
+        example_inputs: inputs of the model, a tensor, a tuple or a dict; adds columns for the
+            multiply-adds of one call and for the packed bytes.
+        latency: measure each masked weight, dense and in its fastest format, as `accelerate` does.
+            This takes seconds.
 
     Raises:
-        ValueError: `latency` without `example_inputs`.
+        ValueError: `latency` is given without `example_inputs`.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> report = summary(sparsify(nn.Linear(10, 10), 0.9), torch.randn(3, 10))
         >>> report.masked.kept, report.masked.multiply_adds_dense, report.masked.multiply_adds
         (10, 300, 30)
@@ -158,44 +155,36 @@ def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = Fal
     rows = [_row(target, known) for target in masked_targets(model)]
     total = _total("masked tensors", rows, asked=asked)
     others = [t for t in masked_tensors_of(model) if not t.is_buffer and not t.masks()]
-    dense = [_dense_row(target, known) for target in others]
+    dense = [_row(target, known) for target in others]
     every = _total("all parameters", [*rows, *dense], asked=asked)
     return Summary(tuple(rows), total, replace(every, dense_ms=None, sparse_ms=None))
 
 
 def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
     tensor = target.stored()
-    module = target.masks()[0]
-    mask = target.mask()
+    numel = tensor.numel() * len(target.components)
+    size = sum(site.stored().nbytes for site in target.firsts)
+    row = SummaryRow(target.name, tuple(tensor.shape), "", numel, numel, size, size)
+    row = _with_mask(row, target) if target.masks() else row
+    return _with_payoff(row, target, known) if known else row
+
+
+def _with_mask(row: SummaryRow, target: Target) -> SummaryRow:
+    module, mask = target.masks()[0], target.mask()
     mask = None if mask is None else full_tensor(mask)
-    size = _bytes(target)
-    extra = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-    parts = len(target.components)
-    row = SummaryRow(
-        name=target.name,
-        shape=tuple(tensor.shape),
+    kept = None if mask is None or mask.is_meta else int(torch.count_nonzero(mask))
+    return replace(
+        row,
         pattern=_pattern(module, mask),
-        numel=tensor.numel() * parts,
-        kept=None if mask is None or mask.is_meta else int(torch.count_nonzero(mask)) * parts,
-        bytes_dense=size,
-        bytes_now=size + extra,
+        kept=None if kept is None else kept * len(target.components),
+        bytes_now=row.bytes_now + sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
     )
-    return _with_payoff(row, target, known)
-
-
-def _dense_row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
-    size, numel = _bytes(target), target.stored().numel() * len(target.components)
-    shape = tuple(target.stored().shape)
-    row = SummaryRow(target.name, shape, "", numel, numel, size, size)
-    return _with_payoff(row, target, known)
 
 
 def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
-    if not known:
-        return row
     parts = [known[site] for site in target.firsts]
     rows = _sum(part.rows for part in parts)
-    # A vector is added or scales what comes by: less than a thousandth, and not counted.
+    # The work of biases and scales is below a thousandth of the total and not counted.
     rows = 0 if target.ndim < 2 else rows
     each = len(parts)
     return replace(
@@ -208,36 +197,24 @@ def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) 
     )
 
 
-def _bytes(target: Target) -> int:
-    return sum(site.stored().nbytes for site in target.firsts)
-
-
 def _total(name: str, rows: list[SummaryRow], *, asked: bool) -> SummaryRow:
+    fields = ["numel", "kept", "bytes_dense", "bytes_now"]
+    fields += ["bytes_packed", "multiply_adds_dense", "multiply_adds"] if asked else []
+    sums = {field: _sum(getattr(row, field) for row in rows) for field in fields}
     timed = [row for row in rows if row.dense_ms is not None]
-    return SummaryRow(
-        name=name,
-        shape=(),
-        pattern="",
-        numel=sum(row.numel for row in rows),
-        kept=_sum(row.kept for row in rows),
-        bytes_dense=sum(row.bytes_dense for row in rows),
-        bytes_now=sum(row.bytes_now for row in rows),
-        bytes_packed=_sum(row.bytes_packed for row in rows) if asked else None,
-        multiply_adds_dense=_sum(row.multiply_adds_dense for row in rows) if asked else None,
-        multiply_adds=_sum(row.multiply_adds for row in rows) if asked else None,
-        dense_ms=_sum(row.dense_ms for row in timed) if timed else None,
-        sparse_ms=_sum(row.sparse_ms for row in timed) if timed else None,
-    )
+    for field in ("dense_ms", "sparse_ms") if timed else ():
+        sums[field] = _sum(getattr(row, field) for row in timed)
+    return SummaryRow(name, (), "", **sums)
 
 
 def _sum(values: Iterable[Any]) -> Any:
-    """Return the sum, None if any of `values` is."""
+    """Return the sum, None if any of `values` is None."""
     every = list(values)
     return None if None in every else sum(every)
 
 
 def _pattern(module: nn.Module, mask: Tensor | None) -> str:
-    """Return the names of the patterns that `mask` keeps to."""
+    """Return the names of the patterns that `mask` follows."""
     if mask is None or mask.is_meta:
         return "unset" if mask is None else "unknown"
     if not isinstance(module, Mask):

@@ -1,1 +1,1 @@
-"""The right sides of rules, and which tensor gets what, checked before anything changes."""
+"""Treatments (the right sides of rules), and the assignment of treatments to tensors."""

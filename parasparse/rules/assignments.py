@@ -1,4 +1,4 @@
-"""Rules and a model in; what each tensor gets, checked, out. Changes nothing."""
+"""Assign masks to the tensors of a model by rules; check everything, change nothing."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
 from parasparse.sharding.fsdp import is_sharded, reshard
 from parasparse.sharding.same_draws import same_draws
 from parasparse.targets.reach import Spec, group_by_rule
-from parasparse.targets.tensors import Target, tensors_of
+from parasparse.targets.tensors import Site, Target, tensors_of
 from parasparse.text import described, listed
 
 
@@ -31,10 +31,10 @@ class Assignment:
 
     Attributes:
         target: the tensor.
-        rule: the left side of its rule; None for a treatment alone.
-        treatment: the right side as the user wrote it.
+        rule: the target of its rule, as the user wrote it; None for a treatment alone.
+        treatment: the treatment of its rule, as the user wrote it.
         result: a mask, a module that masks, or None for a mask that is not set.
-        reuse: the Mask that it has already, to be set again.
+        reuse: the tensor's present Mask, to be set again; None: a new one.
     """
 
     target: Target
@@ -54,11 +54,7 @@ def _treatment(spec: Spec | None, treatment: Any) -> Any:
 
 
 def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> list[Assignment]:
-    """Return an assignment for each tensor of `model` that `rules` change.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: the rules cannot be followed; see `sparsify`.
-    """
+    """Return an assignment for each tensor of `model` that `rules` change; raise as `sparsify`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     check_not_accelerated(model)
@@ -87,69 +83,69 @@ def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> list[Assignme
 
 def as_pairs(rules: Rules) -> list[tuple[Spec | None, Any]]:
     """Return `rules` as (target, treatment); the target of a treatment alone is None."""
-    if is_array(rules) and not _are_pairs(rules):
+    are_pairs = isinstance(rules, (list, tuple)) and all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in rules
+    )
+    if is_array(rules) and not are_pairs:
         raise TypeError(
-            "`rules` must be {target: treatment}, pairs of these, or a treatment alone; got "
+            "`rules` must be {target: treatment}, a list of such pairs, or a single treatment; got "
             f'{rules!r:.60}. A mask needs the name of its tensor: {{"weight": mask}}.'
         )
     if isinstance(rules, (Mapping, list, tuple)):
         pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
         if any(spec is None for spec, _ in pairs):
-            raise TypeError("a rule's target must not be None; write the treatment alone.")
+            raise TypeError("a rule's target must not be None. Pass the treatment alone.")
     else:
         pairs = [] if rules is None else [(None, rules)]
     if not pairs:
-        raise ValueError(f"`rules` must hold at least one rule; got {rules!r}.")
+        raise ValueError(f"`rules` must contain at least one rule; got {rules!r}.")
     return pairs
 
 
-def _are_pairs(rules: Rules) -> bool:
-    return isinstance(rules, (list, tuple)) and all(
-        isinstance(pair, tuple) and len(pair) == 2 for pair in rules
-    )
-
-
 def _check_target(target: Target) -> None:
+    """Raise an error if nothing can mask `target`."""
     dtype = target.stored().dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
-            f'a masked tensor must be real or complex floating point; "{target.name}" is {dtype}. '
-            "Leave it out of your rules, or put a rule to None before this one."
+            f'"{target.name}" is {dtype}; only floating point and complex tensors can be masked. '
+            "Exclude it with a `None` rule placed before this rule."
         )
     for site in target.sites:
-        hook = legacy_hook(site.module, site.attr)
-        if hook is not None:
-            raise ValueError(
-                f'a masked tensor must be plain or parametrized; "{target.name}" is computed by a '
-                f"hook of torch.nn.utils.{hook}. Remove that, and use "
-                f"torch.nn.utils.parametrizations.{hook}."
-            )
-        if isinstance(site.module, torch.jit.ScriptModule):
-            raise TypeError(
-                f'`model` must consist of Python modules; "{target.name}" belongs to a '
-                "ScriptModule. Sparsify before scripting, and squash before that."
-            )
-        if not isinstance(
-            site.module._modules.get("parametrizations", nn.ModuleDict()), nn.ModuleDict
-        ):
-            raise ValueError(
-                f'`model` must leave the name "parametrizations" to torch; the module that holds '
-                f'"{target.name}" has a submodule of its own there. Rename it.'
-            )
-    if len(target.sites) > len(target.components) and any(
-        site.attr in pruned_names(site.module) for site in target.sites
-    ):
+        _check_site(site, target.name)
+    is_tied = len(target.sites) > len(target.components)
+    if is_tied and any(site.attr in pruned_names(site.module) for site in target.sites):
         raise ValueError(
-            f"a tied tensor must not be pruned by torch.nn.utils.prune at one of its places; "
-            f'"{target.name}" is. Call torch.nn.utils.prune.remove on it first.'
+            f'"{target.name}" is tied, and torch.nn.utils.prune prunes one of its uses. Call '
+            "torch.nn.utils.prune.remove on it first."
+        )
+
+
+def _check_site(site: Site, name: str) -> None:
+    """Raise an error if a module cannot have parametrizations."""
+    hook = legacy_hook(site.module, site.attr)
+    if hook is not None:
+        raise ValueError(
+            f'"{name}" is computed by a hook of torch.nn.utils.{hook} and cannot be masked. '
+            f"Remove the hook, and use torch.nn.utils.parametrizations.{hook}."
+        )
+    if isinstance(site.module, torch.jit.ScriptModule):
+        raise TypeError(
+            f'"{name}" belongs to a ScriptModule and cannot be masked. Call `sparsify` and '
+            "`squash` before scripting."
+        )
+    if not isinstance(site.module._modules.get("parametrizations", nn.ModuleDict()), nn.ModuleDict):
+        raise ValueError(
+            f'the module of "{name}" has a submodule "parametrizations", the name that torch uses '
+            "for its own. Rename it."
         )
 
 
 def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
-    # What is 0 now is what the module sees; scores rank what is stored.
+    """Return the results of `treatment` for `group`, by name."""
+    # "zeros" reads masked values; scores read stored ones.
     now = treatment is keep_nonzero
     tensors = {t.name: t.effective() if now else t.stored() for t in group}
-    if not (now or isinstance(treatment, Prune | Fixed)):  # these know parts
+    if not (now or isinstance(treatment, Prune | Fixed)):  # others may not know sharded tensors
         tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     try:
         with torch.no_grad():
@@ -166,8 +162,8 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     modules = [id(result) for result in results.values() if isinstance(result, nn.Module)]
     if len(set(modules)) < len(modules):
         raise ValueError(
-            f"a treatment must return a module for each tensor of its own, {listed(tensors)}; it "
-            "returned one for several."
+            f"the treatment returned the same module for several of {listed(tensors)}. Return one "
+            "module per tensor."
         )
     return dict(results)
 
@@ -175,53 +171,65 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
 def _checked(
     target: Target, result: Any, treatment: Treatment, *, sharded: bool
 ) -> Tensor | nn.Module | None:
-    """Return `result` as what it stands for, if `target` can have it."""
-    masks = target.masks()
-    soft = any(not isinstance(mask, Mask) for mask in masks)
-    if masks and (soft or isinstance(result, nn.Module)):
-        what = "a mask" if soft else type(result).__name__
-        raise ValueError(
-            f'{what} must go on a tensor without a soft or other mask; "{target.name}" has '
-            f"{', '.join(type(mask).__name__ for mask in masks)}. `binarize`, `squash` or "
-            "`unsparsify` it first."
-        )
+    """Return `result` as the mask or module for `target`, or raise an error if it does not fit."""
+    _check_replaceable(target, result)
     if result is None:
         return None
     if isinstance(result, nn.Module):
-        if is_dtensor(target.stored()):
-            raise RuntimeError(
-                f"{type(result).__name__} must be attached before weights are sharded; "
-                f'"{target.name}" is. Call `sparsify` before `fully_shard` or `parallelize_module`.'
-            )
-        if target.is_pair and isinstance(result, SoftMask):
-            # It was made like the complex tensor, which is wider than parts of half precision.
-            result.to(target.firsts[0].stored().dtype)
-        _check_module(target, result)
-        return result
+        return _checked_module(target, result)
+    is_new = isinstance(treatment, Prune) and treatment.pattern is unstructured
     try:
-        tensor = target.stored()
-        mask = as_mask(result, tensor.shape, tensor.dtype)
-        if not (isinstance(treatment, Prune) and treatment.pattern is unstructured):
-            mask = mask.clone()  # may be the live mask of another that gets a new one before this
-        held = next((m.mask for m in masks if isinstance(m, Mask)), None)
-        if held is not None:
-            return laid_out_like(mask, held)
-        # Weights that `fully_shard` shards are whole where they are masked.
-        return full_tensor(mask) if sharded else laid_out_like(mask, tensor)
+        return _as_mask_of(target, result, is_new=is_new, sharded=sharded)
     except (RuntimeError, TypeError, ValueError) as error:
         error.add_note(f'for the mask of "{target.name}"')
         raise
 
 
-def _check_module(target: Target, module: nn.Module) -> None:
+def _check_replaceable(target: Target, result: Any) -> None:
+    """Raise ValueError if `target` has a mask that `result` cannot replace."""
+    masks = target.masks()
+    soft = any(not isinstance(mask, Mask) for mask in masks)
+    if masks and (soft or isinstance(result, nn.Module)):
+        what = "a mask" if soft else type(result).__name__
+        raise ValueError(
+            f'{what} cannot be attached to "{target.name}", which already has a '
+            f"{', '.join(type(mask).__name__ for mask in masks)}. Call `binarize`, `squash` or "
+            "`unsparsify` first."
+        )
+
+
+def _as_mask_of(target: Target, result: Any, *, is_new: bool, sharded: bool) -> Tensor:
+    """Return `result` as a mask laid out over processes as `target`; a copy unless it `is_new`."""
     tensor = target.stored()
-    if target.is_pair and not isinstance(module, SoftMask):  # it sees each part alone
+    mask = as_mask(result, tensor.shape, tensor.dtype)
+    if not is_new:
+        mask = mask.clone()  # it may be another tensor's mask, which is replaced before this one
+    held = next((m.mask for m in target.masks() if isinstance(m, Mask)), None)
+    if held is not None:
+        return laid_out_like(mask, held)
+    # Weights that `fully_shard` shards are full where they are masked.
+    return full_tensor(mask) if sharded else laid_out_like(mask, tensor)
+
+
+def _checked_module(target: Target, module: nn.Module) -> nn.Module:
+    """Return `module`, or raise an error if it cannot mask `target`."""
+    tensor = target.stored()
+    if is_dtensor(tensor):
+        raise RuntimeError(
+            f'{type(module).__name__} must be attached to "{target.name}" before weights are '
+            "sharded. Call `sparsify` before `fully_shard` or `parallelize_module`."
+        )
+    if target.is_pair and isinstance(module, SoftMask):
+        # The complex tensor it was made for has float32 components instead of half precision.
+        module.to(target.firsts[0].stored().dtype)
+    elif target.is_pair:  # other modules get each component separately
         tensor = tensor.real
     with torch.no_grad():
         out = module(tensor)
     if not isinstance(out, Tensor) or (out.shape, out.dtype) != (tensor.shape, tensor.dtype):
         got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
-            f'a module that masks "{target.name}" must return a tensor like it, {tensor.dtype} '
+            f'a module that masks "{target.name}" must return {tensor.dtype} '
             f"{tuple(tensor.shape)}; {type(module).__name__} returns {got}."
         )
+    return module

@@ -1,4 +1,4 @@
-"""`Prune`: score the tensors, and drop the entries with the lowest scores."""
+"""`Prune`: drop the entries with the lowest scores."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,19 +21,19 @@ Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Prune:
-    """Score the tensors, and drop the share `sparsity` of their entries with the lowest scores.
+    """Drop the share `sparsity` of the entries, those with the lowest scores.
 
     Args:
-        sparsity: share of zeros, in [0, 1]; not given where the pattern brings its own.
-        score: `(tensor, name) -> scores`, real, of the same shape, higher = keep.
+        sparsity: share of zeros, in [0, 1]; omitted if the pattern decides how much to keep.
+        score: `(tensor, name) -> scores`, real and of the same shape; the highest are kept.
         pattern: `(scores, sparsity) -> mask`.
-        scope: "local" gives every tensor this sparsity; "global" ranks all entries (or units) of
-            the group jointly, so that the group as a whole has it.
-        distribution: `(shapes by name, sparsity) -> sparsity by name`; with "local" only.
+        scope: "local" gives every tensor this sparsity; "global" ranks the entries (or units) of
+            all tensors of the rule together, which have this sparsity as a whole.
+        distribution: `(shapes by name, sparsity) -> sparsity by name`, for scope "local" only.
 
     Raises:
-        ValueError: a value out of its range, or two that exclude each other.
-        TypeError: `sparsity` is no number.
+        ValueError: a value is out of range, or two arguments exclude each other.
+        TypeError: `sparsity` is not a number, or another argument is not callable.
 
     Examples:
         >>> Prune(0.5)({"w": torch.tensor([3.0, 1.0, -2.0, 0.0])})["w"].tolist()
@@ -48,7 +48,7 @@ class Prune:
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, type):
-            raise TypeError(f"`pattern` must be made first; got the class {self.pattern.__name__}.")
+            raise TypeError(f"`pattern` must be an instance; got class {self.pattern.__name__}.")
         given = {"score": self.score, "pattern": self.pattern, "distribution": self.distribution}
         for name, value in given.items():
             if not callable(value) and not (name == "distribution" and value is None):
@@ -60,27 +60,20 @@ class Prune:
         if not takes_sparsity(self.pattern):
             self._check_alone()
         elif self.sparsity is None:
-            raise ValueError("`sparsity` must be given, the share of zeros in [0, 1]; got None.")
+            raise ValueError("`sparsity` must be given, a share of zeros in [0, 1]; got None.")
         if self.scope == "global" and self.distribution is not None:
-            raise ValueError(
-                '`scope` must be "local" with a `distribution`, which decides for each tensor; '
-                'got "global".'
-            )
+            raise ValueError('`scope` must be "local" with a `distribution`; got "global".')
 
     def _check_alone(self) -> None:
-        """Raise ValueError if something comes with a pattern that decides by itself."""
-        if self.sparsity is not None:
-            raise ValueError(
-                f"`sparsity` must be left out with {self.pattern}, which decides how much to keep; "
-                f"got {self.sparsity}."
-            )
-        if self.scope == "global":
-            raise ValueError(
-                f'`scope` must be "local" with {self.pattern}, which decides for each tensor; got '
-                '"global".'
-            )
-        if self.distribution is not None:
-            raise ValueError(f"`distribution` must be left out with {self.pattern}; got one.")
+        """Raise ValueError for arguments that go only with a sparsity."""
+        scope = None if self.scope == "local" else self.scope
+        given = {"sparsity": self.sparsity, "scope": scope, "distribution": self.distribution}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must be omitted with {self.pattern}, which decides for each tensor "
+                    f"how much to keep; got {value!r}."
+                )
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a bool mask for each of `tensors`."""
@@ -92,7 +85,7 @@ class Prune:
         return {n: self._ranked({n: t}, shares[n])[n] for n, t in tensors.items()}
 
     def _ranked(self, tensors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-        """Return the masks of tensors that are ranked together."""
+        """Return the masks of tensors that share one sparsity."""
         by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
         if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
             return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
@@ -108,13 +101,12 @@ class Prune:
         if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
             got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
             raise ValueError(
-                "`distribution` must return a sparsity for each of the tensors "
-                f"{listed(tensors)}; got {got}."
+                f"`distribution` must return a sparsity for each of {listed(tensors)}; got {got}."
             )
         return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
 
     def _score(self, tensor: Tensor, name: str) -> Tensor:
-        if is_dtensor(tensor):  # each process keeps its part of the scores
+        if is_dtensor(tensor):  # each process keeps its part
             return laid_out_like(self._score(full_tensor(tensor), name), tensor)
         try:
             result = self.score(tensor, name)
@@ -122,19 +114,14 @@ class Prune:
             error.add_note(f"while scoring {name!r}")
             raise
         if not isinstance(result, Tensor) or result.shape != tensor.shape or result.is_complex():
-            got = (
-                f"{result.dtype} of shape {tuple(result.shape)}"
-                if isinstance(result, Tensor)
-                else type(result).__name__
-            )
             raise ValueError(
                 f"`score` must return a real tensor of shape {tuple(tensor.shape)} for {name!r}; "
-                f"got {got}."
+                f"got {_kind(result)}."
             )
         return result
 
     def _mask(self, scores: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
-        """Return the masks of tensors that are ranked together."""
+        """Return the masks of the pattern, with scope "global" ranked together."""
         try:
             if self.scope == "global":
                 masks = jointly(scores, *sparsity, pattern=self.pattern)
@@ -147,9 +134,14 @@ class Prune:
         for name, mask in masks.items():
             shape = scores[name].shape
             if not isinstance(mask, Tensor) or (mask.dtype, mask.shape) != (torch.bool, shape):
-                got = f" of {mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
                 raise ValueError(
                     f"`pattern` must return a bool tensor of shape {tuple(shape)} for {name!r}; "
-                    f"got {type(mask).__name__}{got}."
+                    f"got {_kind(mask)}."
                 )
         return masks
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,7 +1,7 @@
-"""What a rule does with the tensors that it reaches.
+"""Treatments: the right sides of rules.
 
-A treatment is a callable that takes the group of tensors of its rule, by name, and returns a mask
-(or a module that masks) for each: `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
+A treatment is a callable `dict[name, Tensor] -> dict[name, mask or nn.Module]`. It is called with
+all tensors that its rule reaches, and returns a mask, or a module that masks, for each.
 """
 
 import math
@@ -27,12 +27,13 @@ class Fixed:
     """Give every tensor this mask.
 
     Args:
-        mask: bool, integer or real; tensor, array, nested list or number that broadcasts to the
+        mask: bool, integer or real tensor, array, nested list or number that broadcasts to the
             tensor; None attaches a mask that is not set yet.
-        layout: "out_in" as weights are; "in_out" for a mask whose first dimension is the inputs.
+        layout: "out_in", the layout of weights; "in_out" if the first dimension of the mask counts
+            the inputs.
 
     Raises:
-        ValueError: an unknown layout, or "in_out" with fewer than two dimensions.
+        ValueError: the layout is unknown, or "in_out" for a mask with fewer than two dimensions.
 
     Examples:
         >>> Fixed([[1, 0], [1, 1]], layout="in_out")({"w": torch.ones(2, 2)})["w"].tolist()
@@ -47,12 +48,9 @@ class Fixed:
     def __post_init__(self) -> None:
         if self.layout not in ("out_in", "in_out"):
             raise ValueError(f'`layout` must be "out_in" or "in_out"; got {self.layout!r}.')
-        if (
-            self.layout == "in_out"
-            and self.mask is not None
-            and torch.as_tensor(self.mask).ndim < 2
-        ):
-            raise ValueError('`layout="in_out"` must come with a mask of two or more dimensions.')
+        given = self.layout == "in_out" and self.mask is not None
+        if given and torch.as_tensor(self.mask).ndim < 2:
+            raise ValueError('`layout="in_out"` needs a mask with two or more dimensions.')
 
     def __repr__(self) -> str:
         return f"Fixed({described(self.mask)}, layout={self.layout!r})"
@@ -67,27 +65,25 @@ class Fixed:
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """Attach learned soft masks: a `SoftMask` with parameters that train beside the weights.
+    """Attach learned soft masks: a `SoftMask`, whose parameters are trained with the weights.
 
     Args:
-        function: one of `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
+        function: `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
             `gates.straight_through` (movement pruning), `gates.soft_threshold` (STR),
-            `gates.variational_dropout`; or a gate of your own: a function from logits to the mask,
-            or a `GateKind`.
-        init: what all its parameters are at first; None: see `SoftMask`.
-        pattern: of units (channels, blocks, heads), each of which has one logit.
-        sparsity: share of zeros, for `straight_through`.
+            `gates.variational_dropout`, or a custom gate: a function from logits to the mask, or a
+            `GateKind`.
+        init: initial value of its parameters; None: see `SoftMask`.
+        pattern: pattern of units (channels, blocks, heads), each of which gets one logit.
+        sparsity: share of zeros in [0, 1], for `straight_through` only.
 
     Raises:
-        ValueError: `init` is not finite; arguments that do not go together.
+        ValueError: `init` is not finite, or arguments exclude each other.
 
     Examples:
         >>> Gate(init=0.5)({"w": torch.ones(2, 2)})["w"]
         SoftMask((2, 2), init=0.5)
         >>> Gate(gates.hard_concrete, pattern=patterns.channel(0))
         Gate(hard_concrete, pattern=channel(dim=0, norm=None))
-
-    Reference: see each of the functions.
     """
 
     function: Callable[..., Tensor] | GateKind = gates.sigmoid
@@ -99,7 +95,7 @@ class Gate:
         if self.init is not None and not math.isfinite(self.init):
             raise ValueError(f"`init` must be finite; got {self.init}.")
         if self.pattern is None:
-            self._made(torch.empty(1))  # refuses what does not go together
+            self._made(torch.empty(1))  # raises if arguments exclude each other
 
     def __repr__(self) -> str:
         name = [] if self.function is gates.sigmoid else [described(self.function)]
@@ -119,29 +115,25 @@ class Gate:
 
 
 def keep_nonzero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks that keep what is not 0 now: the treatment "zeros"."""
+    """Return masks that drop the zeros of `tensors`: the treatment "zeros"."""
     return {name: tensor != 0 for name, tensor in tensors.items()}
 
 
 def as_treatment(value: Any) -> Treatment | None:
-    """Return the treatment that the right side of a rule stands for; None leaves tensors alone.
-
-    Raises:
-        TypeError, ValueError: it stands for none.
-    """
+    """Return the right side of a rule as a callable, or None; raise if it is not a treatment."""
     if value is None:
         return None
     if isinstance(value, str):
         if value != "zeros":
             raise ValueError(
-                f'a treatment that is a string must be "zeros"; got {value!r}. None leaves a '
-                "tensor dense."
+                f'a treatment that is a string must be "zeros"; got {value!r}. Use None to leave '
+                "tensors dense."
             )
         return keep_nonzero
     if isinstance(value, (nn.Module, type)):
         raise TypeError(
-            f"a treatment must not be a module or a class; got {described(value)}. A callable that "
-            "returns {name: module} attaches modules of your own."
+            f"a treatment must not be a module or a class; got {described(value)}. To attach your "
+            "own modules, use a callable that returns {name: module}."
         )
     if is_array(value):
         return Fixed(value)
@@ -151,6 +143,6 @@ def as_treatment(value: Any) -> Treatment | None:
 
 
 def is_array(value: object) -> bool:
-    """Whether `value` is a tensor, array or list; a scalar of numpy is a number."""
+    """Whether `value` is a tensor, array or list; a NumPy scalar is not."""
     array = hasattr(value, "__array__") and not isinstance(value, Real)
     return array or isinstance(value, (Tensor, list, tuple))

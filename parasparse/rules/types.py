@@ -1,4 +1,4 @@
-"""The types of rules, as a user writes them."""
+"""The types of rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
@@ -7,18 +7,17 @@ from torch import Tensor
 
 from parasparse.targets.reach import Spec
 
-# Gets the tensors that a rule reaches, by name; returns a mask, or a module that masks, for each.
+# From the tensors that a rule reaches, by name, to a mask or a module that masks for each.
 Treatment: TypeAlias = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
 class Array(Protocol):
-    """An array of numpy, or of a library that works with it."""
+    """An array of NumPy or of a library that works with it."""
 
-    def __array__(self) -> Any:
-        """Return it as an array of numpy."""
+    def __array__(self) -> Any: ...
 
 
-# The right side of a rule: a sparsity, the zeros that are there, a mask, a treatment, or nothing.
+# The right side of a rule: a sparsity, present zeros, a mask, a treatment, or nothing.
 Right: TypeAlias = float | Literal["zeros"] | Tensor | Array | Sequence[Any] | Treatment | None
 
 Rules: TypeAlias = (
@@ -28,7 +27,7 @@ Rules: TypeAlias = (
     | Sequence[tuple[Spec, Right]]
     | Right
 )
-"""What a model's tensors get: `{target: right side}`, pairs of these, or a right side alone.
+"""`{target: treatment}`, a list of such pairs, or a single treatment for every weight.
 
-The first rule that reaches a tensor has it; a right side alone is for every weight. See `sparsify`.
+The first rule that reaches a tensor applies. See `sparsify`.
 """

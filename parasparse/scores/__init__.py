@@ -1,6 +1,6 @@
-"""Scores: saliency of each entry of a tensor. Higher = keep.
+"""Scores: a number for each entry of a tensor. The highest are kept.
 
-A score is any callable `(tensor, name) -> scores` whose result is real and has the tensor's shape.
+A score is any callable `(tensor, name) -> scores` that returns a real tensor of the same shape.
 """
 
 from parasparse.scores.collecting import collect
@@ -9,19 +9,6 @@ from parasparse.scores.statistics import Statistics
 from parasparse.scores.weights_alone import Score, entrywise, lamp, magnitude, random, zeros_first
 
 __all__ = [
-    "Score",
-    "Statistics",
-    "collect",
-    "entrywise",
-    "fisher",
-    "grasp",
-    "lamp",
-    "magnitude",
-    "movement",
-    "random",
-    "snip",
-    "synflow",
-    "taylor",
-    "wanda",
-    "zeros_first",
-]
+    "Score", "Statistics", "collect", "entrywise", "fisher", "grasp", "lamp", "magnitude",
+    "movement", "random", "snip", "synflow", "taylor", "wanda", "zeros_first",
+]  # fmt: skip

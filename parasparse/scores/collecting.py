@@ -1,4 +1,4 @@
-"""The context in which a model is watched while the user runs it."""
+"""`collect`: a block in which a model is watched while the user runs it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,34 +18,31 @@ from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
 from parasparse.targets.reach import Specs, as_list, is_weight, reaches
-from parasparse.targets.tensors import Target
-from parasparse.targets.tensors import tensors_of as tensors_of
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed
 
 
 @contextmanager
 def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statistics]:
-    """Watch the forward and backward passes in the block; yield what scores need of them.
+    """Watch the forward and backward passes in the block; yield the statistics that scores need.
 
-    Gradients are those of the weights as the modules see them, masked entries included as long as
-    the masks are there when the block begins, summed over the backward passes; under a GradScaler
-    times its scale. `.grad` is as ever. Sums of gradients take three times the memory of the
-    weights, once a backward pass has come by. If `model` is a DistributedDataParallel, all
-    processes reach the end of the block, where their sums are added; if `fully_shard` manages its
-    weights, gradients are those that it averages, as if all processes had run one batch.
+    Gradients are taken with respect to the weights that the modules see, and include masked entries
+    of masks attached before the block. They are summed over backward passes, times the scale of a
+    GradScaler. `.grad` is unchanged. The sums take three times the memory of the weights. If
+    `model` is a DistributedDataParallel, all processes must reach the end of the block, where their
+    sums are added. If `fully_shard` manages the weights, gradients are averaged over processes.
 
     Args:
-        model: dense or masked; run it as it is, not compiled.
-        targets: which tensors, as the left sides of rules: one, or a list; None: every weight that
-            a sparsity alone reaches.
+        model: dense or masked, not compiled.
+        targets: tensors to watch, one target of a rule or a list of them; None: every weight that a
+            sparsity alone reaches.
 
     Raises:
         ValueError: a target reaches no tensor.
-        RuntimeError: `dense_gradients`, or another block like this, is open for the model; a tie
-            is masked at some of its places only.
+        RuntimeError: `dense_gradients` or `collect` is already open for the model, or a tied tensor
+            is masked in only some of its uses.
 
     Examples:
-        >>> from parasparse import Prune, scores, sparsify
         >>> model = nn.Linear(4, 2)
         >>> with collect(model) as statistics:
         ...     model(torch.rand(8, 4)).square().mean().backward()
@@ -53,7 +50,7 @@ def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statisti
         tensor(4)
     """
     if model in _watched:
-        raise RuntimeError("`collect` must not be entered twice at a time for one model.")
+        raise RuntimeError("`collect` is already open for this model. Close that block first.")
     chosen = _chosen(model, targets)
     statistics = Statistics(model, {}, _parts(model))
     reshard(model)
@@ -62,13 +59,15 @@ def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statisti
     try:
         with ExitStack() as stack:
             for target in chosen:
-                _watch(target, statistics, stack, sharded)
+                _check_masked_everywhere(target)
+                _watch_gradients(target, statistics, stack, sharded)
+                _watch_inputs(target, statistics, stack)
             yield statistics
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
                 statistics.sum_over(module.process_group)
         for group in groups:
-            statistics.sum_over(group, gradients=False)  # which it has averaged
+            statistics.sum_over(group, gradients=False)  # already averaged
     finally:
         _watched.discard(model)
         statistics.close()
@@ -78,7 +77,7 @@ _watched: WeakSet[nn.Module] = WeakSet()
 
 
 def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
-    """Return the tensors that `targets` reach, the parts of pairs each by itself."""
+    """Return the tensors that `targets` reach, each component of a pair separately."""
     found = tensors_of(model)
     chosen: list[Target] = []
     for spec in [None] if targets is None else as_list(targets):
@@ -95,51 +94,56 @@ def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
 
 
 def _parts(model: nn.Module) -> dict[str, list[str]]:
-    """Return the plain names of the parts of each tensor, which are two for a pair."""
+    """Return the plain names of the components of each tensor, two for a pair."""
     names = {site: t.name for t in tensors_of(model, pairs=False) for site in t.sites}
     return {t.name: [names[site] for site in t.firsts] for t in tensors_of(model)}
 
 
-def _watch(
+def _watch_inputs(target: Target, statistics: Statistics, stack: ExitStack) -> None:
+    for site in target.sites:
+        squares = _squares_of(site.module) if site.attr == "weight" else None
+        if squares is not None:
+            hook = _hook(target.name, site.module, squares, statistics)
+            handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+
+
+def _check_masked_everywhere(target: Target) -> None:
+    if target.masks() and any(site.mask_module() is None for site in target.sites):
+        raise RuntimeError(
+            f'"{target.name}" is tied, and only some of its uses are masked. Call `sparsify` on '
+            "the whole model to mask all of them."
+        )
+
+
+def _watch_gradients(
     target: Target, statistics: Statistics, stack: ExitStack, sharded: dict[int, Any]
 ) -> None:
     site, masks = target.sites[0], target.masks()
-    if masks and any(site.mask_module() is None for site in target.sites):
-        raise RuntimeError(
-            f'a tied tensor must be masked at all its places, or at none; "{target.name}" is not. '
-            "Call `sparsify` on the whole model."
-        )
     parametrizations = stack_of(site.module, site.attr)
     is_plain = parametrizations is None or len(parametrizations) == len(masks[:1])
-    first = site.originals()[0]
-    leaf: Tensor | None = None
-    managed = sharded.get(id(first)) if is_plain else None
-    if managed is not None:
-        stack.enter_context(reduced(managed, target.stacks()[0], lambda grad: add(grad)))
-    elif masks:
-        leaf = stack.enter_context(probed(target.stacks()[0]))
-        # Summed here: nobody reads it there.
-        stack.callback(leaf.register_post_accumulate_grad_hook(_forget).remove)
-    elif is_plain and first.requires_grad:
-        leaf = first
     is_known = is_plain and all(isinstance(mask, Mask) for mask in masks)
-    # While it computes, the module itself has what `fully_shard` has gathered.
-    read = first.detach if managed is not None else site.stored
-    sums = Sums(read, leaf, first if is_known else None)
+    first = site.originals()[0]
+    managed = sharded.get(id(first)) if is_plain else None
+    # During computation, the module has the tensor that `fully_shard` has gathered.
+    read = site.stored if managed is None else first.detach
+    sums = Sums(read, None, first if is_known else None)
     statistics.sums[target.name] = sums
 
     def add(grad: Tensor) -> None:
         if not statistics.is_paused:
             sums.add(grad)
 
-    if leaf is not None:
-        stack.callback(leaf.register_hook(add).remove)
-    for place in target.sites:
-        squares = _squares_of(place.module) if place.attr == "weight" else None
-        if squares is not None:
-            hook = _hook(target.name, place.module, squares, statistics)
-            handle = place.module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    if managed is not None:
+        stack.enter_context(reduced(managed, target.stacks()[0], add))
+    elif masks:
+        sums.leaf = stack.enter_context(probed(target.stacks()[0]))
+        # Nobody reads the probe's gradient.
+        stack.callback(sums.leaf.register_post_accumulate_grad_hook(_forget).remove)
+    elif is_plain and first.requires_grad:
+        sums.leaf = first
+    if sums.leaf is not None:
+        stack.callback(sums.leaf.register_hook(add).remove)
 
 
 def _forget(probe: Tensor) -> None:
@@ -147,14 +151,11 @@ def _forget(probe: Tensor) -> None:
 
 
 def _hook(
-    name: str,
-    owner: nn.Module,
-    squares: Callable[[Any, Tensor], Tensor],
-    statistics: Statistics,
+    name: str, owner: nn.Module, squares: Callable[[Any, Tensor], Tensor], statistics: Statistics
 ) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = (args[0] if args else kwargs["input"]).detach()
-        # Copies of the model have its hooks; checkpointing runs forward again within backward
+        # Copies of the model have its hooks too. Checkpointing runs forward again during backward
         # (test_inputs_are_counted_once_under_checkpointing).
         again = torch._C._current_graph_task_id() != -1
         transformed = torch._C._are_functorch_transforms_active()
@@ -171,7 +172,7 @@ def _hook(
 
 
 def _squares_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return what sums the squares of the inputs that each entry of `module.weight` multiplies."""
+    """Return the function that sums the squared inputs of each entry of `module.weight`."""
     if isinstance(module, nn.Linear):
         return _of_linear
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
@@ -187,8 +188,8 @@ def _of_linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _of_convolution(module: _ConvNd, x: Tensor) -> Tensor:
-    # The derivative of the sum of outputs by a weight is the sum of what it multiplies; that is the
-    # same for all outputs of a group, so that one stands for all.
+    # The derivative of the summed outputs with respect to a weight is the sum of its inputs, which
+    # is the same for all outputs of a group.
     with torch.inference_mode(False), torch.enable_grad():
         squares = wide(x.clone()).abs().square()
         inputs = module.in_channels // module.groups

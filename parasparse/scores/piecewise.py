@@ -1,4 +1,4 @@
-"""Masks by scores that each entry has by itself: they are computed piece by piece, never held."""
+"""Masks by scores that depend on one entry each: computed chunk by chunk, never all in memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parasparse.dtypes import widened_dtype
 from parasparse.patterns.selection.kth import highest_masks, shaped
-from parasparse.patterns.selection.source import Scores, Scratch, chunk_size
+from parasparse.patterns.selection.scores import Scores, Scratch, chunk_size
 from parasparse.scores.weights_alone import magnitude
 from parasparse.sharding.dtensors import is_dtensor, to_local
 
@@ -15,17 +16,9 @@ from parasparse.sharding.dtensors import is_dtensor, to_local
 def highest_by_entry(
     tensors: Mapping[str, Tensor], score: Callable[..., Tensor], kept: int
 ) -> dict[str, Tensor]:
-    """Return bool masks of the `kept` highest scores of all `tensors` together.
+    """Return the masks of `highest` for entrywise scores of `tensors`, by name.
 
-    Args:
-        tensors: by name, any shapes; of spread ones each process scores its part.
-        score: `(piece, name) -> scores`, of each entry by itself.
-        kept: how many, between 0 and the number of all entries. Of equal scores those in earlier
-            tensors stay, and there those with lower flat indices.
-
-    Raises:
-        ValueError: NaN among the scores.
-        TypeError: complex scores.
+    `score` is called as `(chunk, name)`. Each process scores its own parts of sharded tensors.
     """
     sources = [_scored(tensor, score, name) for name, tensor in tensors.items()]
     masks = shaped(highest_masks(sources, kept), list(tensors.values()))
@@ -33,12 +26,11 @@ def highest_by_entry(
 
 
 def magnitudes(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield |w| of the entries of `tensor`, flat pieces in order; each holds until the next."""
+    """Yield |w| of the entries of `tensor` in flat chunks, each valid until the next."""
     flat, scratch = tensor.detach().flatten(), Scratch()
-    real = flat.is_floating_point() and flat.dtype.itemsize > 1
-    for piece in flat.split(chunk_size(flat)):
-        # In memory that is used again: fresh memory costs more than the arithmetic.
-        yield torch.abs(piece, out=scratch.like(piece)) if real else magnitude(piece)
+    has_abs = flat.is_floating_point() and widened_dtype(flat.dtype) == flat.dtype
+    for chunk in flat.split(chunk_size(flat)):
+        yield torch.abs(chunk, out=scratch.like(chunk)) if has_abs else magnitude(chunk)
 
 
 def _scored(tensor: Tensor, score: Callable[..., Tensor], name: str) -> Scores:
@@ -48,7 +40,7 @@ def _scored(tensor: Tensor, score: Callable[..., Tensor], name: str) -> Scores:
         part.numel(),
         own(part.flatten()[:1]).dtype,
         lambda: magnitudes(part) if score is magnitude else map(own, part.flatten().split(size)),
-        lambda places: own(part.flatten()[places.to(part.device)]),
+        lambda indices: own(part.flatten()[indices.to(part.device)]),
         tensor if is_dtensor(tensor) else None,
         name,
     )

@@ -1,6 +1,6 @@
-"""Scores that need gradients, curvature or inputs, which `collect` has seen.
+"""Scores from gradients, curvature or inputs that `collect` has recorded.
 
-w g stands for Re(conj(g) w) where a weight is complex: how the loss changes along w.
+For complex weights, w g means Re(conj(g) w): how the loss changes along w.
 """
 
 from dataclasses import dataclass
@@ -14,40 +14,36 @@ from parasparse.scores.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class taylor:  # noqa: N801 - a score reads as a function
-    """Score (w g)^2, with g the mean gradient: the change of the loss without w, squared.
+    """Score (w g)^2, with g the mean gradient: the squared change of the loss without w.
 
     Args:
-        statistics: of backward passes.
+        statistics: from a `collect` block with backward passes.
 
     Raises:
-        RuntimeError: on call: no gradient of the tensor was collected.
+        RuntimeError: on call, if the block recorded nothing for the tensor.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
-        arXiv:1906.10771, equation 8. Differs: of the mean gradient; the paper's program takes the
-        mean of what batches give, which is twice `fisher`.
+        arXiv:1906.10771, equation 8. Differs: squares the mean gradient; the paper's code takes
+        the mean of the squares over batches, which is twice `fisher`.
     """
 
     statistics: Statistics
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Return the scores of `tensor`."""
-        # In 64 bits: squares of small gradients would all be 0.
+        # In 64 bits, because squares of small gradients would be 0.
         return product(wide(tensor), self.statistics.gradient(name)).double().square()
 
 
 @dataclass(frozen=True, eq=False)
 class snip:  # noqa: N801
-    """Score |w g|, with g the mean gradient at initialisation: connection sensitivity.
+    """Score |w g|, with g the mean gradient at initialisation (connection sensitivity).
 
-    Args:
-        statistics: of backward passes.
-
-    Raises:
-        RuntimeError: on call: no gradient of the tensor was collected.
+    See `taylor`.
 
     Reference: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection
         Sensitivity", 2019, arXiv:1810.02340, equation 5. Differs: not divided by the sum over the
-        network, which changes no ranking.
+        network, which does not change the order.
     """
 
     statistics: Statistics
@@ -59,17 +55,13 @@ class snip:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class grasp:  # noqa: N801
-    """Score w (H g): what is kept is what the flow of gradients would lose most without.
+    """Score w (H g): keep the weights whose removal would reduce the gradient norm most.
 
-    Args:
-        statistics: with `add_curvature(loss)`.
-
-    Raises:
-        RuntimeError: on call: no curvature was added.
+    The `collect` block must call `add_curvature(loss)`. See `taylor`.
 
     Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient
-        Flow", 2020, arXiv:2002.07376, equation 8, whose score, higher = drop, is -w (H g). Differs:
-        sums H g of each loss; the paper has one loss of all data.
+        Flow", 2020, arXiv:2002.07376, equation 8, where the score is -w (H g) and the highest are
+        dropped. Differs: sums H g over losses; the paper has one loss of all data.
     """
 
     statistics: Statistics
@@ -81,15 +73,10 @@ class grasp:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class synflow:  # noqa: N801
-    """Score |w| dR/d|w|, with R the sum of outputs of the network with |w| for w, fed with ones.
+    """Score |w| dR/d|w|, with R the sum of the outputs for ones of the network with |w| for w.
 
-    Prune in many small steps, `add_synaptic_flow` before each: that is what keeps layers alive.
-
-    Args:
-        statistics: with `add_synaptic_flow(ones)`.
-
-    Raises:
-        RuntimeError: on call: no flow was added.
+    The `collect` block must call `add_synaptic_flow(ones)`. Prune in many small steps with a new
+    block for each, or whole layers may be dropped. See `taylor`.
 
     Reference: Tanaka et al., "Pruning neural networks without any data by iteratively conserving
         synaptic flow", 2020, arXiv:2006.05467, equations 1 and 2.
@@ -104,19 +91,13 @@ class synflow:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class fisher:  # noqa: N801
-    """Score w^2 mean(g^2) / 2: with the diagonal of the empirical Fisher matrix for the Hessian.
+    """Score w^2 mean(g^2) / 2: the diagonal of the empirical Fisher matrix replaces the Hessian.
 
-    The mean is over backward passes: batches of one give the paper's.
-
-    Args:
-        statistics: of backward passes.
-
-    Raises:
-        RuntimeError: on call: no gradient of the tensor was collected.
+    The mean is over backward passes; the paper uses one sample per pass. See `taylor`.
 
     Reference: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018,
-        arXiv:1801.05787, section 2. Differs: of a complex weight, the real and the imaginary part
-        each by itself.
+        arXiv:1801.05787, section 2. Differs: adds the scores of real and imaginary part of a
+        complex weight.
     """
 
     statistics: Statistics
@@ -132,16 +113,12 @@ class fisher:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class movement:  # noqa: N801
-    """Score -sum(w g) over training: high where weights have moved away from 0.
+    """Score -sum(w g) over training: high for weights that have moved away from 0.
 
-    Args:
-        statistics: of the backward passes of training.
-
-    Raises:
-        RuntimeError: on call: no gradient of the tensor was collected.
+    The `collect` block must contain the training. See `taylor`.
 
     Reference: Sanh, Wolf, Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020,
-        arXiv:2005.07683, section 4. Differs: the mask stays while scores are summed; theirs moves.
+        arXiv:2005.07683, section 4. Differs: the mask does not change while scores are summed.
     """
 
     statistics: Statistics
@@ -153,16 +130,16 @@ class movement:  # noqa: N801
 
 @dataclass(frozen=True, eq=False)
 class wanda:  # noqa: N801
-    """Score |w| times the norm of its input, the weights of each output ranked by themselves.
+    """Score |w| times the norm of its input, ranked within each output.
 
     Args:
-        statistics: of forward passes.
-        per_output: return the rank among the weights of the same output, in (0, 1], so that each
-            output keeps as many as the others. False: the product itself, which patterns that join
-            outputs (`channel(0)`, blocks) need.
+        statistics: from a `collect` block with forward passes.
+        per_output: return the rank among the weights of the same output, in (0, 1], so every output
+            keeps the same number. False returns the product itself, for patterns whose units
+            contain outputs (`channel(0)`, blocks).
 
     Raises:
-        RuntimeError: on call: no input of the tensor was collected.
+        RuntimeError: on call, if no input of the tensor was collected.
 
     Reference: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
         2023, arXiv:2306.11695, equation 1.
@@ -175,7 +152,7 @@ class wanda:  # noqa: N801
         """Return the scores of `tensor`."""
         norm = self.statistics.input_norm(name).to(tensor.device)
         scores = wide(tensor).abs() * norm
-        # Of an embedding each row is an input, and each column an output.
+        # In an embedding, each row is an input, and each column an output.
         by_column = norm.shape != scores.shape and norm.shape[0] > 1
         rows = scores.T if by_column else scores.flatten(1)
         if not self.per_output or rows.shape[1] < 2:

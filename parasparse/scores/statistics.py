@@ -1,6 +1,7 @@
-"""What was seen of a model while it ran: gradients, curvature, inputs."""
+"""Statistics of a model while it ran: gradients, curvature, inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,11 @@ class Sums:
     """Sums over the backward passes that reached one tensor.
 
     Attributes:
-        read: gives the tensor as it is stored now.
-        leaf: what its gradient is taken of; None if there is none.
-        parameter: the Parameter that stores it; None if others are parametrized into it.
-        passes: how many.
-        gradient: sum of g.
-        squares: sum of g^2; of the real and of the imaginary part where it is complex.
-        movement: sum of -w g.
+        read: returns the tensor as it is stored now.
+        leaf: the tensor that gets its gradient; None if no tensor does.
+        parameter: the Parameter that stores it; None if another parametrization computes it.
+        passes: number of backward passes.
+        gradient, squares, movement: sums of g, g^2 (by component if complex) and -w g.
     """
 
     read: Callable[[], Tensor]
@@ -38,7 +37,7 @@ class Sums:
 
     @torch.no_grad()
     def add(self, grad: Tensor) -> None:
-        """Count a backward pass that gave `grad`."""
+        """Add the gradient of a backward pass."""
         grad = wide(grad.detach().to_dense() if grad.is_sparse else grad.detach())
         self.passes += 1
         self.gradient = _plus(self.gradient, grad)
@@ -48,10 +47,10 @@ class Sums:
 
 @dataclass(eq=False, repr=False)
 class Statistics:
-    """What `collect` saw, for scores that need more than the weight.
+    """Statistics from `collect`, for scores that need more than the weight.
 
-    Methods that read take the plain name of a tensor, and raise RuntimeError if nothing was seen of
-    it, or what is not finite; those that add work inside the block only.
+    Reading methods take the plain name of a tensor, and raise `RuntimeError` if nothing was
+    collected for it or gradients are not finite. Methods that add work only inside the block.
     """
 
     model: Any
@@ -66,58 +65,52 @@ class Statistics:
         return f"Statistics({len(self.sums)} tensors)"
 
     def gradient(self, name: str) -> Tensor:
-        """Return the mean of the gradients of the backward passes."""
-        return _finite(self._joined(name, lambda part: _mean(self._sums(part), "gradient")), name)
+        """Return the mean gradient over backward passes."""
+        return self._mean(name, "gradient")
 
     def squared_gradient(self, name: str) -> Tensor:
-        """Return the mean of their squares; complex: of the real and of the imaginary part."""
-        return _finite(self._joined(name, lambda part: _mean(self._sums(part), "squares")), name)
+        """Return the mean of g^2, of real and imaginary part separately if complex."""
+        return self._mean(name, "squares")
 
     def movement(self, name: str) -> Tensor:
-        """Return the sum of -w g, w as it was at each backward pass."""
+        """Return the sum of -w g, with w as it was in each backward pass."""
         found = [self._sums(part).movement for part in self._parts(name)]
         return _finite(torch.stack([part for part in found if part is not None]).sum(0), name)
 
     def hessian_gradient(self, name: str) -> Tensor:
-        """Return the sum of H g over the losses that `add_curvature` got."""
+        """Return the sum of H g over the losses given to `add_curvature`."""
         remedy = "Call `statistics.add_curvature(loss)` for each batch in the block."
-        return self._joined(name, lambda part: _seen(self.curvatures, part, "curvature", remedy))
+        return _joined([_seen(self.curvatures, p, "curvature", remedy) for p in self._parts(name)])
 
     def synaptic_flow(self, name: str) -> Tensor:
-        """Return |w| times the gradient of the flow that `add_synaptic_flow` measured."""
+        """Return the sum of |w| dR/d|w| over the calls of `add_synaptic_flow`."""
         remedy = "Call `statistics.add_synaptic_flow(torch.ones(...))` in the block."
-        parts = self._parts(name)
-        found = [_seen(self.flows, part, "synaptic flow", remedy) for part in parts]
+        found = [_seen(self.flows, part, "synaptic flow", remedy) for part in self._parts(name)]
         return torch.stack(found).sum(0)
 
     def input_norm(self, name: str) -> Tensor:
-        """Return the 2-norm of what each entry was multiplied by, over all batches and places.
-
-        Its shape broadcasts to that of the tensor.
-        """
-        (part, *more) = self._parts(name)
+        """Return the 2-norm of the inputs of each entry over batches; broadcasts to the tensor."""
         remedy = (
-            "Run the model in the block, not compiled. Known are inputs of Linear, convolutions "
-            "and embeddings that are called as modules; for other tensors take another score."
+            "Run the model in the block, not compiled. Inputs are recorded for Linear, "
+            "convolutions and embeddings that are called as modules. Use another score for others."
         )
-        squares = _seen(self.squared_inputs, part, "input", remedy)
-        for other in more:
-            squares = squares + _seen(self.squared_inputs, other, "input", remedy)
-        return squares.sqrt()
+        found = [_seen(self.squared_inputs, part, "input", remedy) for part in self._parts(name)]
+        return torch.stack(found).sum(0).sqrt()
 
     def add_curvature(self, loss: Tensor) -> None:
-        """Add H g of `loss` for each tensor: g its gradient, H its Hessian.
+        """Add H g for each tensor, with gradient g and Hessian H of `loss`.
 
         Args:
-            loss: a scalar with its graph, which stays. Not one of attention kernels that know no
-                second derivative (`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` does).
+            loss: a scalar with its graph, which is retained; must depend on the collected tensors.
+                Fused attention has no second derivative, so use
+                `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
         """
-        self._open_whole()
+        self._opened()
         tensors = {n: sums.leaf for n, sums in self.sums.items() if sums.leaf is not None}
         leaves = list(tensors.values())
         with self._paused():
             grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            # d/dw of sum(g * constant g), which is H g
+            # d/dw of sum(g * constant g) is H g
             total = sum(product(g, g.detach()).sum() for g in grads if g is not None)
             if not isinstance(total, Tensor):
                 raise RuntimeError("`loss` must depend on the tensors that are collected.")
@@ -131,37 +124,36 @@ class Statistics:
     def add_synaptic_flow(self, *inputs: Any, **keywords: Any) -> None:
         """Add |w| dR/d|w|, where R sums the outputs of the model with |w| for all its w.
 
-        In float64 and evaluation mode; the model stays as it is.
+        The model runs in float64 and evaluation mode, and is not changed.
 
         Args:
-            inputs: of the model; all ones in the paper, so that no data are needed.
-            keywords: the same.
+            inputs: arguments of the model, all ones in the paper.
+            keywords: keyword arguments of the model.
 
         Raises:
-            RuntimeError: there is no flow, since a layer normalises it away; or a weight is masked
-                or parametrized by other than a bool or real mask.
+            RuntimeError: the flow is 0 everywhere, a weight has a parametrization other than a bool
+                or real mask, the block has ended, or the model is sharded.
         """
-        model = self._open_whole()
+        model = self._opened()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         others = [name for name, sums in self.sums.items() if id(sums.parameter) not in names]
         if others:
             raise RuntimeError(
-                "synaptic flow must go through weights that are plain, or under a mask; "
-                f"{listed(others)} are computed otherwise. Leave them out of `targets`."
+                "synaptic flow needs weights that are plain or have a bool or real mask; not "
+                f"{listed(others)}. Exclude them from `targets`."
             )
         leaves = {name: names[id(sums.parameter)] for name, sums in self.sums.items()}
         with self._paused():
-            flows = flows_of(self.model, leaves, inputs, keywords)
+            flows = flows_of(model, leaves, inputs, keywords)
         for name, values in flows.items():
             self.flows[name] = _plus(self.flows.get(name), values)
 
     def sum_over(self, group: Any, *, gradients: bool = True) -> None:
-        """Add up what the processes of `group` saw, which all come here."""
+        """Sum over the processes of `group`, all of which must call this."""
         for name, sums in self.sums.items():
             if gradients:
                 for what in ("gradient", "squares", "movement"):
-                    value = _summed(getattr(sums, what), sums.read(), group)
-                    setattr(sums, what, value)
+                    setattr(sums, what, _summed(getattr(sums, what), sums.read(), group))
                 passes = torch.tensor(sums.passes, device=sums.read().device)
                 torch.distributed.all_reduce(passes, group=group)
                 sums.passes = int(passes)
@@ -171,76 +163,66 @@ class Statistics:
                     found[name] = value
 
     def close(self) -> None:
-        """Let go of the model: the block ends."""
+        """Release the model at the end of the block."""
         self.is_paused, self.model = True, None
         for sums in self.sums.values():
             sums.leaf = None
 
-    def _open(self) -> Any:
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Ignore backward passes in the block."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    def _opened(self) -> Any:
+        """Return the model; raise RuntimeError after the block or if it is sharded."""
         if self.model is None:
             raise RuntimeError("statistics must be added inside the `with` block; it has ended.")
+        if is_sharded(self.model):
+            raise RuntimeError("curvature and synaptic flow must be added before `fully_shard`.")
         return self.model
-
-    def _paused(self) -> Any:
-        return _Paused(self)
-
-    def _open_whole(self) -> Any:
-        model = self._open()
-        if is_sharded(model):
-            raise RuntimeError(
-                "curvature and synaptic flow must be added before `fully_shard`, on a model whose "
-                "weights each process holds."
-            )
-        return model
 
     def _parts(self, name: str) -> list[str]:
         parts = self.parts.get(name, [name])
         unknown = [part for part in parts if part not in self.sums]
         if unknown:
-            raise RuntimeError(
-                f'statistics must be collected of "{name}"; they are of {listed(self.sums)}.'
-            )
+            known = listed(self.sums)
+            raise RuntimeError(f'no statistics were collected for "{name}", only for {known}.')
         return parts
 
     def _sums(self, part: str) -> Sums:
         sums = self.sums[part]
         if not sums.passes:
             raise RuntimeError(
-                f'a gradient of "{part}" must have been collected; no backward pass in the block '
-                "reached it. (One that is frozen, or parametrized by other than a mask, gets one "
-                "once it is masked: `sparsify(model, {name: 0.0})`.)"
+                f'no gradient of "{part}" was collected: no backward pass in the block reached it. '
+                "A tensor that is frozen, or parametrized by other than a mask, gets a gradient "
+                "under a mask: `sparsify(model, {name: 0.0})`."
             )
         return sums
 
-    def _joined(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        found = [read(part) for part in self._parts(name)]
-        return found[0] if len(found) == 1 else on_local(torch.complex, *found)
+    def _mean(self, name: str, what: str) -> Tensor:
+        sums = [self._sums(part) for part in self._parts(name)]
+        return _finite(_joined([getattr(each, what) / each.passes for each in sums]), name)
 
 
-class _Paused:
-    """Backward passes of our own are not the user's."""
-
-    def __init__(self, statistics: Statistics) -> None:
-        self.statistics = statistics
-
-    def __enter__(self) -> None:
-        self.statistics.is_paused = True
-
-    def __exit__(self, *_: object) -> None:
-        self.statistics.is_paused = False
+def _joined(found: list[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else on_local(torch.complex, *found)
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
     if not bool(values.isfinite().all()):
         raise RuntimeError(
-            f'what was collected of "{name}" must be finite; a loss was not. Collect anew, without '
+            f'the statistics of "{name}" must be finite; a loss was not. Collect again, without '
             "the steps that a GradScaler skips."
         )
     return full_tensor(values)
 
 
 def _summed(value: Tensor | None, like: Tensor, group: Any) -> Tensor | None:
-    """Return the sum over `group`; a process that saw nothing takes part."""
+    """Return the sum over `group`; processes without a value take part too."""
     shapes: list[Any] = [None] * torch.distributed.get_world_size(group)
     own = None if value is None else (value.shape, value.dtype)
     torch.distributed.all_gather_object(shapes, own, group=group)
@@ -257,12 +239,7 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
     return value.clone() if total is None else total.add_(value)
 
 
-def _mean(sums: Sums, what: str) -> Tensor:
-    total: Tensor = getattr(sums, what)
-    return total / sums.passes
-
-
 def _seen(found: Mapping[str, Tensor], name: str, what: str, remedy: str) -> Tensor:
     if name not in found:
-        raise RuntimeError(f'the {what} of "{name}" must have been collected; it was not. {remedy}')
+        raise RuntimeError(f'the {what} of "{name}" was not collected. {remedy}')
     return found[name]

@@ -1,4 +1,4 @@
-"""Scores that need the tensor alone."""
+"""Scores that need only the tensor."""
 
 import math
 from collections.abc import Callable
@@ -8,16 +8,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from parasparse.dtypes import widened
+
 Score = Callable[[Tensor, str], Tensor]
 _Score = TypeVar("_Score", bound=Callable[..., Tensor])
 
 
 def entrywise(score: _Score) -> _Score:
-    """Say that `score` gives each entry what depends on this entry alone.
+    """Declare that the score of an entry depends only on this entry.
 
-    Then it is called with flat pieces of a tensor rather than with the tensor: large ones are
-    scored a piece at a time, and of what is sharded over processes each scores its own part.
-    Without this decorator a sharded tensor is gathered to be scored.
+    `score` is then called with flat chunks of a tensor. Each process scores its own part of a
+    sharded tensor; without this decorator, sharded tensors are gathered to be scored.
 
     Examples:
         >>> @entrywise
@@ -28,17 +29,17 @@ def entrywise(score: _Score) -> _Score:
 
 
 def is_entrywise(score: Callable[..., Tensor]) -> bool:
-    """Whether `score` was said to be."""
+    """Whether `score` was decorated with `entrywise`."""
     return getattr(score, "entrywise", False)
 
 
 @entrywise
 def magnitude(tensor: Tensor, name: str = "") -> Tensor:
-    """Return |w|, the modulus where the tensor is complex.
+    """Return |w|, the modulus if the tensor is complex.
 
     Args:
         tensor: real or complex, any shape.
-        name: not used; part of the protocol.
+        name: not used; scores are called with it.
 
     Examples:
         >>> magnitude(torch.tensor([-2.0, 0.5, 1.0])).tolist()
@@ -47,10 +48,9 @@ def magnitude(tensor: Tensor, name: str = "") -> Tensor:
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural
         Networks", 2015, arXiv:1506.02626, section 3.
     """
-    if tensor.dtype.itemsize == 1:  # float8 has no abs
-        tensor = tensor.to(torch.float32)
-    elif not (tensor.is_floating_point() or tensor.is_complex()):  # the lowest integer has none
-        tensor = tensor.to(torch.float64)
+    tensor = widened(tensor)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.to(torch.float64)  # the lowest integer has no abs
     return tensor.detach().abs()
 
 
@@ -58,10 +58,10 @@ def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None 
     """Return scores drawn uniformly from [0, 1).
 
     Args:
-        tensor: gives the shape and the device.
-        name: not used; part of the protocol.
-        generator: source of randomness, torch's global one if None. Bind it with
-            `functools.partial(random, generator=g)` to use this as a score.
+        tensor: the scores have its shape and device.
+        name: not used; scores are called with it.
+        generator: random generator; None: torch's global one. Bind it with
+            `functools.partial(random, generator=g)`.
 
     Examples:
         >>> draw = lambda: random(torch.ones(3), generator=torch.Generator().manual_seed(0))
@@ -73,14 +73,10 @@ def random(tensor: Tensor, name: str = "", *, generator: torch.Generator | None 
 
 
 def lamp(tensor: Tensor, name: str = "") -> Tensor:
-    """Return w^2 over the sum of w^2 of all entries that are at least as large; in (0, 1].
+    """Return w^2 divided by the sum of w^2 of all entries at least as large, in [0, 1].
 
-    Ranked jointly (`scope="global"`) they share out the sparsity among layers. Of equal entries the
-    one with the lower index counts as larger. Entries that are 0 score 0.
-
-    Args:
-        tensor: real or complex, any shape.
-        name: not used; part of the protocol.
+    With `scope="global"`, these scores distribute the sparsity over layers. Among equal entries,
+    the one with the lower index counts as larger. See `magnitude` for the arguments.
 
     Examples:
         >>> lamp(torch.tensor([1.0, -2.0, 2.0])).tolist()
@@ -98,10 +94,10 @@ def lamp(tensor: Tensor, name: str = "") -> Tensor:
 
 @dataclass(frozen=True)
 class zeros_first:  # noqa: N801 - a score reads as a function
-    """Score as `score` does, but entries that are 0 now lowest of all: they are pruned first.
+    """Score as `score` does, except that zero entries get -inf, so they are pruned first.
 
-    To prune a sparse model further by a score that may rank its zeros high. `magnitude` does not
-    need it. For patterns of entries; a unit that holds a single zero would be the lowest too.
+    Use it to prune a sparse model further by a score that may rank its zeros high (`magnitude` does
+    not). Not for patterns of units: a unit with a single zero would have the lowest score too.
 
     Args:
         score: any score.
@@ -117,7 +113,7 @@ class zeros_first:  # noqa: N801 - a score reads as a function
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Return the scores of `tensor`."""
         scores = self.score(tensor, name)
-        if scores.shape != tensor.shape:  # for `Prune` to refuse, not to be broadcast here
+        if scores.shape != tensor.shape:  # not broadcast: `Prune` raises the error
             return scores
         values = scores if scores.is_floating_point() else scores.double()
         return torch.where(tensor == 0, -math.inf, values)

@@ -1,1 +1,1 @@
-"""What knows DTensor and FSDP2, and the random numbers that all processes share."""
+"""DTensor, FSDP2, and random numbers that are the same on all processes."""

@@ -1,7 +1,7 @@
-"""Tensors that are spread over processes (torch's DTensor), of which each process holds a part.
+"""Sharded tensors (torch's DTensor), of which each process has a part.
 
-Sharding frameworks spread weights: `fully_shard`, `parallelize_module`. A plain tensor is its own
-part, so that what is written for parts holds for it as well, and costs it nothing.
+`fully_shard` and `parallelize_module` shard weights. The part of a plain tensor is the tensor
+itself, so code that works on parts also works on plain tensors.
 """
 
 from collections.abc import Callable
@@ -10,60 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether processes hold parts of `tensor`."""
-    # Plain tensors are the case that is hot, and import nothing; Proxies have every attribute.
-    if type(tensor) in _PLAIN or not hasattr(tensor, "device_mesh"):
+    """Whether `tensor` is a DTensor."""
+    # Most calls are for plain tensors, which need no import. A Proxy has every attribute.
+    if type(tensor) in PLAIN or not hasattr(tensor, "device_mesh"):
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def same_layout(one: Tensor, two: Tensor) -> bool:
-    """Whether both are spread, and each process holds the same part of both."""
+def same_layout(one: Any, two: Any) -> bool:
+    """Whether both are DTensors, and each process has the same part of both."""
     if not (is_dtensor(one) and is_dtensor(two)):
         return False
-    a: Any = one
-    b: Any = two
-    return (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
+    return (one.device_mesh, one.placements) == (two.device_mesh, two.placements)
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of `tensor`, detached, in the same memory."""
+    """Return the part of `tensor` on this process, detached, in the same memory."""
     if not is_dtensor(tensor):
         return tensor.detach()
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # no graph, no hooks
     return part.detach()
 
 
-def from_local(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of which this process holds `part`, as it does of `like`."""
+def from_local(part: Tensor, like: Any) -> Tensor:
+    """Return the tensor with the layout of `like` whose part on this process is `part`."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    spread: Any = like
-    return DTensor.from_local(
-        part,
-        spread.device_mesh,
-        spread.placements,
-        run_check=False,
-        shape=spread.shape,
-        stride=spread.stride(),
-    )
+    layout = like.device_mesh, like.placements
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(part, *layout, run_check=False, shape=shape, stride=stride)
 
 
 def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return `value` laid out over processes as `like` is.
+    """Return `value` in the layout of `like`, which has the same shape.
 
-    Args:
-        value: of the shape of `like`; where it is plain, the same on all processes. Each takes its
-            own part then, and nothing is sent.
-        like: any tensor.
+    A plain `value` must be the same on all processes. Each takes its part, and nothing is sent.
     """
     if not is_dtensor(like):
         return full_tensor(value)
@@ -72,59 +61,55 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
     return from_local(_cut(full_tensor(value), like), like)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return `tensor` gathered from all processes, if it is spread over them."""
+def full_tensor(tensor: Any) -> Tensor:
+    """Return `tensor`, gathered from all processes if it is a DTensor."""
     if not is_dtensor(tensor):
-        return tensor
-    spread: Any = tensor
-    kind = spread.device_mesh.device_type
-    if tensor.device.type == kind:
-        return spread.full_tensor()  # type: ignore[no-any-return]
-    return from_local(to_local(tensor).to(kind), tensor).full_tensor().to(tensor.device)  # type: ignore[attr-defined, no-any-return]
+        return tensor  # type: ignore[no-any-return]
+    device_type = tensor.device_mesh.device_type
+    if tensor.device.type == device_type:
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+    on_mesh: Any = from_local(to_local(tensor).to(device_type), tensor)
+    return on_mesh.full_tensor().to(tensor.device)  # type: ignore[no-any-return]
 
 
-def sum_over_shards(counts: Tensor, like: Tensor) -> Tensor:
-    """Return the sum of `counts` over the processes that hold different parts of `like`."""
+def sum_over_shards(counts: Tensor, like: Any) -> Tensor:
+    """Return the sum of `counts` over the processes that have different parts of `like`."""
     if not is_dtensor(like):
         return counts
     import torch.distributed as dist
 
-    spread: Any = like
-    total = counts.to(spread.device_mesh.device_type, copy=True)
+    total = counts.to(like.device_mesh.device_type, copy=True)
     for dim in sharding_dims(like):
-        dist.all_reduce(total, group=spread.device_mesh.get_group(dim))
+        dist.all_reduce(total, group=like.device_mesh.get_group(dim))
     return total.to(counts.device)
 
 
 def sharding_dims(tensor: Any) -> list[int]:
-    """Return the dimensions of the mesh along which processes hold different parts."""
+    """Return the dimensions of the mesh along which processes have different parts."""
     return [dim for dim, placed in enumerate(tensor.placements) if not placed.is_replicate()]
 
 
 def shard_key(tensor: Any) -> tuple[Any, ...] | None:
-    """Return what tensors have in common whose parts are counted together; None if plain."""
-    if not is_dtensor(tensor):
-        return None
-    return tensor.device_mesh, tuple(sharding_dims(tensor))
+    """Return a key that is equal for tensors whose counts can be summed together."""
+    return (tensor.device_mesh, tuple(sharding_dims(tensor))) if is_dtensor(tensor) else None
 
 
 def count_nonzero(mask: Tensor) -> int:
-    """Return how many entries of `mask` are not 0, on all processes."""
-    counted = to_local(mask).count_nonzero()
-    return int(sum_over_shards(counted, mask))
+    """Return the number of entries of `mask` that are not 0, on all processes."""
+    return int(sum_over_shards(to_local(mask).count_nonzero(), mask))
 
 
 def fill_(tensor: Tensor, entries: Tensor, value: float) -> None:
-    """Set `tensor` to `value` where `entries`, a mask of its shape, is True."""
+    """Set `tensor` to `value` where `entries`, a bool mask of its shape, is True."""
     part = to_local(tensor)
     with torch.no_grad():
         part.masked_fill_(to_local(laid_out_like(entries, tensor)).to(part.device), value)
 
 
 def on_local(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return `function` of tensors that are laid out alike, entry by entry.
+    """Apply an entrywise `function` to tensors of the same layout.
 
-    Of spread ones without a graph: few operators are left to DTensor, which does not know all.
+    It gets the parts of DTensors, without a graph, because DTensor does not support all operators.
     """
     if not is_dtensor(tensors[0]):
         return function(*tensors)
@@ -132,42 +117,30 @@ def on_local(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def global_indices(tensor: Tensor, flat: Tensor) -> Tensor:
-    """Return where entries of this process's part lie in the whole of `tensor`: flat indices.
-
-    Args:
-        tensor: any.
-        flat: flat indices in the part, on its device.
-    """
+    """Return the flat indices in `tensor` for flat indices in the part of this process."""
     if not is_dtensor(tensor):
         return flat
     part, found = to_local(tensor), torch.zeros_like(flat)
     step, inner = 1, 1
     for dim in reversed(range(tensor.ndim)):
-        index = flat // inner % max(1, part.shape[dim])
-        found += _indices(tensor, dim).to(flat.device)[index] * step
+        shape = [size if d == dim else 1 for d, size in enumerate(tensor.shape)]
+        indices = torch.arange(tensor.shape[dim], device=tensor.device).view(shape)
+        own = _cut(indices, tensor, only=dim).flatten().to(flat.device)
+        found += own[flat // inner % max(1, part.shape[dim])] * step
         step, inner = step * tensor.shape[dim], inner * part.shape[dim]
     return found
 
 
 def is_sharded_along(tensor: Any, dim: int) -> bool:
-    """Whether processes hold different stretches of dimension `dim`."""
-    if not is_dtensor(tensor):
-        return False
-    dim %= tensor.ndim
-    return any(getattr(placed, "dim", None) == dim for placed in tensor.placements)
-
-
-def _indices(tensor: Any, dim: int) -> Tensor:
-    """Return which indices along dimension `dim` of a spread tensor lie in this process's part."""
-    shape = [size if d == dim else 1 for d, size in enumerate(tensor.shape)]
-    indices = torch.arange(tensor.shape[dim], device=tensor.device).view(shape)
-    return _cut(indices, tensor, only=dim).flatten()
+    """Whether processes have different stretches of dimension `dim`."""
+    placements = tensor.placements if is_dtensor(tensor) else ()
+    return any(getattr(placed, "dim", None) == dim % tensor.ndim for placed in placements)
 
 
 def _cut(value: Tensor, like: Any, *, only: int | None = None) -> Tensor:
-    """Return this process's part of `value`, laid out as `like`, along dimension `only` or all."""
+    """Return this process's part of `value` in the layout of `like`, along `only` or all dims."""
     place = like.device_mesh.get_coordinate()
-    # What `fully_shard` cuts is what other dimensions of the mesh have left, though it comes first.
+    # `fully_shard` cuts the parts of the other mesh dimensions, although its dimension comes first.
     dims = sharding_dims(like)
     dims.sort(key=lambda dim: hasattr(like.placements[dim], "split_factor"))
     for dim in dims:

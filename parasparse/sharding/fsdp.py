@@ -1,7 +1,7 @@
-"""Models that FSDP2 manages: `fully_shard` remembers which module holds each Parameter.
+"""Models that FSDP2 manages.
 
-Outside of forward and backward a Parameter is a DTensor, of which each process holds a part; for
-these it puts the gathered one in its place, in the module and under the name that it remembers.
+Outside of forward and backward, a Parameter is a DTensor. During them, `fully_shard` replaces it by
+the gathered Parameter, in the module and under the name that it has recorded.
 """
 
 import sys
@@ -12,15 +12,15 @@ from torch import nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` manages the parameters of any module in `model`."""
+    """Whether `fully_shard` manages parameters of any module in `model`."""
     return any(True for _ in _managed(model))
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what was gathered, so that the Parameters are those that optimizers hold.
+    """Free gathered Parameters, so that `model` has the sharded ones that optimizers hold.
 
-    The outermost module keeps its gathered ones after a forward without a backward, and what is
-    written to them is lost (fsdp2_writes_after_an_evaluation).
+    The outermost module keeps its gathered Parameters after a forward without a backward, and
+    writes to them are lost (fsdp2_writes_after_an_evaluation).
 
     Raises:
         RuntimeError: a module outside `model` manages Parameters in it.
@@ -31,9 +31,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def follow(model: nn.Module) -> None:
-    """Tell `fully_shard` where Parameters of `model` have moved to, and which are gone.
+    """Update the records of `fully_shard` after Parameters of `model` have moved or gone.
 
-    That is no part of its interface (fsdp2_sparsifies_and_squashes_what_is_sharded).
+    It has no public interface for this (fsdp2_sparsifies_and_squashes_what_is_sharded).
     """
     groups = list(_groups(model))
     if not groups:
@@ -59,29 +59,27 @@ def follow(model: nn.Module) -> None:
 
 
 def managed_parameters(model: nn.Module) -> dict[int, Any]:
-    """Return what `fully_shard` keeps of each Parameter in `model`, by the Parameter's identity."""
+    """Return the record of `fully_shard` for each Parameter in `model`, by id of the Parameter."""
     return {id(p.sharded_param): p for group in _groups(model) for p in group.fsdp_params}
 
 
 def data_parallel_groups(model: nn.Module) -> list[Any]:
-    """Return the process groups over which `fully_shard` averages gradients; [] if it does not."""
+    """Return the process groups over which `fully_shard` averages gradients."""
     meshes = {group.mesh_info.mesh for group in _groups(model)}
     if len(meshes) > 1:
         raise RuntimeError(
-            f"`model` must be sharded over one mesh for inputs to be summed; it has {len(meshes)}."
+            f"`model` must be sharded over one mesh to sum its inputs; it has {len(meshes)}."
         )
     return [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
 
 
 def _renew_hooks(group: Any) -> None:
-    """Let what the group found out at the first forward be found again."""
-    held = (
-        group._module_to_pre_save_state_dict_hook_handle,
-        group._module_to_pre_load_state_dict_hook_handle,
-    )
-    if not any(held):  # there was none yet
+    """Repeat the registration of the first forward."""
+    saving = group._module_to_pre_save_state_dict_hook_handle
+    loading = group._module_to_pre_load_state_dict_hook_handle
+    if not (saving or loading):  # no forward yet
         return
-    for handles in held:
+    for handles in (saving, loading):
         for handle in handles.values():
             handle.remove()
         handles.clear()
@@ -92,24 +90,21 @@ def _check_managers(model: nn.Module) -> None:
     if not _states():
         return
     inside, own = set(model.modules()), {id(group) for group in _groups(model)}
-    for module in list(_states()):
-        if module in inside or not _is_managed(module):
-            continue
-        for group in _groups_of(module):
-            if id(group) not in own and any(
-                p._module_info.module in inside for p in group.fsdp_params
-            ):
-                raise RuntimeError(
-                    "`model` must be the module that `fully_shard` was called on; one around it, "
-                    f"a {type(module).__name__}, manages its Parameters. Pass that, with the names "
-                    "of the tensors that you want."
-                )
+    outside = [module for module in _states() if module not in inside and _is_managed(module)]
+    for module in outside:
+        others = [group for group in _groups_of(module) if id(group) not in own]
+        if any(p._module_info.module in inside for group in others for p in group.fsdp_params):
+            raise RuntimeError(
+                "`model` must be the module on which `fully_shard` was called; "
+                f"{type(module).__name__}, a module around it, manages its Parameters. Pass that "
+                "module, with the names of the tensors that you want."
+            )
 
 
 def _states() -> Any:
-    """Return what torch remembers of modules that `fully_shard` and its like were called on."""
-    remembering = sys.modules.get("torch.distributed._composable_state")
-    return () if remembering is None else remembering._module_state_mapping
+    """Return torch's records of modules that `fully_shard` and similar functions manage."""
+    records = sys.modules.get("torch.distributed._composable_state")
+    return () if records is None else records._module_state_mapping
 
 
 def _is_managed(module: nn.Module) -> bool:
@@ -117,18 +112,13 @@ def _is_managed(module: nn.Module) -> bool:
 
 
 def _managed(model: nn.Module) -> Iterator[Any]:
-    # Controllers ask at each step: where nobody has called it, no module is looked at.
-    if _states():
+    if _states():  # else no module is visited, because controllers call this in every step
         yield from (module for module in model.modules() if _is_managed(module))
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
-    seen: set[int] = set()
-    for module in _managed(model):
-        for group in _groups_of(module):
-            if id(group) not in seen:
-                seen.add(id(group))
-                yield group
+    groups = (group for module in _managed(model) for group in _groups_of(module))
+    yield from {id(group): group for group in groups}.values()
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Random numbers that are the same in all processes that train one model."""
+"""Random numbers that are the same on all processes that train a model."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from parasparse.sharding.dtensors import is_dtensor
 
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
-    """Let torch's global generators draw what those of the first process draw.
+    """Make torch's global generators produce the numbers of the first process on all processes.
 
-    The others' generators are afterwards as they were: their own streams, for dropout say, go on.
-    Nothing happens unless DistributedDataParallel or spread weights are in `model`.
+    The other processes restore their generators afterwards, so their own dropout, for example, is
+    unaffected. Does nothing unless `model` contains DistributedDataParallel or DTensors.
     """
     groups = _groups(model)
     if not groups:
@@ -39,25 +39,25 @@ def same_draws(model: nn.Module) -> Iterator[None]:
 
 
 def warn_if_alone(model: nn.Module) -> None:
-    """Warn where there are several processes and `model` does not tell which of them train it."""
+    """Warn if there are several processes, but `model` is neither DDP nor sharded."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1 and not _groups(model):
         warnings.warn(
-            "several processes run, and `model` is neither a DistributedDataParallel nor sharded: "
-            "connections move by what this process alone has seen. If DistributedDataParallel "
-            "wraps the model, give the controller the wrapper, or masks come apart.",
+            "several processes run, but `model` is neither a DistributedDataParallel nor sharded, "
+            "so connections move by the data of this process alone. If DistributedDataParallel "
+            "wraps the model, give the controller the wrapper, or the masks will diverge.",
             stacklevel=4,
         )
 
 
 def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the process groups that reach all that train `model`, and where tensors lie there."""
+    """Return the process groups that train `model`, each with the device of its tensors."""
     groups: list[tuple[Any, Any]] = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             groups.append((module.process_group, next(iter(module.parameters())).device))
-    spread: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
-    for mesh in dict.fromkeys(parameter.device_mesh for parameter in spread):
+    sharded: list[Any] = [parameter for parameter in model.parameters() if is_dtensor(parameter)]
+    for mesh in dict.fromkeys(parameter.device_mesh for parameter in sharded):
         groups += [(mesh.get_group(dim), mesh.device_type) for dim in range(mesh.ndim)]
     return groups
 

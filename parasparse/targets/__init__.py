@@ -1,1 +1,1 @@
-"""The tensors of a model with all their names, and which of them a rule reaches."""
+"""The tensors of a model with all their names, and the rules that reach them."""

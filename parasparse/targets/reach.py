@@ -1,4 +1,4 @@
-"""Which tensors the left side of a rule reaches, and which rule has which."""
+"""Which tensors the left side of a rule reaches, and which rule gets them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,21 +11,13 @@ from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import described, listed, nearest
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
-# The left side of a rule, and several of them.
+# The left side of a rule, and one or several left sides.
 Spec: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
 Specs: TypeAlias = Spec | list[Spec] | list[str] | tuple[Spec, ...] | set[str]
 
 
 def masked_targets(model: nn.Module, specs: Specs | None = None) -> list[Target]:
-    """Return the masked tensors of `model`; a pair is one where its parts share their mask.
-
-    Args:
-        model: any module.
-        specs: the left side of a rule, or a list of them; None: all.
-
-    Raises:
-        ValueError: one of `specs` reaches no masked tensor.
-    """
+    """Return the masked tensors of `model` that `specs` reach, or all; see `masked_tensors_of`."""
     found = [target for target in masked_tensors_of(model) if target.masks()]
     if specs is None:
         return found
@@ -39,48 +31,38 @@ def masked_targets(model: nn.Module, specs: Specs | None = None) -> list[Target]
 
 
 def as_list(specs: Specs) -> list[Spec]:
-    """Return `specs`, the left side of a rule or several of them, as a list."""
+    """Return one or several left sides of rules as a list."""
     several = isinstance(specs, (list, tuple, set)) and not _is_types(specs)
     return list(specs) if several else [specs]  # type: ignore[arg-type, list-item]
 
 
 def is_weight(target: Target) -> bool:
-    """Whether a sparsity alone reaches `target`.
+    """Whether a sparsity alone, without a left side, reaches `target`.
 
-    That is every parameter whose own name is, starts with or ends with "weight" and that has two or
-    more dimensions, outside embeddings and norms; a tensor tied to an embedding counts as one.
+    It reaches parameters with two or more dimensions whose own name starts or ends with "weight",
+    except in embeddings and norms. A tensor tied to an embedding is part of it.
     """
     dense = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+    own_names = [name.rpartition(".")[2] for name in target.names]
     return (
-        not target.is_buffer
-        and target.ndim >= 2
-        and any(
-            own.startswith("weight") or own.endswith("weight")
-            for own in (name.rpartition(".")[2] for name in target.names)
-        )
+        _is_matrix(target)
+        and any(own.startswith("weight") or own.endswith("weight") for own in own_names)
         and not any(isinstance(site.module, dense) for site in target.sites)
     )
 
 
 def reaches(spec: Spec, target: Target) -> bool:
-    """Whether `spec`, the left side of a rule, reaches `target`.
-
-    Raises:
-        TypeError: `spec` is none of the kinds that the rules know.
-    """
-    wide = not target.is_buffer and target.ndim >= 2
+    """Whether `spec`, the left side of a rule, reaches `target`."""
     if isinstance(spec, str):
-        if spec in target.names or (wide and spec in target.paths):
+        if spec in target.names or (_is_matrix(target) and spec in target.paths):
             return True
-        return (
-            wide
-            and any(c in spec for c in "*?[")
-            and any(fnmatchcase(path, spec) for path in target.paths)
-        )
+        is_glob = any(c in spec for c in "*?[")
+        return is_glob and _is_matrix(target) and any(fnmatchcase(p, spec) for p in target.paths)
     if isinstance(spec, re.Pattern):
-        return wide and any(spec.fullmatch(name) for name in target.names)
+        return _is_matrix(target) and any(spec.fullmatch(name) for name in target.names)
     if _is_types(spec):
-        return wide and any(isinstance(owner, spec) for _, owner in target.owners)  # type: ignore[arg-type]
+        owners = [owner for _, owner in target.owners]
+        return _is_matrix(target) and any(isinstance(owner, spec) for owner in owners)  # type: ignore[arg-type]
     if not callable(spec) or isinstance(spec, nn.Module):
         raise TypeError(
             "a rule's target must be a name or glob, a compiled regex, a module type or tuple of "
@@ -95,14 +77,12 @@ def reaches(spec: Spec, target: Target) -> bool:
 def group_by_rule(
     specs: Mapping[int, Spec | None], targets: list[Target]
 ) -> dict[int, list[Target]]:
-    """Return the targets that each rule gets: the first rule that reaches a target has it.
+    """Return the targets of each rule by number. The first rule that reaches a target gets it.
 
-    Args:
-        specs: left side by number of the rule; None reaches what a sparsity alone reaches.
-        targets: the tensors of the model.
+    In `specs`, None stands for a sparsity alone.
 
     Raises:
-        ValueError: a rule reaches nothing, or nothing that an earlier rule left.
+        ValueError: a rule reaches no target, or only targets of earlier rules.
     """
     taken: dict[int, int] = {}  # target -> rule
     groups: dict[int, list[Target]] = {}
@@ -114,8 +94,9 @@ def group_by_rule(
         if not groups[number]:
             earlier = listed(dict.fromkeys(described(specs[taken[id(t)]]) for t in reached))
             raise ValueError(
-                "`rules` must each reach a tensor that no earlier rule took; all that "
-                f'"{described(spec)}" reaches was taken by {earlier}. Put the narrower rule first.'
+                "`rules` must each reach a tensor that no earlier rule reaches; "
+                f'all that "{described(spec)}" reaches was taken by {earlier}. Put the narrower '
+                "rule first."
             )
         taken |= {id(t): number for t in groups[number]}
     return groups
@@ -134,9 +115,14 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "
-        "reach parameters with two or more dimensions; one with fewer, or a buffer, is reached by "
-        "its exact name."
+        "reach parameters with two or more dimensions. Use the exact name for a buffer, or for a "
+        "parameter with fewer dimensions."
     )
+
+
+def _is_matrix(target: Target) -> bool:
+    """Whether globs, regexes and types can reach `target`."""
+    return not target.is_buffer and target.ndim >= 2
 
 
 def _is_types(spec: object) -> bool:

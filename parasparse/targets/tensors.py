@@ -1,7 +1,8 @@
-"""The tensors of a model: each once, with all its names and places, pairs joined."""
+"""The tensors of a model: each once with all its names and sites, and pairs joined."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,18 @@ from torch.optim.swa_utils import AveragedModel
 from parasparse.attach import reading
 from parasparse.attach.pair_stack import joined
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
+from parasparse.masks.mask import Mask
 from parasparse.masks.protocol import has_mask
 from parasparse.names import PAIR_ENDINGS, ancestors
 
+_Modules: TypeAlias = Iterator[tuple[str, str, nn.Module, nn.Module | None]]
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 _WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a tensor hangs."""
+    """A module and the name of one of its tensors."""
 
     module: nn.Module
     attr: str
@@ -42,27 +45,27 @@ class Site:
         return reading.stored(self.module, self.attr)
 
     def effective(self) -> Tensor:
-        """Return the tensor as its module sees it."""
+        """Return the tensor as its module reads it."""
         return reading.effective(self.module, self.attr)
 
     def originals(self) -> tuple[Tensor, ...]:
-        """Return the tensors that hold its values: their identities tell ties."""
+        """Return the stored tensors. Tied tensors are the same objects."""
         return reading.originals(self.module, self.attr)
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One tensor with all the names and places that it has, or a pair of a real and imaginary one.
+    """A tensor, or a pair of a real and an imaginary tensor, with all names and sites.
 
     Attributes:
-        name: the first plain name; the joint name of a pair.
-        names: every name that reaches it: those of ties and of a pair's parts, with and without
-            the prefixes of wrappers.
-        owners: plain name and owning module, for types and predicates.
-        components: the sites of the tensor; of the real and of the imaginary tensor of a pair.
-        is_buffer: it is no parameter.
-        ndim: number of its dimensions.
-        paths: its names, and those of the modules around it.
+        name: the first plain name, or the joint name of a pair.
+        names: every name, with and without the prefixes of wrappers, including the names of tied
+            tensors and of components.
+        owners: pairs of plain name and owning module, for types and predicates.
+        components: the sites of the tensor, or of each component of a pair.
+        is_buffer: whether it is a buffer.
+        ndim: the number of dimensions.
+        paths: `names`, and the names of the modules around them.
     """
 
     name: str
@@ -75,7 +78,7 @@ class Target:
 
     @property
     def sites(self) -> list[Site]:
-        """Every site of every component."""
+        """All sites of all components."""
         return [site for component in self.components for site in component]
 
     @property
@@ -89,11 +92,11 @@ class Target:
         return len(self.components) == 2
 
     def stored(self) -> Tensor:
-        """Return the tensor without its mask, detached; complex if it is a pair."""
+        """Return the tensor without its mask, detached. A pair is complex."""
         return self._joined(Site.stored)
 
     def effective(self) -> Tensor:
-        """Return the tensor as its module sees it, detached; complex if it is a pair."""
+        """Return the tensor as its module reads it, detached. A pair is complex."""
         return self._joined(Site.effective)
 
     def _joined(self, read: Callable[[Site], Tensor]) -> Tensor:
@@ -102,22 +105,23 @@ class Target:
             return joined(*values) if self.is_pair else values[0]
 
     def masks(self) -> list[nn.Module]:
-        """Return what masks it: nothing, one module, or several where its places differ."""
+        """Return the modules that mask it: none, one, or several if its sites differ."""
         found = [site.mask_module() for site in self.sites]
         return list({id(mask): mask for mask in found if mask is not None}.values())
 
     def mask(self) -> Tensor | None:
-        """Return the mask as it is now, None if it is not set.
-
-        Under a module that has no `mask` it is what is not 0 now.
-        """
+        """Return the mask, None if it is not set, or the nonzero entries if there is no `mask`."""
         module = self.masks()[0]
-        if has_mask(module):
-            return module.mask  # type: ignore[return-value]
-        return self.effective() != 0
+        return module.mask if has_mask(module) else self.effective() != 0  # type: ignore[return-value]
+
+    @property
+    def has_bool_mask(self) -> bool:
+        """Whether it has a plain bool mask."""
+        module = self.masks()[0]
+        return isinstance(module, Mask) and module.is_bool
 
     def stacks(self) -> list[list[MaskedParametrizationList]]:
-        """Return the stacks of each component, where its sites are masked."""
+        """Return the stacks of each component at its masked sites."""
         return [
             [site.stack() for site in component if site.mask_module() is not None]
             for component in self.components
@@ -126,7 +130,7 @@ class Target:
 
 @dataclass(eq=False)
 class _Entry:
-    """A tensor while its names are being collected."""
+    """A tensor while its names and sites are being collected."""
 
     names: list[str] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
@@ -138,15 +142,13 @@ class _Entry:
         return next(iter(self.sites.values()))
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
+def named_modules(model: nn.Module) -> _Modules:
     """Yield plain name, name, module and parent of every module, shared ones under each name.
 
-    Plain names lack the prefixes of wrappers. What parametrizes tensors is left out.
+    Plain names do not have the prefixes of wrappers. Parametrizations are left out.
     """
 
-    def walk(
-        plain: str, name: str, module: nn.Module, parent: nn.Module | None
-    ) -> Iterator[tuple[str, str, nn.Module, nn.Module | None]]:
+    def walk(plain: str, name: str, module: nn.Module, parent: nn.Module | None) -> _Modules:
         yield plain, name, module, parent
         for key, child in module._modules.items():
             if child is None or (key == "parametrizations" and is_parametrized(module)):
@@ -161,31 +163,29 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Mo
 def tensors_of(model: nn.Module, *, pairs: bool = True) -> list[Target]:
     """Return the tensors of `model`, each once, in the order of `named_parameters`.
 
-    Args:
-        model: any module.
-        pairs: join a real and an imaginary tensor of one module into one target.
+    `pairs` joins a real and an imaginary tensor of one module into one target.
 
     Raises:
-        RuntimeError: a lazy module has not seen its first batch.
+        RuntimeError: a lazy module has no shapes yet.
     """
     entries = _entries(model)
     return _paired(entries, _alike) if pairs else [_target(entry) for entry in entries]
 
 
 def masked_tensors_of(model: nn.Module, *, pairs: bool = True) -> list[Target]:
-    """Return the tensors of `model`; a pair is one unless its parts have masks of their own."""
+    """Return the tensors of `model`. Pairs are joined unless the components have two masks."""
     entries = _entries(model, by_mask=True)
     return _paired(entries, _share_a_mask) if pairs else [_target(entry) for entry in entries]
 
 
 def _entries(model: nn.Module, *, by_mask: bool = False) -> list[_Entry]:
-    """Return the tensors of `model`; `by_mask` holds a tie apart where its places' masks differ."""
+    """Return the tensors of `model`; `by_mask` separates tied tensors with different masks."""
     entries: dict[tuple[int, ...], _Entry] = {}
     for plain, name, module, parent in named_modules(model):
         if any(is_lazy(t) for t in module._parameters.values() if t is not None):
             raise RuntimeError(
-                f"`model` must know its shapes; the lazy module {name!r} ({type(module).__name__}) "
-                "does not yet. Run a dummy batch through the model first."
+                f"the lazy module {name!r} ({type(module).__name__}) has no shapes yet. Run a "
+                "dummy batch through the model first."
             )
         parameters, buffers = reading.tensor_names(module)
         for attr in (*parameters, *buffers):
@@ -195,10 +195,9 @@ def _entries(model: nn.Module, *, by_mask: bool = False) -> list[_Entry]:
             entry = entries.setdefault(key, _Entry(is_buffer=attr in buffers))
             entry.names.append(_join(plain, attr))
             entry.raw.append(_join(name, attr))
-            # The tensors of a ParameterDict belong to the layer that holds it.
-            owner = parent if isinstance(module, nn.ParameterDict) and parent else module
-            entry.owners += [(entry.names[-1], owner)]
-            entry.owners += [(entry.names[-1], module)] if owner is not module else []
+            # The tensors of a ParameterDict also belong to the layer that has it.
+            owners = [parent] if isinstance(module, nn.ParameterDict) and parent else []
+            entry.owners += [(entry.names[-1], owner) for owner in (*owners, module)]
             entry.sites[id(module), attr] = Site(module, attr)
     return list(entries.values())
 
@@ -219,33 +218,28 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
 
 
 def _paired(entries: list[_Entry], belong: Callable[[_Entry, _Entry], bool]) -> list[Target]:
-    """Join real and imaginary tensors; a pair stands where its first part stood."""
+    """Join real and imaginary tensors. A pair gets the position of its first component."""
     by_site = {site: entry for entry in entries for site in entry.sites}
     position = {id(entry): i for i, entry in enumerate(entries)}
     taken = {name for entry in entries for name in entry.names}
-    pairs: dict[int, tuple[_Entry, _Entry, tuple[str, ...]]] = {}  # by the position of the first
+    pairs: dict[int, tuple[_Entry, _Entry, tuple[str, ...]]] = {}  # by position
     second: set[int] = set()
     for entry in entries:
         for site in entry.sites.values():
             for real, imag in _endings(site):
                 other = by_site.get((id(site.module), site.attr.removesuffix(real) + imag))
-                joints = _joints(entry, real)
-                if (
-                    other is None
-                    or other is entry
-                    or not belong(entry, other)
-                    or joints[0] in taken
-                ):
+                names = _joints(entry, real)
+                if other is None or other is entry or names[0] in taken or not belong(entry, other):
                     continue
                 first, last = sorted((position[id(entry)], position[id(other)]))
                 if not {first, last} & (pairs.keys() | second):
-                    pairs[first] = (entry, other, joints)
+                    pairs[first] = (entry, other, names)
                     second.add(last)
     return [_target(*pairs.get(i, (entry,))) for i, entry in enumerate(entries) if i not in second]
 
 
 def _endings(site: Site) -> Iterator[tuple[str, str]]:
-    """Yield how the name of the real tensor at `site` ends, and how the imaginary one's does."""
+    """Yield the ending of the name at `site`, if real, and the ending of the imaginary name."""
     for real, imag in PAIR_ENDINGS:
         if site.attr.endswith(real) and site.attr != real:
             yield real, imag
@@ -254,7 +248,7 @@ def _endings(site: Site) -> Iterator[tuple[str, str]]:
 
 
 def _joints(entry: _Entry, ending: str) -> tuple[str, ...]:
-    """Return the joint names of the pair whose real part is `entry`, plain ones first."""
+    """Return the joint names of the pair whose real component is `entry`, plain ones first."""
     names = [n for n in (*entry.names, *entry.raw) if n.endswith(ending)]
     names = [n.removesuffix(ending).removesuffix(".") or n for n in names]
     return tuple(dict.fromkeys(names))

@@ -1,1 +1,1 @@
-"""Controllers: they change the masks of a model while the user's own loop trains it."""
+"""Controllers, which change the masks of a model during training."""

@@ -1,14 +1,14 @@
-"""What a controller did, update by update."""
+"""The record of a controller: its first masks, and one `Update` for each change."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasparse.sharding.dtensors import count_nonzero, laid_out_like
-from parasparse.targets.tensors import Target
+from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
 
 Masks = Mapping[str, Tensor]
@@ -19,12 +19,12 @@ class Update:
     """One change of masks.
 
     Attributes:
-        step: how many times `step()` had been called.
+        step: number of `step()` calls so far.
         sparsity: share of zeros of each tensor, by name.
-        total: share of zeros of all of them together.
+        total: share of zeros of all tensors together.
         churn: share of all entries whose mask changed.
-        overlap: share of what is kept now that was kept at the start.
-        missing: connections that growth fell short of; the next update makes up for them.
+        overlap: share of the entries kept now that were also kept at the start.
+        missing: number of connections that growth could not add; the next update adds them.
     """
 
     step: int
@@ -36,19 +36,11 @@ class Update:
 
 
 def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int = 0) -> Update:
-    """Return what changed from `before` to `after`; `start` are the first masks.
-
-    Examples:
-        >>> old, new = torch.tensor([True, True, False]), torch.tensor([True, False, True])
-        >>> update_of(5, {"w": old}, {"w": new}, {"w": old}).overlap
-        0.5
-    """
+    """Return the `Update` from `before` to `after`, where `start` are the first masks."""
     numel = sum(mask.numel() for mask in after.values())
-    kept = {name: count_nonzero(mask) for name, mask in after.items()}
-    changed = sum(count_nonzero(mask ^ before[name]) for name, mask in after.items())
-    stayed = sum(
-        count_nonzero(mask & laid_out_like(start[name], mask)) for name, mask in after.items()
-    )
+    kept = {n: count_nonzero(m) for n, m in after.items()}
+    changed = sum(count_nonzero(m ^ before[n]) for n, m in after.items())
+    stayed = sum(count_nonzero(m & laid_out_like(start[n], m)) for n, m in after.items())
     every = sum(kept.values())
     return Update(
         step=step,
@@ -60,18 +52,13 @@ def update_of(step: int, before: Masks, after: Masks, start: Masks, missing: int
     )
 
 
-def saved(history: Iterable[Update]) -> tuple[dict[str, Any], ...]:
-    """Return `history` as a controller's `state_dict` holds it.
-
-    A tuple, since torch.distributed.checkpoint takes lists apart and fills in only what is there.
-    """
-    return tuple(asdict(update) for update in history)
-
-
-def masks_of(targets: Iterable[Target]) -> dict[str, Tensor]:
-    """Return the masks of `targets` that are set, the live ones, by name."""
-    masks = {target.name: target.mask() for target in targets}
-    return {name: mask for name, mask in masks.items() if mask is not None}
+def masks_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the masks of the tensors `names`, not copied; raise RuntimeError if one is gone."""
+    found = {t.name: t.mask() for t in masked_targets(model) if t.name in names}
+    masks = {name: mask for name, mask in found.items() if mask is not None}
+    if len(masks) < len(names):
+        raise masks_lost([name for name in names if name not in masks])
+    return masks
 
 
 def copied(masks: Masks) -> dict[str, Tensor]:
@@ -79,22 +66,40 @@ def copied(masks: Masks) -> dict[str, Tensor]:
     return {name: torch.clone(mask) for name, mask in masks.items()}
 
 
-def first_masks_of(state_dict: Mapping[str, Any], own: Masks) -> dict[str, Tensor]:
-    """Return the first masks in the state of a controller, where `own` are.
+def masks_lost(names: Iterable[str]) -> RuntimeError:
+    """Return the error for masks of a controller that the user has removed."""
+    return RuntimeError(
+        f"the masks of a controller must stay on its model; those of {listed(names)} were removed, "
+        "unset or replaced. Create a new controller."
+    )
 
-    Raises:
-        ValueError: it was of other tensors.
+
+def saved(history: Iterable[Update], start: Masks) -> dict[str, Any]:
+    """Return the entries of a controller's state for its updates and its first masks."""
+    # A tuple: torch.distributed.checkpoint splits lists and loads only as many items as are there.
+    return {"history": tuple(asdict(update) for update in history), "start": copied(start)}
+
+
+def loaded(state_dict: Mapping[str, Any], start: Masks) -> tuple[list[Update], dict[str, Tensor]]:
+    """Return the updates and the first masks in a controller's state, checked against `start`."""
+    updates = [Update(**update) for update in state_dict["history"]]
+    return updates, laid_out_as(start, state_dict["start"])
+
+
+def laid_out_as(own: Masks, masks: Masks) -> dict[str, Tensor]:
+    """Return copies of the loaded `masks`, placed and sharded like `own`.
+
+    Raises ValueError if names or shapes differ.
     """
-    start: Masks = state_dict["start"]
     theirs, ours = (
-        [f"{name} {tuple(mask.shape)}" for name, mask in masks.items()] for masks in (start, own)
+        [f"{name} {tuple(mask.shape)}" for name, mask in each.items()] for each in (masks, own)
     )
     if theirs != ours:
         raise ValueError(
-            f"`state_dict` must be of the same rules; it has the tensors {listed(theirs)}, this "
-            f"controller {listed(ours)}."
+            "`state_dict` must be from a controller with the same rules; it has the tensors "
+            f"{listed(theirs)}, this controller {listed(ours)}."
         )
     return {
         name: laid_out_like(mask, own[name]).to(own[name].device).clone()
-        for name, mask in start.items()
+        for name, mask in masks.items()
     }

@@ -10,29 +10,29 @@ from parasparse.text import described
 
 
 def as_rules(pairs: list[tuple[Any, Any]]) -> Any:
-    """Return `pairs` of target and treatment as `sparsify` takes them."""
+    """Return pairs of target and treatment as rules for `sparsify`."""
     return pairs[0][1] if pairs[0][0] is None else pairs
 
 
 def scaled(prune: Prune | None, share: float) -> Prune | None:
-    """Return `prune` at `share` times its sparsity."""
+    """Return `prune` with `share` times its sparsity."""
     if prune is None or prune.sparsity is None:
         return prune
-    if share == 0:  # nothing is ranked: a score may have nothing to go by yet
+    if share == 0:  # nothing is ranked: at the start the score may have no data yet
         return replace(prune, sparsity=0.0, score=magnitude)
     return replace(prune, sparsity=share * prune.sparsity)
 
 
 def with_sparsity(treatment: Any) -> Prune | None:
-    """Return the `Prune` that a treatment is, None for None.
+    """Return `treatment` as a `Prune`, or None for None.
 
     Raises:
-        ValueError: it has no sparsity that could be scaled.
+        ValueError: it has no sparsity to scale.
     """
     found = as_treatment(treatment)
     if found is None or (isinstance(found, Prune) and found.sparsity is not None):
         return found
     raise ValueError(
-        "`rules` must give each tensor a sparsity that the schedule can scale, a number or "
+        "each treatment in `rules` must have a sparsity, which the controller scales: a number, "
         f"`Prune(number, ...)`, or None; got {described(treatment)}."
     )

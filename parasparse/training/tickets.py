@@ -1,4 +1,4 @@
-"""Lottery tickets: prune what was trained, rewind the rest, train again."""
+"""Lottery tickets: prune trained weights, rewind the others, train again."""
 
 import copy
 import math
@@ -14,41 +14,39 @@ from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Rules
 from parasparse.scores.weights_alone import Score
-from parasparse.targets.reach import masked_targets
-from parasparse.text import listed
-from parasparse.training.controller import Record, Recorded
-from parasparse.training.history import copied, masks_of
+from parasparse.training.controller import Controller
+from parasparse.training.history import copied, loaded, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
 from parasparse.verbs.sparsify import apply
 
 
-class LotteryTicket(Recorded):
-    """Iterative pruning with rewinding: round after round, sparser masks on the first weights.
+class LotteryTicket(Controller):
+    """Prunes iteratively with rewinding: each round gives the early weights a sparser mask.
 
-    Make learning rate schedulers anew in each round: the optimizer's rates are rewound, too.
-
-    A round is a training of yours that `prune()` ends: the masks become sparser, ranked by the
-    trained weights among those that are left, and everything else goes back to where it was at step
-    `rewind_step`: weights, biases, BatchNorm's statistics, the optimizer's state. After round r of
-    R the sparsity is 1 - (1 - s) ** (r / R); after all of them the model holds the ticket.
+    You train the model in each round, and `prune()` ends the round. It ranks the remaining entries
+    by their trained weights and makes the masks sparser. Everything else returns to its state at
+    step `rewind_step`: weights, biases, BatchNorm's statistics, the optimizer's state. After round
+    r of R the sparsity is 1 - (1 - s) ** (r / R); after all rounds the model holds the ticket.
+    Create learning rate schedulers again in each round, because learning rates are rewound too.
 
     Args:
-        model: changed in place; all of its entries are kept at first.
-        rules: as for `sparsify`; each treatment a sparsity or a `Prune` with one, or None.
-        optimizer: is rewound with the model; None: nobody's state is.
-        rounds: R, how many times to prune.
-        rewind_step: 0: the weights as they are now; k: as they are after k calls of `step()`.
+        model: is changed in place; all entries are kept at first.
+        rules: as in `sparsify`; each treatment is a sparsity s, a `Prune` with one, or None.
+        optimizer: is rewound with the model; None: no optimizer is rewound.
+        rounds: R, the number of rounds, >= 1.
+        rewind_step: number of `step()` calls after which the state is saved, >= 0; 0: now.
 
     Attributes:
         rounds: as given.
-        steps: how many times `step()` has been called in this round.
-        round: r, how many rounds have ended.
-        history: an `Update` for each.
+        steps: number of `step()` calls in this round.
+        round: r, the number of rounds that have ended.
+        history: one `Update` for each round.
 
     Raises:
-        TypeError, ValueError: a rule without a sparsity, or as for `sparsify`; the optimizer does
-            not hold a masked parameter. The model is as it was.
+        TypeError, ValueError: a treatment has no sparsity, `sparsify` refuses the rules, the
+            optimizer does not hold a masked parameter, or a number is out of range. The model is
+            unchanged.
 
     Examples:
         >>> model = nn.Linear(10, 10)
@@ -90,7 +88,7 @@ class LotteryTicket(Recorded):
             check_held(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
         apply(model, assigned)
-        self._record = Record(self._masks())
+        self._start, self.history = copied(masks_of(model, self._names)), []
         self._checkpoint: dict[str, Any] | None = None
         self._remember()
 
@@ -100,70 +98,63 @@ class LotteryTicket(Recorded):
         self._remember()
 
     def prune(self) -> None:
-        """End a round: sparser masks, and everything else as it was at `rewind_step`.
+        """End a round: make the masks sparser and rewind everything else to `rewind_step`.
 
         Raises:
-            RuntimeError: all rounds have ended; or no step `rewind_step` has been reached yet.
-            ValueError: a score is NaN. The model is as it was.
+            RuntimeError: all rounds have ended, step `rewind_step` has not been reached, or a mask
+                was removed.
+            ValueError: a score is NaN. The model is unchanged.
         """
         if self.round >= self.rounds:
             raise RuntimeError(
-                f"`prune` must be called once in each of the {self.rounds} rounds, which have "
-                "ended: the model holds the ticket."
+                f"`prune` must be called once per round; all {self.rounds} rounds have ended, and "
+                "the model holds the ticket."
             )
         if self._checkpoint is None:
             raise RuntimeError(
-                f"`prune` must come after step {self.rewind_step}, to which it rewinds; `step()` "
-                f"has been called {self.steps} times."
+                f"`prune` must be called after step {self.rewind_step}, to which it rewinds; "
+                f"`step()` has been called {self.steps} times."
             )
-        before = copied(self._masks())
-        if before.keys() != self._names:
-            raise RuntimeError(
-                "the masks of `model` must stay where they are; those of "
-                f"{listed(sorted(self._names - before.keys()))} were taken off."
-            )
-        apply(
-            self.model, assignments(self.model, self._rules_at(self.round + 1, before), pairs=True)
-        )
+        before = copied(masks_of(self.model, self._names))
+        rules = self._rules_at(self.round + 1, before)
+        apply(self.model, assignments(self.model, rules, pairs=True))
         self.round += 1
-        self.history.append(self._record.change(self.steps, before, self._masks()))
+        after = masks_of(self.model, self._names)
+        self.history.append(update_of(self.steps, before, after, self._start))
         rewind(self.model, self._checkpoint["model"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self._checkpoint["optimizer"]))
         self.steps = self.rewind_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs; the masks are in the model's own."""
+        """Return the controller's state; save those of the model (with masks) and optimizer too."""
         return {
-            "steps": self.steps,
-            "round": self.round,
-            **self._record.state(),
-            "checkpoint": self._checkpoint,
-        }
+            "steps": self.steps, "round": self.round, "checkpoint": self._checkpoint,
+            **saved(self.history, self._start),
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another stood; load the model's and the optimizer's state as well.
+        """Continue from a saved state.
 
         Raises:
-            ValueError: it had other tensors, more rounds, or an optimizer where there is none.
+            ValueError: the state is for other tensors or more rounds, or only one of the two
+                controllers has an optimizer.
         """
-        record, checkpoint = self._record.loaded(state_dict), state_dict["checkpoint"]
+        (history, start), checkpoint = loaded(state_dict, self._start), state_dict["checkpoint"]
         rewinds = None if checkpoint is None else checkpoint["optimizer"] is not None
         if state_dict["round"] > self.rounds or rewinds == (self.optimizer is None):
             raise ValueError(
-                "`state_dict` must be of as many rounds as here, and of an optimizer where there "
-                f"is one; it is in round {state_dict['round']} of {self.rounds}, with an "
+                f"`state_dict` must be from at most {self.rounds} rounds, and with an optimizer if "
+                f"this controller has one; it is from round {state_dict['round']}, with an "
                 f"optimizer: {rewinds}."
             )
         self.steps, self.round = state_dict["steps"], state_dict["round"]
-        self._record, self._checkpoint = record, checkpoint
+        self.history, self._start, self._checkpoint = history, start, checkpoint
 
     def _remember(self) -> None:
         if self._checkpoint is None and self.steps == self.rewind_step:
             state = None if self.optimizer is None else self.optimizer.state_dict()
-            self._checkpoint = {
-                "model": snapshot(self.model), "optimizer": copy.deepcopy(state),
-            }  # fmt: skip
+            self._checkpoint = {"model": snapshot(self.model), "optimizer": copy.deepcopy(state)}
 
     def _rules_at(self, number: int, masks: Mapping[str, Tensor]) -> Any:
         return as_rules([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])
@@ -172,22 +163,17 @@ class LotteryTicket(Recorded):
         if prune is None or prune.sparsity is None or number == 0:
             return scaled(prune, 0.0)
         kept = (1 - prune.sparsity) ** (number / self.rounds)
-        # A norm takes no negative scores.
+        # Norms do not accept negative scores.
         lowest = -math.inf if getattr(prune.pattern, "norm", None) is None else 0.0
         return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks, lowest))
 
-    def _masks(self) -> dict[str, Tensor]:
-        return masks_of(
-            target for target in masked_targets(self.model) if target.name in self._names
-        )
-
 
 def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:
-    """Return `score`, but lowest of all for what `masks` drop: once dropped is dropped."""
+    """Return `score` with `lowest` where `masks` drop, so dropped entries do not come back."""
 
     def scored(tensor: Tensor, name: str) -> Tensor:
         scores = score(tensor, name)
-        if name not in masks or scores.shape != tensor.shape:  # for `Prune` to refuse
+        if name not in masks or scores.shape != tensor.shape:  # `Prune` refuses them
             return scores
         values = scores if scores.is_floating_point() else scores.double()
         return torch.where(masks[name], values, lowest)

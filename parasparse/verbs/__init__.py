@@ -1,1 +1,1 @@
-"""What one does to a model, one verb a file."""
+"""Functions that change or read a model, one per file."""

@@ -1,4 +1,4 @@
-"""`dense_gradients`: gradients of whole weights for the length of a `with` block."""
+"""`dense_gradients`: gradients of masked weights, masked entries included, in a `with` block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from parasparse.targets.tensors import Target
 
 
 class DenseGradients(Mapping[str, Tensor | None]):
-    """Gradients of effective weights by plain name; None before the first backward."""
+    """Gradients of masked weights by plain name; None before the first backward pass."""
 
     def __init__(self, probes: dict[str, list[Tensor | _Sum]]) -> None:
         self._probes = probes
@@ -32,7 +32,7 @@ class DenseGradients(Mapping[str, Tensor | None]):
         found = [grad for grad in grads if grad is not None]
         if len(grads) == 1 or not found:
             return grads[0]
-        # A pair: the gradient of one complex weight, as torch.autograd has it.
+        # A pair has the gradient of a complex weight, by torch's convention.
         real, imaginary = (torch.zeros_like(found[0]) if g is None else g for g in grads)
         return on_local(torch.complex, real, imaginary)
 
@@ -45,23 +45,21 @@ class DenseGradients(Mapping[str, Tensor | None]):
 
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
-    """Collect the gradients that effective weights get, masked entries included.
+    """Collect the gradients of masked weights, masked entries included.
 
-    `.grad` stays masked. Gradients accumulate over the backward passes in the block, under a
-    GradScaler times its scale. If `model` is, or holds, a DistributedDataParallel, those of what it
-    wraps are averaged over its processes once, at the end of the block, which all of them reach;
-    before that each sees its own. Where `fully_shard` manages weights, gradients are averaged as it
-    averages `.grad`, and each process holds a part.
-
-    Raises:
-        RuntimeError: a block of the same model is open already; `fully_shard` manages weights under
-            other than bool masks.
+    `.grad` stays masked. Gradients accumulate over the backward passes in the block, times the
+    scale of a GradScaler. Gradients of a DistributedDataParallel are averaged over its processes
+    once, at the end of the block, which all processes must reach. If `fully_shard` manages the
+    weights, gradients are averaged like `.grad`, and each process has its part.
 
     Yields:
-        A mapping from plain name to gradient, None where no backward came by.
+        A mapping from plain name to gradient, None before the first backward pass.
+
+    Raises:
+        RuntimeError: a block is already open for the model, or `fully_shard` manages weights with
+            masks that are not bool.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(2, 1, bias=False), {"weight": [[True, False]]})
         >>> with dense_gradients(model) as grads:
         ...     model(torch.ones(1, 2)).sum().backward()
@@ -76,7 +74,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 
 @contextmanager
 def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradients]:
-    """Collect the dense gradients of some masked tensors of `model`, as `dense_gradients` does."""
+    """Do what `dense_gradients` does for some masked tensors of `model`."""
     reshard(model)
     sharded, probes = managed_parameters(model), {}
     with ExitStack() as stack:
@@ -94,7 +92,7 @@ def collecting(model: nn.Module, targets: list[Target]) -> Iterator[DenseGradien
 
 @dataclass(eq=False)
 class _Sum:
-    """What the backward passes came to."""
+    """The sum of gradients over backward passes."""
 
     grad: Tensor | None = None
 
@@ -105,7 +103,7 @@ class _Sum:
 def _armed(
     stacks: list[MaskedParametrizationList], sharded: Mapping[int, Any], stack: ExitStack
 ) -> Tensor | _Sum:
-    """Arm all places of one tensor, until `stack` ends; return what its gradient is read off."""
+    """Watch all uses of a tensor until `stack` ends; return the object that has its gradient."""
     managed = sharded.get(id(stacks[0].original)) if stacks[0].is_tensor else None
     if managed is None:
         return stack.enter_context(probed(stacks))
@@ -115,7 +113,7 @@ def _armed(
 
 
 def _average(probe: Tensor, group: torch.distributed.ProcessGroup) -> None:
-    # A process whose loss did not reach the tensor takes part all the same.
+    # Processes without a gradient must take part too.
     grad = torch.zeros_like(probe) if probe.grad is None else probe.grad
     torch.distributed.all_reduce(grad, group=group)
     probe.grad = grad / torch.distributed.get_world_size(group)

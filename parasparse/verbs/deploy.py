@@ -1,4 +1,4 @@
-"""`deploy_masks`: replace masks of a model by name."""
+"""`deploy_masks`: set existing masks of a model by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,33 +25,33 @@ def deploy_masks(
     reset: bool = False,
     strict: bool = True,
 ) -> nn.Module:
-    """Set the masks of `model` that are there already; return the model.
+    """Set existing masks of `model` by name; return the model.
 
     Args:
         model: a model with masks; changed in place.
-        masks: mask by name, as `named_masks` yields them; `layer`, `layer.mask`,
-            `layer.weight_mask`, `layer.weight.mask` and `layer.parametrizations.weight.0.mask` name
-            the mask of `layer.weight`. Any mask that `Mask.mask_` takes; None unsets.
-        state_dict: another word for `masks`.
-        prefix: take the keys that start with it and a dot, without them; others are not looked at.
-        reset: unset all masks that are not given.
-        strict: refuse keys that name no mask.
+        masks: masks by name, as from `named_masks`. The mask of `layer.weight` may also be called
+            `layer`, `layer.mask`, `layer.weight_mask`, `layer.weight.mask` or
+            `layer.parametrizations.weight.0.mask`. Values as in `Mask.mask_`; None unsets.
+        state_dict: the same as `masks`.
+        prefix: use only keys that start with it and a dot, which are removed.
+        reset: unset all other masks.
+        strict: raise `ValueError` for keys that name no mask.
 
     Raises:
-        ValueError: an unknown key; two keys that give one mask different values; a mask with NaN.
-        RuntimeError: a mask's shape does not match. The model is as it was.
+        ValueError: a key is unknown, two keys give a mask different values, or a mask contains NaN.
+        TypeError: neither `masks` nor `state_dict` is given, or a mask is complex.
+        RuntimeError: a mask's shape does not match. After an error, the model is unchanged.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> model = deploy_masks(sparsify(nn.Linear(2, 1), 0.5), {"weight": [[True, False]]})
         >>> mask_of(model, "weight").tolist()
         [[True, False]]
 
-    Reference: cplxmodule, `nn.masked.deploy_masks`. Differs: a key that names no mask is refused.
+    Reference: cplxmodule, `nn.masked.deploy_masks`. Differs: unknown keys raise `ValueError`.
     """
     given = masks if masks is not None else state_dict
     if given is None:
-        raise TypeError("`masks` must be given, a mask by name; got None.")
+        raise TypeError("`masks` must be given, a mapping from name to mask; got None.")
     check_not_accelerated(model)
     reshard(model)
     targets = masked_targets(model)
@@ -59,7 +59,7 @@ def deploy_masks(
         start = f"{prefix}."
         given = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
         if strict and not given:
-            raise ValueError(f'`masks` must hold keys that start with "{start}"; there are none.')
+            raise ValueError(f'`masks` must have keys that start with "{start}"; it has none.')
     chosen = _chosen(given, targets, strict=strict)
     for target in targets if reset else ():
         chosen.setdefault(_plain_mask(target), None)
@@ -71,15 +71,16 @@ def deploy_masks(
 def _chosen(
     given: Mapping[str, Any], targets: list[Target], *, strict: bool
 ) -> dict[Mask, Tensor | None]:
-    """Return the value that `given` has for each mask that it names."""
+    """Return the new value of each mask that `given` names."""
     keys = _keys(targets)
-    named = {key: keys.get(_plain_key(key)) for key in given}
+    own = {key: names.dense_name(key) if names.is_own_mask(key) else key for key in given}
+    named = {key: keys.get(own[key]) for key in given}
     unknown = [key for key, target in named.items() if target is None]
     if unknown and strict:
         raise ValueError(
-            f"`masks` must name masks of the model; {listed(unknown)} name none of "
-            f"{len(targets)}{nearest(unknown[0], keys)}. To put masks on dense tensors use "
-            "`sparsify(model, masks)`, to pass over such keys `strict=False`."
+            f"`masks` must name masks of the model; {listed(unknown)} name none of its "
+            f"{len(targets)}{nearest(unknown[0], keys)}. Attach masks to dense tensors with "
+            "`sparsify(model, masks)`, or ignore such keys with `strict=False`."
         )
     chosen: dict[Mask, Tensor | None] = {}
     for key, target in named.items():
@@ -87,15 +88,13 @@ def _chosen(
             continue
         mask, value = _plain_mask(target), _copied(given[key], target)
         if mask in chosen and not _are_equal(chosen[mask], value):
-            raise ValueError(
-                f'`masks` must name each mask once; "{key}" names one again, with other values.'
-            )
+            raise ValueError(f'"{key}" gives a mask a second value. Name each mask once.')
         chosen[mask] = value
     return chosen
 
 
 def _keys(targets: list[Target]) -> dict[str, Target]:
-    """Return what a mask may be called in a dict of masks, for each of `targets`."""
+    """Return the targets by all names that their masks may have in a dict of masks."""
     keys = {name: target for target in targets for name in target.names}
     for target in targets:
         for name in target.names:
@@ -105,12 +104,8 @@ def _keys(targets: list[Target]) -> dict[str, Target]:
     return keys
 
 
-def _plain_key(key: str) -> str:
-    return names.dense_name(key) if names.is_own_mask(key) else key
-
-
 def _copied(value: Any, target: Target) -> Tensor | None:
-    """Return a mask for `target`; not the live one of another target, which may change first."""
+    """Return a copy of `value` as a mask for `target`; it may be a mask that changes first."""
     if value is None:
         return None
     tensor = target.stored()
@@ -125,7 +120,7 @@ def _plain_mask(target: Target) -> Mask:
     mask = target.masks()[0]
     if not isinstance(mask, Mask):
         raise ValueError(
-            f'`masks` must name plain masks; that of "{target.name}" is a {type(mask).__name__}. '
-            "`binarize` the model first."
+            f'the mask of "{target.name}" is a {type(mask).__name__}, which cannot be set. Call '
+            "`binarize` first."
         )
     return mask

@@ -1,4 +1,4 @@
-"""`frozen`: masked tensors computed once for the length of a `with` block."""
+"""`frozen`: a block in which masked tensors are computed once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,15 @@ from parasparse.attach.reading import all_masked_stacks
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute each masked tensor of `model` once for the whole block: evaluation, generation.
+    """Compute each masked tensor of `model` once in the block, for evaluation or generation.
 
-    Turning grad mode on inside, or changing weights or masks there, is not supported: readings stay
-    what they were. A model that serves should be squashed instead. Exporting inside is refused.
+    Inside the block, do not turn on grad mode or change weights or masks: the model would not see
+    the changes. The model cannot be exported. Use `squash` for deployment instead.
 
     Raises:
-        RuntimeError: grad mode is on; a mask is not set.
+        RuntimeError: grad mode is on, or a mask is not set.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(2, 2), 0.5)
         >>> with torch.no_grad(), frozen(model):
         ...     model.weight is model.weight
@@ -28,10 +27,10 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "`frozen` must be entered with grad mode off, or gradients would miss the weights. "
+            "`frozen` must be entered with grad mode off, because weights would get no gradients. "
             "Write `with torch.no_grad(), frozen(model):`."
         )
-    # A block around this one may hold some already: it lets go of those itself.
+    # An outer block may have frozen some already, and will release them.
     stacks = [stack for stack in all_masked_stacks(model) if stack.frozen is None]
     try:
         for stack in stacks:

@@ -1,4 +1,4 @@
-"""Masks of a model by name: list them, read them, sum up their penalties."""
+"""Read masks, stored tensors and penalties of a model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,16 +16,15 @@ from parasparse.text import listed, nearest
 def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
     """Yield the plain parameter name and the mask of each masked tensor of `model`.
 
-    In the order of `named_modules`; a mask that several tensors share comes once. An unset mask is
-    None; that of a `Gate` is what multiplies the weight now, that of a module of your own what is
-    not 0 now.
+    The order is that of `named_modules`. A mask shared by several tensors comes once. An unset mask
+    is None. The mask of a `Gate` is its present factor of the weight; the mask of a custom module
+    is True where its result is not 0.
 
     Args:
         model: any module.
         prefix: put before each name, with a dot.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> model = sparsify(nn.Linear(10, 10), 0.9)
         >>> [(name, int(mask.sum())) for name, mask in named_masks(model)]
         [('weight', 10)]
@@ -35,7 +34,7 @@ def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether any tensor of `model` carries a mask.
+    """Whether any tensor of `model` has a mask.
 
     Examples:
         >>> is_sparse(nn.Linear(2, 2))
@@ -47,48 +46,44 @@ def is_sparse(model: nn.Module) -> bool:
 def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
     """Return the sum of the penalties of the gates of `model`, a scalar with its graph.
 
-    Add it to the loss, times a lambda: each gate's `penalty` of the weight that it gets. Your own
-    module that masks counts if it has a `penalty`.
+    Multiply it by a coefficient and add it to the loss. Custom modules that mask are included if
+    they have a method `penalty(weight)`.
 
     Args:
-        model: with masks of `Gate`.
-        targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
+        model: a model with masks of `Gate`.
+        targets: masked tensors, one target of a rule or a list of them; None: all.
 
     Raises:
-        ValueError: there is no gate among them.
+        ValueError: the tensors have no gates, or a target reaches no masked tensor.
 
     Examples:
-        >>> from parasparse import Gate, sparsify
         >>> penalty(sparsify(nn.Linear(3, 2), Gate())).item()
         6.0
     """
-    if targets is None:  # torch.compile can follow this one
+    if targets is None:  # torch.compile can trace this branch
         stacks = reading.all_masked_stacks(model)
     else:
-        stacks = [
-            site.stack() for target in masked_targets(model, targets) for site in target.sites
-        ]
+        stacks = [site.stack() for t in masked_targets(model, targets) for site in t.sites]
     sums, seen = [], set()
     for stack in stacks:
         gate: Any = stack.mask
         if hasattr(gate, "penalty") and gate not in seen:  # ties and pairs share one
             seen.add(gate)
-            # Reading what lies under a mask may change it: spectral_norm iterates.
-            alone = isinstance(gate, SoftMask) and gate.is_product
-            sums.append(gate.penalty(gate.logits if alone else stack.received()))
+            # Other parametrizations are only read if needed: spectral_norm changes when read.
+            needs_no_weight = isinstance(gate, SoftMask) and gate.is_product
+            sums.append(gate.penalty(gate.logits if needs_no_weight else stack.received()))
     if not sums:
-        raise ValueError("`model` must have gates; none of its masked tensors has one.")
+        raise ValueError("`model` must have gates; its masked tensors have none.")
     return torch.stack(sums).sum()
 
 
 def mask_of(model: nn.Module, name: str) -> Tensor | None:
-    """Return the mask of tensor `name`, the live one; None if it is not set.
+    """Return the mask of tensor `name`, not a copy; None if it is not set.
 
     Raises:
         ValueError: no masked tensor has this name.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> mask_of(sparsify(nn.Linear(2, 2), 0.5), "weight").sum().item()
         2
     """
@@ -96,15 +91,14 @@ def mask_of(model: nn.Module, name: str) -> Tensor | None:
 
 
 def stored(model: nn.Module, name: str) -> Tensor:
-    """Return tensor `name` without its mask: a Parameter, or what other parametrizations compute.
+    """Return tensor `name` without its mask: a Parameter, or the result of other parametrizations.
 
-    A pair gives a complex tensor, detached.
+    A pair is returned as a detached complex tensor.
 
     Raises:
         ValueError: no tensor has this name.
 
     Examples:
-        >>> from parasparse import sparsify
         >>> int((stored(sparsify(nn.Linear(2, 2), 0.5), "weight") != 0).sum())
         4
     """
@@ -113,9 +107,7 @@ def stored(model: nn.Module, name: str) -> Tensor:
         parts = {site.attr: site for site in target.firsts}
         joint = target.name.rpartition(".")[2]
         own = [s for attr, s in parts.items() if name.endswith(attr) and attr != joint]
-        if not own or name == target.name:
-            return target.stored()
-        return own[0].stored()
+        return own[0].stored() if own and name != target.name else target.stored()
     return target.firsts[0].stored()
 
 
@@ -126,4 +118,4 @@ def _find(targets: list[Target], name: str, what: str) -> Target:
     names = list(dict.fromkeys(n for target in targets for n in target.names))
     inside = [n for n in names if n.startswith(f"{name}.")]
     near = f" (in it: {listed(inside)})" if inside else nearest(name, names)
-    raise ValueError(f'`name` must be that of a {what}; got "{name}"{near}.')
+    raise ValueError(f'`name` must be the name of a {what}; got "{name}"{near}.')

@@ -1,4 +1,4 @@
-"""`plan`: what `sparsify` would do, without doing it."""
+"""`plan`: preview `sparsify`."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class PlanRow:
     Attributes:
         name: plain name of the tensor.
         shape: its shape.
-        rule: the left side of the rule that has it; "every weight" for a treatment alone.
-        treatment: the right side.
-        kept: entries that the mask keeps, of both tensors of a pair; None where that is not known:
-            an unset or learned mask, or a tensor on the meta device.
+        rule: the target of its rule; "every weight" for a treatment alone.
+        treatment: the treatment of its rule.
+        kept: number of entries that the mask keeps, in both components of a pair; None if unknown
+            (an unset or learned mask, or a tensor on the meta device).
     """
 
     name: str
@@ -31,7 +31,7 @@ class PlanRow:
 
 
 class Plan(tuple[PlanRow, ...]):
-    """The rows of `plan`; prints as a table."""
+    """The rows of `plan`, printed as a table."""
 
     __slots__ = ()
 
@@ -44,9 +44,9 @@ class Plan(tuple[PlanRow, ...]):
 
 
 def plan(model: nn.Module, rules: Rules, *, pairs: bool = True) -> Plan:
-    """Return the table of what `sparsify(model, rules)` would do; change nothing.
+    """Return a table of what `sparsify(model, rules)` would do, and change nothing.
 
-    Args, Raises: as `sparsify`.
+    See `sparsify` for the arguments and errors.
 
     Examples:
         >>> plan(nn.Linear(10, 10), 0.9)[0].kept
@@ -54,15 +54,10 @@ def plan(model: nn.Module, rules: Rules, *, pairs: bool = True) -> Plan:
     """
     rows = []
     for each in assignments(model, rules, pairs=pairs):
-        known = isinstance(each.result, Tensor) and not each.result.is_meta
-        kept = count_nonzero(each.result) if known else None  # type: ignore[arg-type]
-        rows.append(
-            PlanRow(
-                name=each.target.name,
-                shape=tuple(each.target.stored().shape),
-                rule="every weight" if each.rule is None else described(each.rule),
-                treatment=described(each.treatment),
-                kept=None if kept is None else kept * len(each.target.components),
-            )
-        )
+        target, kept = each.target, None
+        if isinstance(each.result, Tensor) and not each.result.is_meta:
+            kept = count_nonzero(each.result) * len(target.components)
+        rule = "every weight" if each.rule is None else described(each.rule)
+        shape = tuple(target.stored().shape)
+        rows.append(PlanRow(target.name, shape, rule, described(each.treatment), kept))
     return Plan(rows)

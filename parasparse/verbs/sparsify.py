@@ -15,21 +15,21 @@ from parasparse.sharding.fsdp import follow
 def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
     """Attach masks to the tensors of `model` that `rules` reach; return the model.
 
-    Parameters stay the objects they were: optimizers, hooks and DDP wrappers made before go on
-    working. A tensor that has a mask gets the new one instead, ranked by the stored weights.
+    Parameters stay the same objects, so existing optimizers, hooks and DDP wrappers keep working.
+    A new mask replaces the present mask of a tensor, and is chosen by the stored weights.
 
     Args:
         model: any module; changed in place.
-        rules: `{target: treatment}`, the first rule that reaches a tensor has it; or a treatment
-            alone, for every weight. Target: name, glob, compiled regex, module type or tuple of
-            types, predicate `(name, module, tensor) -> bool`. Treatment: a sparsity in [0, 1],
-            "zeros", a mask, `Prune`, `Fixed`, `Gate`, None, or a callable
+        rules: `{target: treatment}`, where the first rule that reaches a tensor applies, or a
+            single treatment for every weight. Target: name, glob, compiled regex, module type or
+            tuple of types, predicate `(name, module, tensor) -> bool`. Treatment: a sparsity in
+            [0, 1], "zeros", a mask, `Prune`, `Fixed`, `Gate`, None, or a callable
             `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
-        pairs: a real and an imaginary tensor of one module (`x_re`/`x_im`, `x_real`/`x_imag`, a
-            ParameterDict with `real` and `imag`) share one mask.
+        pairs: give the real and the imaginary tensor of a module (`x_re`/`x_im`, `x_real`/`x_imag`,
+            a ParameterDict with `real` and `imag`) one mask.
 
     Raises:
-        TypeError, ValueError, RuntimeError: a rule cannot be followed. The model is as it was.
+        TypeError, ValueError, RuntimeError: a rule cannot be applied. The model is unchanged.
 
     Examples:
         >>> model = sparsify(nn.Linear(10, 10), 0.9)
@@ -41,19 +41,19 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
 
 
 def apply(model: nn.Module, assigned: list[Assignment]) -> None:
-    """Do to `model` what `assigned` say, all of them or none."""
+    """Attach the masks of `assigned` to `model`, all or none."""
     with restored_on_error(site.module for each in assigned for site in each.target.sites):
         masks = [_attached(each) for each in assigned]
     for each, mask in zip(assigned, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(each.result, nn.Module):
             mask.mask_(each.result, copy=False)
-            # A controller that wanted these has lost its masks.
+            # Settings of a controller, which has lost its masks.
             mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
     follow(model)
 
 
 def _attached(each: Assignment) -> nn.Module:
-    """Return what masks the tensor of `each`, hung at all its places."""
+    """Attach one module that masks to all uses of a tensor; return it."""
     mask: nn.Module
     if isinstance(each.result, nn.Module):
         mask = each.result
@@ -65,7 +65,7 @@ def _attached(each: Assignment) -> nn.Module:
         else:
             site.stack().replace_mask(mask)
     if each.target.is_pair and isinstance(mask, SoftMask):
-        # A part may be tied where the other is not: values are those of the first places.
+        # One component may be tied and the other not. The first use of each has the values.
         real, imaginary = (first.stack() for first in each.target.firsts)
         for index, component in enumerate(each.target.components):
             join([site.stack() for site in component], index, real, imaginary)

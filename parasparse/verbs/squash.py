@@ -1,4 +1,4 @@
-"""`squash` and `unsparsify`: take masks off, with their zeros or without."""
+"""`squash` and `unsparsify`: remove masks, with or without folding them into the weights."""
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,20 @@ from parasparse.verbs.writable import check_foldable
 
 
 def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
-    """Fold masks into plain weights and take them off; return the model.
+    """Fold masks into plain weights and remove them; return the model.
 
-    Afterwards classes, `state_dict` keys and the order of parameters are those of the dense model,
-    and the Parameters are the objects they were. The exception: where other parametrizations lie
-    under the mask, all of them are baked into one new Parameter.
+    Afterwards the model has the classes, `state_dict` keys, parameter order and Parameter objects
+    of the dense model. Exception: other parametrizations under a mask are replaced, with the mask,
+    by one new Parameter.
 
     Args:
-        model: any module; changed in place. One without masks stays as it is.
-        targets: which masked tensors, as the left sides of rules: one, or a list; None: all.
+        model: any module; changed in place. Without masks, it does not change.
+        targets: masked tensors, one target of a rule or a list of them; None: all.
 
     Raises:
-        RuntimeError: a mask is not set; `fully_shard` manages the tensors that lie under one. The
-            model is as it was.
+        RuntimeError: a mask is not set, a weight is not writable, tied weights have different
+            masks, or `fully_shard` manages a tensor parametrized under its mask. The model is
+            unchanged.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -38,8 +39,8 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     chosen = _to_take_off(model, targets)
     if is_sharded(model) and any(len(s.stack()) > 1 for target in chosen for s in target.sites):
         raise RuntimeError(
-            "a tensor that is parametrized under its mask must be squashed before `fully_shard`, "
-            "which manages what lies there. `dense_state_dict` gives its values."
+            "a tensor that is parametrized under its mask must be squashed before `fully_shard`. "
+            "`dense_state_dict` returns its values."
         )
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
@@ -47,11 +48,11 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
-            with torch.no_grad():  # of all components first: each may depend on both
+            with torch.no_grad():  # all before any write: each component may depend on both
                 values = [[site.effective() for site in part] for part in target.components]
             for component, masked in zip(target.components, values, strict=True):
                 _fold(component, masked)
-            # A place outside the model that was given may share it: scale once only
+            # A tied use outside `model` may share it, and must not scale again
             # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
             fold_(mask)
     _moved(model)
@@ -59,9 +60,9 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
 
 
 def unsparsify(model: nn.Module, targets: Specs | None = None) -> nn.Module:
-    """Take masks off without folding them: the stored weights come back; return the model.
+    """Remove masks without folding them, so the stored weights come back; return the model.
 
-    Args, Raises: as `squash`, but a mask need not be set.
+    See `squash` for the arguments. Masks need not be set.
 
     Examples:
         >>> model = unsparsify(sparsify(nn.Linear(10, 10), 0.9))
@@ -82,7 +83,7 @@ def _to_take_off(model: nn.Module, targets: Specs | None) -> list[Target]:
 
 
 def _fold(sites: tuple[Site, ...], values: list[Tensor]) -> None:
-    """Make the masked values of one tensor, tied at `sites`, its plain values."""
+    """Store the masked values of a tensor, used at `sites`, and remove its mask."""
     baked: Tensor | None = None
     for site, value in zip(sites, values, strict=True):
         stack = site.stack()
@@ -100,11 +101,9 @@ def _fold(sites: tuple[Site, ...], values: list[Tensor]) -> None:
 
 
 def _moved(model: nn.Module) -> None:
-    """Tell `fully_shard` and DDP wrappers in `model` that Parameters and masks have moved.
-
-    Else DDP broadcasts an empty list at the next forward (ddp_forward_after_squash).
-    """
+    """Tell `fully_shard` and DDP wrappers in `model` that Parameters and masks have moved."""
     follow(model)
+    # Otherwise DDP broadcasts an empty list in the next forward (ddp_forward_after_squash).
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module._assign_modules_buffers()

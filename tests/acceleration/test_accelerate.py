@@ -221,8 +221,8 @@ def test_verbs_that_change_masks_ask_to_restore_first(verb):
     ("build", "arguments", "error", "text"),
     [
         (lambda: nn.Linear(8, 8), {}, ValueError, "at least half are zeros.*none among 1"),
-        ("linear", {"formats": "csc"}, ValueError, r'of "csr", .*; got "csc"'),
-        ("linear", {"formats": []}, ValueError, "must be of"),
+        ("linear", {"formats": "csc"}, ValueError, r'among "csr", .*; got "csc"'),
+        ("linear", {"formats": []}, ValueError, "must be among"),
         ("linear", {"formats": {"wieght": [[1, "csr"]]}}, ValueError, 'nearest: "weight"'),
         ("linear", {"formats": {"weight": [[1, "2:4"]]}}, ValueError, "cannot hold"),
         ("linear", {"formats": {"weight": [[1, "blocks"]]}}, ValueError, 'got "blocks"'),
@@ -243,7 +243,7 @@ def test_verbs_that_change_masks_ask_to_restore_first(verb):
                 [[1, "csr", 2]],
             )
         ),
-        ("linear", {"formats": {"weight": [[1, ["csr"]]]}}, ValueError, "must be of"),
+        ("linear", {"formats": {"weight": [[1, ["csr"]]]}}, ValueError, "must be among"),
     ],
 )
 def test_bad_input_is_an_error_and_changes_nothing(build, arguments, error, text):

@@ -82,7 +82,7 @@ def test_dense_values_can_be_freed():
             assert torch.equal(other.state_dict()["weight"], dense.weight)
             assert torch.equal(other.weight.sum(), dense.weight.sum())
             assert other.weight.shape == (48, 32)
-    with pytest.raises(RuntimeError, match="freed them"):
+    with pytest.raises(RuntimeError, match="freed its dense values"):
         ps.restore(model)
     other = ps.squash(ps.sparsify(nn.Linear(32, 48), 0.9))
     with torch.no_grad():

@@ -314,6 +314,14 @@ def test_binarize_masks_of_the_own_state_of_pairs_and_ties(build):
     assert all(mask.dtype == torch.bool for _, mask in ps.named_masks(model))
 
 
+def test_binarize_masks_keeps_a_view_of_another_dtype():
+    weight = torch.tensor([-1.0, 2.0])
+    state = {"weight": weight, "bits": weight.view(torch.int32), "tied": weight.view(2)}
+    new, _ = ps.binarize_masks(state, {"weight": [False, True]})
+    assert new["bits"] is state["bits"]
+    assert new["tied"].tolist() == new["weight"].tolist() == [0.0, 2.0]
+
+
 def test_binarize_masks_refuses_two_masks_for_one_weight():
     with pytest.raises(ValueError, match="once"):
         ps.binarize_masks({"weight": torch.ones(2)}, {"weight": 0.5, "weight_mask": 0.5})

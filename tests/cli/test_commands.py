@@ -1,6 +1,7 @@
 """The other commands: masks that a checkpoint holds, files without zeros, what is there."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -173,6 +174,16 @@ def test_inspect_says_what_is_there(tmp_path, capsys):
     assert "98.44%" in text
     assert "is two" in text
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_of_no_weights_is_empty_and_needs_matplotlib(tmp_path, capsys, monkeypatch):
+    torch.save({"bias": torch.ones(3)}, tmp_path / "in.pt")
+    assert run("inspect", tmp_path / "in.pt", "--plot", tmp_path / "out.png") == 0
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "parasparse.report.figure", raising=False)
+    assert run("inspect", tmp_path / "in.pt", "--plot", tmp_path / "other.png") == 1
+    assert "--plot needs matplotlib: run `pip install" in capsys.readouterr().err
 
 
 def test_diff_says_what_differs(tmp_path, capsys):

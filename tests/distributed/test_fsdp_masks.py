@@ -176,5 +176,5 @@ def test_fsdp_with_sharded_masks(run, job):
 
 @pytest.mark.skipif(torch.__version__ >= "2.12", reason="is refused by older torch")
 def test_old_torch_is_told_of():
-    with pytest.raises(RuntimeError, match="must have torch 2.12 or newer"):
+    with pytest.raises(RuntimeError, match="needs torch 2.12 or newer"):
         ps.distributed.shard_masks(ps.sparsify(net(), 0.5))

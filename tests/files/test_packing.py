@@ -279,7 +279,7 @@ def test_packing_on_a_gpu_gives_the_same_parts(dtype):
         ({"values": torch.ones(2, dtype=torch.int32)}, "must be torch.float32"),
         ({"unit": (0, 1)}, "must divide 4 x 4"),
         ({"unit": (3, 1)}, "must divide 4 x 4"),
-        ({"bits": torch.ones(2, dtype=torch.int64)}, "its bits be uint8"),
+        ({"bits": torch.ones(2, dtype=torch.int64)}, "its `bits` be uint8"),
         ({"bits": torch.ones(3, dtype=torch.uint8)}, "`bits` of a `Packed` must hold 2 entries"),
         ({"values": torch.ones(3)}, "`values` of a `Packed` must hold 2 entries"),
     ],

@@ -128,8 +128,8 @@ def test_what_was_merged_before_is_merged_after_all():
     ("treatment", "message"),
     [
         (None, "it has none"),
-        (ps.Gate(), "`binarize` makes learned"),
-        (ps.Fixed(0.5), "`binarize` makes learned and real-valued"),
+        (ps.Gate(), "`binarize` turns learned"),
+        (ps.Fixed(0.5), "`binarize` turns learned and real-valued"),
     ],
 )
 def test_other_masks_are_refused(treatment, message):

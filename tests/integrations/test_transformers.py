@@ -156,7 +156,7 @@ def test_a_model_of_the_trainers_own_is_refused_where_it_goes_on(tmp_path):
         model_init=bert, args=arguments(tmp_path), train_dataset=data(),
         callbacks=[SparsityCallback(rigl(bert))],
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="must come with the masks"):
+    with pytest.raises(RuntimeError, match="must be loaded together with its masks"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
@@ -192,7 +192,7 @@ def test_the_controller_of_another_run_is_refused(tmp_path):
 
     trained(bert, other, tmp_path / "b")
     folder = str(tmp_path / "b" / "checkpoint-6")
-    with pytest.raises(RuntimeError, match="must come with the masks that it chose"):
+    with pytest.raises(RuntimeError, match="must be loaded together with its masks"):
         trained(bert, other, tmp_path / "a", resume=folder)
 
 
@@ -216,7 +216,7 @@ def test_a_base_whose_masks_are_not_saved_is_refused(tmp_path):
         return ps.GradualPruning(model, rules, None, schedule=schedule, every=3)
 
     trained(adapted, factory, tmp_path)
-    with pytest.raises(RuntimeError, match="adapters alone"):
+    with pytest.raises(RuntimeError, match="only the adapters"):
         trained(adapted, factory, tmp_path, resume=str(tmp_path / "checkpoint-6"))
 
 

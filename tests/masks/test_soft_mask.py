@@ -198,10 +198,10 @@ def test_its_text_says_how_it_was_made():
         ({"function": gates.straight_through}, "`sparsity` must be given with"),
         ({"function": gates.straight_through, "sparsity": 1.5}, r"must be in \[0, 1\]"),
         ({"init": float("inf")}, "`init` must be finite"),
-        ({"pattern": ps.patterns.n_of_m(2, 4)}, "`pattern` must be one of units"),
+        ({"pattern": ps.patterns.n_of_m(2, 4)}, "`pattern` must be a pattern of units"),
         (
             {"function": gates.variational_dropout, "pattern": ps.patterns.channel(0)},
-            "`pattern` must be one of units",
+            "`pattern` must be a pattern of units",
         ),
     ],
 )
@@ -247,9 +247,9 @@ def test_gates_go_with_every_module(case, kind):
 
 
 def test_an_init_whose_sigmoid_is_zero_is_refused():
-    with pytest.raises(ValueError, match="`init` must have a sigmoid over 0"):
+    with pytest.raises(ValueError, match="`init` must have a sigmoid above 0"):
         ps.Gate(init=-200.0)
-    with pytest.raises(ValueError, match="`init` must have a sigmoid over 0"):
+    with pytest.raises(ValueError, match="`init` must have a sigmoid above 0"):
         ps.sparsify(nn.Linear(3, 2).half(), ps.Gate(init=-40.0))
 
 

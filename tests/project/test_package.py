@@ -13,22 +13,24 @@ ROOT = Path(ps.__file__).parent
 
 # A room imports from the lines above its own, and from its own files.
 ORDER = """
-    counts text names schedules sharding
+    counts dtypes text names schedules sharding
     distributions gates patterns
     masks
     attach files
     targets
     scores acceleration optim distributed
     rules
-    verbs cli
+    verbs
     checkpoints training data_sparsifiers
     report integrations
+    cli
     __init__ __main__
 """
 FLOOR = {room: floor for floor, line in enumerate(ORDER.splitlines()) for room in line.split()}
 # Numbers and tensors: no modules.
 PURE = (
-    "counts text names schedules distributions gates patterns scores.weights_alone scores.saliency"
+    "counts dtypes text names schedules distributions gates patterns scores.weights_alone "
+    "scores.saliency"
 )
 
 

@@ -343,7 +343,7 @@ def test_without_matplotlib_the_error_says_what_brings_it(monkeypatch):
             lambda: ps.sparsify(nn.Linear(4, 4), 0.5),
             {"kind": "scores", "score": lambda tensor, name: tensor.sum(0)},
             ValueError,
-            "as many scores as entries",
+            "one score per entry",
         ),
         (
             lambda: ps.LotteryTicket(nn.Linear(4, 4), 0.5, rounds=1),

@@ -232,20 +232,20 @@ def test_it_goes_on_where_it_was_left():
     for one, two in zip(*map(torch.utils._pytree.tree_leaves, (whole, rest)), strict=True):
         assert torch.equal(one, two) if torch.is_tensor(one) else one == two
     elsewhere = soft(build(), 0.7)
-    with pytest.raises(ValueError, match="must be of the same settings"):
+    with pytest.raises(ValueError, match="must have the settings"):
         elsewhere.load_state_dict(whole["cs"])
     elsewhere = soft(build(), 0.05)
     with pytest.raises(KeyError):
         elsewhere.load_state_dict({k: v for k, v in whole["cs"].items() if k != "checkpoint"})
     assert elsewhere.rounds == 0
     other = soft(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="must be of the same rules"):
+    with pytest.raises(ValueError, match="must be from a controller with the same rules"):
         other.load_state_dict(whole["cs"])
 
 
 def test_a_ticket_that_keeps_nothing_is_warned_of():
     cs = soft(build(), -0.1)
-    with pytest.warns(UserWarning, match="no logit is above 0, so that the ticket keeps nothing"):
+    with pytest.warns(UserWarning, match="no logit is above 0, so the ticket keeps nothing"):
         cs.ticket = True
     assert cs.remaining() == 0.0
     cs = soft(build(), 0.1)
@@ -269,12 +269,12 @@ def test_rewinding_without_a_checkpoint_is_refused():
 @pytest.mark.parametrize(
     ("rules", "keywords", "text"),
     [
-        (0.5, {}, "must give each tensor a `Gate` of"),
-        ({"*": None}, {}, "must give each tensor a `Gate` of"),
-        ({"0.weight": ps.Gate(), "*": 0.5}, {}, '"4.weight" get something else'),
+        (0.5, {}, "must give at least one tensor a `Gate` of"),
+        ({"*": None}, {}, "must give at least one tensor a `Gate` of"),
+        ({"0.weight": ps.Gate(), "*": 0.5}, {}, '"4.weight" have other treatments'),
         (ps.Gate(), {"final_temperature": 0.5}, "`final_temperature` must be finite and at least"),
         (ps.Gate(), {"final_temperature": math.inf}, "`final_temperature` must be finite"),
-        (ps.Gate(), {"steps": 1}, "`steps` must be a whole number of at least 2"),
+        (ps.Gate(), {"steps": 1}, "`steps` must be an integer >= 2"),
         ({"nowhere": ps.Gate()}, {}, "must each reach a tensor"),
     ],
 )
@@ -289,19 +289,19 @@ def test_temperatures_must_be_over_zero_and_gates_stay():
     model = build()
     cs = soft(model)
     for value in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`temperature` must be a finite number over 0"):
+        with pytest.raises(ValueError, match="`temperature` must be finite and above 0"):
             cs.temperature = value
-        with pytest.raises(ValueError, match="`temperature` must be a finite number over 0"):
+        with pytest.raises(ValueError, match="`temperature` must be finite and above 0"):
             cs.prune(value)
     assert cs.temperature == 1.0
     assert not cs.history
     cs.checkpoint()
     ps.binarize(model)
-    with pytest.raises(RuntimeError, match="must stay where they are"):
+    with pytest.raises(RuntimeError, match="must stay on its model"):
         cs.rewind()
-    with pytest.raises(RuntimeError, match='must stay where they are; those of "0.weight"'):
+    with pytest.raises(RuntimeError, match='must stay on its model; those of "0.weight"'):
         cs.step()
-    with pytest.raises(ValueError, match="soft or other mask"):
+    with pytest.raises(ValueError, match="which already has a SoftMask"):
         ps.sparsify(soft(build()).model, ps.Gate())  # two gates on one tensor
 
 

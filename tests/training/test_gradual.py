@@ -92,9 +92,9 @@ def test_masks_stay_the_buffers_that_compiled_graphs_hold():
 @pytest.mark.parametrize(
     ("rules", "keywords", "text"),
     [
-        (ps.Gate(init=0.0), {}, "a sparsity that the schedule can scale"),
-        ({"*": "zeros"}, {}, "a sparsity that the schedule can scale"),
-        ({"*": ps.Prune(pattern=ps.patterns.n_of_m(2, 4))}, {}, "can scale"),
+        (ps.Gate(init=0.0), {}, "must have a sparsity, which the controller scales"),
+        ({"*": "zeros"}, {}, "must have a sparsity, which the controller scales"),
+        ({"*": ps.Prune(pattern=ps.patterns.n_of_m(2, 4))}, {}, "which the controller scales"),
         ({"nowhere": 0.5}, {}, "must each reach a tensor"),
         (0.5, {"schedule": lambda step: 1.5}, r"`schedule\(0\)` must be in \[0, 1\]"),
         (0.5, {"schedule": lambda step: math.nan}, r"`schedule\(0\)` must be in"),
@@ -147,7 +147,7 @@ def test_an_update_without_its_masks_is_refused_before_it_changes_others(take_of
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     pruner = ps.GradualPruning(model, 0.5, schedule=Linear(0.0, 1.0, stop=2), every=1)
     take_off(model, "1.weight")
-    with pytest.raises(RuntimeError, match=r'those of "1.weight" were taken off or unset'):
+    with pytest.raises(RuntimeError, match=r'those of "1.weight" were removed, unset'):
         pruner.step()
     assert ps.mask_of(model, "0.weight").all()
     assert pruner.steps == 0

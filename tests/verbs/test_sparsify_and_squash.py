@@ -67,13 +67,13 @@ BAD = {
         net,
         lambda: ps.Prune(0.5, pattern=ps.patterns.n_of_m),
         TypeError,
-        "made first; got the class n_of_m",
+        "got class n_of_m",
     ),
     "distribution_of_a_fixed_pattern": (
         net,
         lambda: ps.Prune(pattern=ps.patterns.n_of_m(2, 4), distribution=lambda s, p: s),
         ValueError,
-        "`distribution` must be left out",
+        "`distribution` must be omitted",
     ),
     "distribution_of_another_kind": (
         net,
@@ -119,14 +119,14 @@ BAD = {
         net,
         lambda: ps.Prune(0.5, pattern=ps.patterns.n_of_m(2, 4)),
         ValueError,
-        r"must be left out with n_of_m\(n=2, m=4",
+        r"must be omitted with n_of_m\(n=2, m=4",
     ),
     "no_sparsity": (net, lambda: ps.Prune(), ValueError, "must be given"),
     "global_n_of_m": (
         net,
         lambda: ps.Prune(pattern=ps.patterns.n_of_m(2, 4), scope="global"),
         ValueError,
-        "local",
+        "`scope` must be omitted",
     ),
     "global_distribution": (
         net,
@@ -182,7 +182,7 @@ BAD = {
         "torch.nn.utils.parametrizations.weight_norm",
     ),
     "integer": (Quantized, lambda: 0.5, TypeError, '"weight" is torch.int8'),
-    "gate_on_a_mask": (masked, lambda: {"2": ps.Gate()}, ValueError, "`unsparsify` it first"),
+    "gate_on_a_mask": (masked, lambda: {"2": ps.Gate()}, ValueError, "`unsparsify` first"),
     "mask_on_a_gate": (gated, lambda: {"2": 0.5}, ValueError, "`binarize`"),
     "gate_on_a_gate": (gated, lambda: ps.Gate(), ValueError, "`binarize`"),
     "odd_score": (
@@ -219,7 +219,7 @@ BAD = {
         net,
         lambda: {"0": lambda tensors: dict.fromkeys(tensors, Widening())},
         ValueError,
-        "must return a tensor like it",
+        r"must return torch.float32 \(8, 4\)",
     ),
 }
 

@@ -1,5 +1,6 @@
-"""Formats that store single values, or blocks, with their places."""
+"""Formats that store single values, or blocks, with their indices."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Self
@@ -7,39 +8,58 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-# The slice of x that a kernel works on stays in the caches (benchmarks/payoff.py).
+# Rows of x per call of a kernel: they stay in the caches (benchmarks/payoff.py).
 _SLICE = 64
 _WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class CSR:
-    """Compressed sparse rows, multiplied by the vendor's library (MKL; cuSPARSE on CUDA).
+class _Rows(ABC):
+    """The kept values of W, row by row. Indices are int32: int64 is converted in each call."""
 
-    Attributes:
-        starts: where each row starts among the values; int32, as are the columns: from 64 bits each
-            call would convert them first.
-        columns_kept: the column of each value.
-        kept: the values.
-        shape: that of W.
-    """
+    starts: Tensor  # index of the first value of each row
+    columns_kept: Tensor  # the column of each value
+    kept: Tensor  # the values
+    shape: tuple[int, int]  # of W
 
-    kind: ClassVar[str] = "csr"
-    starts: Tensor
-    columns_kept: Tensor
-    kept: Tensor
-    shape: tuple[int, int]
+    @staticmethod
+    @abstractmethod
+    def can_multiply(values: Tensor) -> bool:
+        """Whether there is a kernel for the device and dtype of `values`."""
 
     @classmethod
     def of(cls, weight: Tensor) -> Self | None:
-        """Return `weight` in this format."""
-        parts = _rows_of(weight) if _has_mkl() or not weight.is_cpu else None
-        return None if parts is None else cls(*parts)
+        """Return `weight` in this format, or None if less than half of it is zeros."""
+        if not cls.can_multiply(weight) or weight.dtype not in _WIDE:
+            return None
+        numel = weight.numel()
+        if numel > torch.iinfo(torch.int32).max or 2 * weight.count_nonzero() > numel:
+            return None
+        found = weight.flatten(1).to_sparse_csr()
+        # A clone, because torch.compile cannot take a view of a sparse tensor.
+        kept = found.values().clone()
+        return cls(found.crow_indices().int(), found.col_indices().int(), kept, _shape(found))
 
     @cached_property
     def _matrix(self) -> Tensor:
         starts, columns, kept = self.tensors()
         return torch.sparse_csr_tensor(starts, columns, kept, self.shape, check_invariants=False)
+
+    def dense(self) -> Tensor:
+        return self._matrix.to_dense()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.starts, self.columns_kept, self.kept]
+
+
+class CSR(_Rows):
+    """Compressed sparse rows, multiplied by the vendor's library (MKL; cuSPARSE on CUDA)."""
+
+    kind: ClassVar[str] = "csr"
+
+    @staticmethod
+    def can_multiply(values: Tensor) -> bool:  # noqa: D102
+        return _has_mkl() or not values.is_cpu
 
     @cached_property
     def _transposed(self) -> Tensor:
@@ -50,7 +70,7 @@ class CSR:
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         if len(x) == 1:
             return _vector(self._matrix, x, bias)
-        if len(x) < 4:  # one matrix-vector product a row
+        if len(x) < 4:  # one matrix-vector product per row
             result = x @ self._transposed
             return result if bias is None else result.add_(bias)
         return _upright(self._matrix @ x.t(), bias)
@@ -58,76 +78,48 @@ class CSR:
     def columns(self, u: Tensor) -> Tensor:  # noqa: D102
         return self._matrix @ u
 
-    def dense(self) -> Tensor:  # noqa: D102
-        return self._matrix.to_dense()
 
-    def tensors(self) -> list[Tensor]:  # noqa: D102
-        return [self.starts, self.columns_kept, self.kept]
+class Bag(_Rows):
+    """Each row of W as a weighted sum of rows of x.T, by torch's `embedding_bag` (FBGEMM).
 
-
-@dataclass(frozen=True)
-class Bag:
-    """The same rows, each a weighted sum of rows of x.T: torch's `embedding_bag` (FBGEMM).
-
-    Vectorized over x, which pays from some ten rows on.
-
-    Attributes:
-        starts, columns_kept, kept, shape: as those of CSR.
+    It is vectorized over x, which pays from about ten rows on.
     """
 
     kind: ClassVar[str] = "bag"
-    starts: Tensor
-    columns_kept: Tensor
-    kept: Tensor
-    shape: tuple[int, int]
 
-    @classmethod
-    def of(cls, weight: Tensor) -> Self | None:
-        """Return `weight` in this format."""
-        parts = _rows_of(weight) if _has_bags(weight) else None
-        return None if parts is None else cls(*parts)
+    @staticmethod
+    def can_multiply(values: Tensor) -> bool:  # noqa: D102
+        return values.is_cpu and values.dtype == torch.float32
 
     @classmethod
     def beside(cls, csr: CSR) -> Self | None:
-        """Return what shares the tensors of `csr`."""
-        parts = (csr.starts, csr.columns_kept, csr.kept, csr.shape)
-        return cls(*parts) if _has_bags(csr.kept) else None
+        """Return the same rows, sharing the tensors of `csr`."""
+        return (
+            cls(csr.starts, csr.columns_kept, csr.kept, csr.shape)
+            if cls.can_multiply(csr.kept)
+            else None
+        )
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         return _sliced(self, x, bias)
 
     def columns(self, u: Tensor) -> Tensor:  # noqa: D102
         starts, columns, kept = self.tensors()
-        sums: Tensor = torch.embedding_bag(
-            u.contiguous(), columns, starts, False, 0, False, kept, True
-        )[0]
+        u = u.contiguous()
+        sums: Tensor = torch.embedding_bag(u, columns, starts, False, 0, False, kept, True)[0]
         return sums
-
-    def dense(self) -> Tensor:  # noqa: D102
-        return CSR(self.starts, self.columns_kept, self.kept, self.shape).dense()
-
-    def tensors(self) -> list[Tensor]:  # noqa: D102
-        return [self.starts, self.columns_kept, self.kept]
 
 
 @dataclass(frozen=True)
 class BSR:
-    """Dense blocks: one row by the vendor's library, more as a batch of small products.
-
-    Attributes:
-        starts: where each row of blocks starts among them; int32.
-        block_columns: in which column of blocks each stands.
-        block_rows: in which row of blocks.
-        blocks: (number of blocks, size, size).
-        shape: that of W.
-    """
+    """Dense blocks: one row of x by the vendor's library, more as a batch of small products."""
 
     kind: ClassVar[str] = "bsr"
-    starts: Tensor
-    block_columns: Tensor
-    block_rows: Tensor
-    blocks: Tensor
-    shape: tuple[int, int]
+    starts: Tensor  # index of the first block of each row of blocks; int32
+    block_columns: Tensor  # the column of each block, counted in blocks
+    block_rows: Tensor  # the row of each block
+    blocks: Tensor  # (number of blocks, size, size)
+    shape: tuple[int, int]  # of W
 
     @classmethod
     def of(cls, weight: Tensor) -> Self | None:
@@ -140,20 +132,18 @@ class BSR:
             if any(length % size for length in matrix.shape):
                 continue
             found = matrix.to_sparse_bsr((size, size))
-            # A tenth more than what is kept is what accidental zeros in blocks may cost.
+            # Kept entries may be zero by accident: up to a tenth more values are stored.
             if found.values().numel() <= min(1.1 * kept, weight.numel() / 2):
                 starts, columns = found.crow_indices(), found.col_indices().int()
                 rows = torch.arange(len(starts) - 1).repeat_interleave(starts.diff()).int()
-                blocks = found.values().clone()  # as in _rows_of
+                blocks = found.values().clone()  # see `_Rows.of`
                 return cls(starts.int(), columns, rows, blocks, _shape(matrix))
         return None
 
     @cached_property
     def _matrix(self) -> Tensor:
-        starts, columns = self.starts, self.block_columns
-        return torch.sparse_bsr_tensor(
-            starts, columns, self.blocks, self.shape, check_invariants=False
-        )
+        starts, columns, _, blocks = self.tensors()
+        return torch.sparse_bsr_tensor(starts, columns, blocks, self.shape, check_invariants=False)
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         if len(x) > 1:
@@ -178,22 +168,6 @@ def _has_mkl() -> bool:
     return bool(torch.backends.mkl.is_available())
 
 
-def _has_bags(weight: Tensor) -> bool:
-    return weight.is_cpu and weight.dtype == torch.float32
-
-
-def _rows_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None:
-    """Return starts, columns, values and shape of the rows of `weight`, if half of it is zeros."""
-    if weight.dtype not in _WIDE or 2 * weight.count_nonzero() > weight.numel():
-        return None
-    if weight.numel() > torch.iinfo(torch.int32).max:
-        return None
-    found = weight.flatten(1).to_sparse_csr()
-    # A clone: torch.compile cannot take a view of a sparse tensor.
-    kept = found.values().clone()
-    return found.crow_indices().int(), found.col_indices().int(), kept, _shape(found)
-
-
 def _shape(matrix: Tensor) -> tuple[int, int]:
     outputs, inputs = matrix.shape
     return outputs, inputs
@@ -215,7 +189,7 @@ def _sliced(kept: Bag | BSR, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _upright(columns: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return columns.T + bias, written once."""
+    """Return columns.T + bias, contiguous."""
     if out is None:
         out = columns.new_empty(columns.shape[::-1])
     return out.copy_(columns.t()) if bias is None else torch.add(columns.t(), bias, out=out)

@@ -1,12 +1,11 @@
 """Ways to store and to multiply a matrix that is mostly zeros.
 
-Each format is made `of` a weight whose first dimension counts outputs, seen as a matrix W of shape
-(outputs, inputs), and multiplies in two layouts, so that nothing is transposed without need:
+`of` makes a format from a weight, seen as a matrix W of shape (outputs, inputs), or returns None if
+the format cannot hold the weight or would store most of its zeros. A format multiplies in two
+layouts, which saves transposing:
 
-    rows(x, b) == x @ W.T + b    x: (n, inputs)     what a linear layer does
-    columns(u) == W @ u          u: (inputs, n)     what a convolution does with its patches
-
-`of` returns None where the format cannot hold the weight, or would hold most of its zeros.
+    rows(x, b) == x @ W.T + b    x: (n, inputs)     a linear layer
+    columns(u) == W @ u          u: (inputs, n)     a convolution, of its patches
 """
 
 import warnings
@@ -32,27 +31,26 @@ class Format(Protocol):
         """Return W."""
 
     def tensors(self) -> list[Tensor]:
-        """Return what is stored."""
+        """Return the stored tensors."""
 
 
 FORMATS: dict[str, Callable[[Tensor], Format | None]] = {
-    "csr": CSR.of,
-    "bag": Bag.of,
-    "bsr": BSR.of,
-    "channels": Channels.of,
-    "2:4": TwoFour.of,
-}
+    "csr": CSR.of, "bag": Bag.of, "bsr": BSR.of, "channels": Channels.of, "2:4": TwoFour.of,
+}  # fmt: skip
 
 
 def formats_of(weight: Tensor, names: Collection[str]) -> dict[str, Format]:
-    """Return `weight` in those of the formats `names` that can hold it."""
+    """Return `weight` in each of the formats `names` that can hold it."""
     found: dict[str, Format] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR|CSC|BSR) tensor support is in beta")
         for name in [name for name in FORMATS if name in names]:
             csr = found.get("csr")
-            shared = name == "bag" and isinstance(csr, CSR)
-            made = Bag.beside(csr) if shared else FORMATS[name](weight)  # type: ignore[arg-type]
+            made: Format | None
+            if name == "bag" and isinstance(csr, CSR):
+                made = Bag.beside(csr)
+            else:
+                made = FORMATS[name](weight)
             if made is not None:
                 found[name] = made
     return found

@@ -1,4 +1,4 @@
-"""The compressed formats as operators that torch.compile takes as they are."""
+"""The compressed formats as custom operators, because torch.compile has no sparse tensors."""
 
 from collections.abc import Callable, Sequence
 
@@ -42,9 +42,9 @@ def _(u: Tensor, parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Te
 
 
 def rows(chosen: Format, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return chosen.rows(x, bias), as one operator while torch.compile looks on.
+    """Return chosen.rows(x, bias), under torch.compile as one operator.
 
-    It knows no sparse tensors (test_an_accelerated_model_compiles_in_one_graph).
+    See test_an_accelerated_model_compiles_in_one_graph.
     """
     if torch.compiler.is_compiling() and isinstance(chosen, (CSR, Bag, BSR)):
         made: Tensor = _rows(x, bias, chosen.tensors(), chosen.kind, chosen.shape)
@@ -53,7 +53,7 @@ def rows(chosen: Format, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def columns(chosen: Format, u: Tensor) -> Tensor:
-    """Return chosen.columns(u), likewise."""
+    """Return chosen.columns(u), under torch.compile as one operator."""
     if torch.compiler.is_compiling() and isinstance(chosen, (CSR, Bag, BSR)):
         made: Tensor = _columns(u, chosen.tensors(), chosen.kind, chosen.shape)
         return made

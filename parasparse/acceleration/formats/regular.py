@@ -1,4 +1,4 @@
-"""Formats whose zeros lie where dense kernels, or a device, can leave them out."""
+"""Formats for zeros that dense kernels, or the tensor cores of a GPU, can skip."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,31 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Channels:
-    """A smaller dense weight: outputs and inputs that are all zeros are left out.
+    """A smaller dense weight without the outputs and inputs that are all zeros."""
 
-    Attributes:
-        small: what is left, with all dimensions of the weight.
-        outputs: where its outputs belong, of `all_outputs`; None: all are there.
-        inputs: which inputs it takes, of `all_inputs`; None: all.
-        all_outputs: number of outputs of the weight.
-        all_inputs: number of its inputs.
-    """
-
-    small: Tensor
-    outputs: Tensor | None
-    inputs: Tensor | None
-    all_outputs: int
+    small: Tensor  # with all dimensions of the weight
+    outputs: Tensor | None  # indices of the outputs in `small`; None: all
+    inputs: Tensor | None  # indices of the inputs in `small`; None: all
+    all_outputs: int  # number of outputs of the weight
     all_inputs: int
 
     @classmethod
     def of(cls, weight: Tensor) -> Self | None:
-        """Return `weight` in this format."""
+        """Return `weight` in this format, or None if it would be hardly smaller."""
         kept = weight.flatten(2).ne(0).any(2) if weight.ndim > 2 else weight != 0
         outputs, inputs = kept.any(1), kept.any(0)
         if outputs.sum() * inputs.sum() > 0.95 * kept.numel() or not outputs.any():
             return None
         small = weight[outputs][:, inputs].contiguous()
-        return cls(small, _places(outputs), _places(inputs), *kept.shape)
+        return cls(small, _indices(outputs), _indices(inputs), *kept.shape)
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         taken = x if self.inputs is None else x.index_select(1, self.inputs)
@@ -46,7 +38,7 @@ class Channels:
         return self.spread(self.small.flatten(1) @ taken, 0)
 
     def spread(self, result: Tensor, dim: int = 1) -> Tensor:
-        """Return `result` with zeros for the outputs that were left out."""
+        """Return `result` with zeros for the missing outputs."""
         if self.outputs is None:
             return result
         shape = [*result.shape]
@@ -72,7 +64,7 @@ class TwoFour:
 
     @classmethod
     def of(cls, weight: Tensor) -> Self | None:
-        """Return `weight` in this format."""
+        """Return `weight` in this format, or None if it is not 2:4, or torch does not offer it."""
         half = weight.dtype in (torch.float16, torch.bfloat16)
         if not weight.is_cuda or not half or weight.ndim != 2 or weight.shape[1] % 4:
             return None
@@ -80,7 +72,7 @@ class TwoFour:
             return None
         try:
             return cls(torch.sparse.to_sparse_semi_structured(weight.detach()))
-        except (RuntimeError, ValueError):  # a device or shape that torch does not offer it for
+        except (RuntimeError, ValueError):  # torch does not offer it for this device or shape
             return None
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
@@ -96,5 +88,5 @@ class TwoFour:
         return [t for t in vars(self.matrix).values() if isinstance(t, Tensor)]
 
 
-def _places(kept: Tensor) -> Tensor | None:
+def _indices(kept: Tensor) -> Tensor | None:
     return None if kept.all() else kept.nonzero().flatten()

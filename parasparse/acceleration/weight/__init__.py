@@ -1,1 +1,1 @@
-"""The weight that multiplies sparsely, and what each kind of layer does with it."""
+"""The weight that multiplies sparsely, and the layers that use it."""

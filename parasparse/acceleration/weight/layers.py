@@ -1,12 +1,13 @@
-"""What linear and convolution layers do with a sparse weight.
+"""Linear and convolution layers with a sparse weight.
 
-A handler is called in the place of a torch function that was given a `SparseWeight`. It returns
-NotImplemented where the dense kernel shall run.
+A handler replaces a torch function that is called with a `SparseWeight`. It returns NotImplemented
+to run the dense kernel.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,26 +20,19 @@ from parasparse.acceleration.formats.format import Format
 from parasparse.acceleration.formats.regular import Channels
 from parasparse.masks.apply import is_tracing
 
+_Sizes = tuple[int, ...]  # one per spatial dimension
+
 
 @dataclass(frozen=True)
 class Use:
-    """One call that multiplied with a weight.
-
-    Attributes:
-        func: the torch function.
-        like: its input, on the meta device.
-        more: its arguments after the weight.
-        rows: how often it multiplied each entry of the weight; 0 for a lookup.
-        times: how often the call came.
-        outputs: how many outputs of the weight it had; None: all.
-    """
+    """A call that multiplied with a weight."""
 
     func: Callable[..., Tensor]
-    like: Tensor
-    more: tuple[Any, ...]
-    rows: int
-    times: int = 1
-    outputs: int | None = None
+    like: Tensor  # the input, on the meta device
+    more: tuple[Any, ...]  # the arguments after the weight
+    rows: int  # how often the call multiplied each entry of the weight; 0 for a lookup
+    times: int = 1  # number of such calls
+    outputs: int | None = None  # number of outputs of the weight that were used; None: all
 
 
 GRADIENT = (
@@ -48,10 +42,10 @@ GRADIENT = (
 
 
 def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> Format | None:
-    """Return the format of `weight` for `rows` rows; None: the dense kernel, or no weight of ours.
+    """Return the format of `weight` for `rows` rows; None: the dense kernel.
 
     Raises:
-        RuntimeError: a gradient would be lost.
+        RuntimeError: a gradient would be lost, or the model is exported or traced.
     """
     if not hasattr(weight, "choices") or _is_transformed():
         return None
@@ -59,8 +53,8 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
         raise RuntimeError(GRADIENT)
     if torch.compiler._is_exporting_flag or is_tracing():
         raise RuntimeError(
-            "an accelerated model must not be exported or traced: its kernels are torch's on this "
-            "machine. Call parasparse.restore(model) first; the zeros stay."
+            "an accelerated model must not be exported or traced, because its kernels exist only "
+            "in this process. Call parasparse.restore(model) first; the zeros stay."
         )
     if weight.seen is not None:
         weight.seen(use())
@@ -70,17 +64,17 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, which know the dense kernels."""
+    """Whether torch.func or forward-mode derivatives are active, which need the dense kernels."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    """Return `call(x)`; under autocast in the weight's dtype, then as autocast would have it."""
+    """Return `call(x)`; under autocast, computed in the weight's dtype and cast at the end."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return call(x)
     with torch.autocast(kind, enabled=False):
-        if x.dtype == torch.float64:  # autocast leaves it alone
+        if x.dtype == torch.float64:  # autocast leaves float64 unchanged
             return call(x)
         return call(x.to(weight.dtype)).to(torch.get_autocast_dtype(kind))
 
@@ -98,7 +92,7 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
         original = getattr(weight, "original", None)
         if original is None or weight.seen is not None:  # type: ignore[attr-defined]
             return NotImplemented
-        with torch._C.DisableTorchFunctionSubclass():  # the shortest way: some calls are short
+        with torch._C.DisableTorchFunctionSubclass():  # least overhead
             return func(input, original, bias)
     x = input.reshape(rows, inputs)
     result = multiplied(lambda x: operators.rows(chosen, x, bias), x, weight)
@@ -106,15 +100,9 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def convolution(
-    func: Any,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
+    func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
     """Compute a convolution as a product with the patches of the input."""
     kernel = weight.shape[2:]
     dims = len(kernel)
@@ -138,12 +126,7 @@ def convolution(
         patches = _patches(x, kernel, stride, padding, dilation)
         if patches is None:
             return NotImplemented
-        parts = [
-            multiplied(lambda u: operators.columns(chosen, u), patch, weight) for patch in patches
-        ]
-        result = (parts[0][None] if len(parts) == 1 else torch.stack(parts)).view(
-            len(x), -1, *sizes
-        )
+        result = _times_patches(chosen, patches, weight).view(len(x), -1, *sizes)
     if bias is not None:
         result += bias.view(-1, *[1] * dims)
     if dims == 2 and x.is_contiguous(memory_format=torch.channels_last):
@@ -151,39 +134,37 @@ def convolution(
     return result if input.ndim == dims + 2 else result[0]
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
+def _times_patches(chosen: Format, patches: Tensor, weight: Tensor) -> Tensor:
+    """Return W @ patches of each image: (batch, outputs, positions)."""
+    parts = [multiplied(partial(operators.columns, chosen), each, weight) for each in patches]
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
+def _each(value: Any, dims: int) -> _Sizes:
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value) or 1)
 
 
-def _same(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """Return how much to pad before and after each dimension, the last one first."""
+def _same(kernel: _Sizes, dilation: _Sizes) -> list[int]:
+    """Return the padding before and after each dimension, the last one first."""
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
 
 
 def _output_sizes(
-    sizes: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    sizes: _Sizes, kernel: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes
 ) -> list[int]:
     every = zip(sizes, kernel, stride, padding, dilation, strict=True)
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
 
 def _patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    x: Tensor, kernel: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes
 ) -> Tensor | None:
-    """Return what each output position sees: (batch, channels x kernel, positions)."""
+    """Return the patch of each output position: (batch, channels x kernel, positions)."""
     if not any(padding) and all(k == 1 for k in kernel):
         every = tuple(slice(None, None, s) for s in stride)
         return x[:, :, *every].flatten(2)
-    if len(kernel) == 1:  # a picture of one line
+    if len(kernel) == 1:  # an image of one row
         x = x[:, :, None]
         kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
         padding = (0, *padding)
@@ -192,14 +173,8 @@ def _patches(
     return F.unfold(x, kernel, dilation, padding, stride)
 
 
-def transposed(
-    func: Any,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    *more: Any,
-    **_: Any,
-) -> Any:
-    """Tell of a transposed convolution; it stays dense."""
+def transposed(func: Any, input: Tensor, weight: Tensor, *more: Any, **_: Any) -> Any:  # noqa: A002
+    """Report the use by a transposed convolution, which stays dense."""
     dims = weight.ndim - 2
     rows = math.prod(input.shape[-dims:]) * (len(input) if input.ndim == dims + 2 else 1)
     format_for(weight, lambda: Use(func, input.to("meta"), more, rows), rows, input)
@@ -207,19 +182,14 @@ def transposed(
 
 
 def lookup(func: Any, input: Tensor, weight: Tensor, *more: Any, **_: Any) -> Any:  # noqa: A002
-    """Tell of rows that are read, not multiplied; a dense table is the fastest there is."""
+    """Report a lookup of rows, for which a dense table is the fastest."""
     if getattr(weight, "seen", None) is not None:
         weight.seen(Use(func, input.to("meta"), more, 0))  # type: ignore[attr-defined]
     return NotImplemented
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.linear: linear,
-    F.conv1d: convolution,
-    F.conv2d: convolution,
-    F.conv3d: convolution,
-    F.conv_transpose1d: transposed,
-    F.conv_transpose2d: transposed,
-    F.conv_transpose3d: transposed,
-    F.embedding: lookup,
-}
+    F.linear: linear, F.embedding: lookup,
+    F.conv1d: convolution, F.conv2d: convolution, F.conv3d: convolution,
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What LSTM, GRU and Elman networks do with sparse weights: torch's equations, step by step."""
+"""LSTM, GRU and Elman networks with sparse weights: torch's equations, step by step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,7 +40,7 @@ _CELLS = {torch.lstm: _lstm, torch.gru: _gru, torch.rnn_tanh: _tanh, torch.rnn_r
 
 
 def recurrent(func: Any, *args: Any) -> Any:
-    """Run all layers over all steps."""
+    """Run all layers over all steps, or return NotImplemented for the dense kernel."""
     packed = not isinstance(args[3], bool)
     if packed or torch.is_autocast_enabled(args[0].device.type):
         return _untold(args[3] if packed else args[2])
@@ -75,7 +75,7 @@ def _one_way(
     *,
     backwards: bool,
 ) -> tuple[Tensor, State]:
-    """Return the outputs (steps, batch, hidden) and the last state, in one direction."""
+    """Return the outputs (steps, batch, hidden) and the last state of one direction."""
     ih, hh, *biases = weights
     projected = F.linear(x, ih, biases[0] if biases else None)
     bias = biases[1] if biases else None
@@ -89,7 +89,7 @@ def _one_way(
 def _is_sparse(
     func: Any, x: Tensor, state: State, groups: list[tuple[Tensor, ...]], ways: int
 ) -> bool:
-    """Whether any of the weights multiplies sparsely; tells those that record of their uses."""
+    """Whether any of the weights multiplies sparsely; reports the use to weights that record."""
     steps, batch, hidden = len(x), x.shape[1], state[0].shape[2]
     found = False
     for index, (ih, hh, *_) in enumerate(groups):
@@ -98,14 +98,13 @@ def _is_sparse(
             (ih, steps * batch, wide, 1),
             (hh, batch, hidden, steps),
         ):
-            like = torch.empty(rows, inputs, device="meta")
-            use = Use(F.linear, like, (None,), rows, times)
+            use = Use(F.linear, torch.empty(rows, inputs, device="meta"), (None,), rows, times)
             found |= format_for(weight, partial(_itself, use), rows, x, *state) is not None
     return found
 
 
 def _untold(weights: Any) -> Any:
-    """Leave a call to the dense kernel, of which nothing is known here."""
+    """Leave a call to the dense kernel; report a use that cannot be described."""
     for weight in weights:
         if getattr(weight, "seen", None) is not None:
             weight.seen(None)

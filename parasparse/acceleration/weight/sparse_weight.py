@@ -1,9 +1,9 @@
-"""The tensor subclass that takes the place of a weight and multiplies sparsely.
+"""The tensor subclass that replaces a weight and multiplies sparsely.
 
-    F.linear(x, weight)    ->  the format that is chosen for the number of rows of x
-    anything else          ->  the dense values
+    F.linear(x, weight)    ->  the format for the number of rows of x
+    other functions        ->  the dense values
 
-To modules, `state_dict`, `deepcopy`, pickle and `.to()` it is a Parameter like any other.
+For modules, `state_dict`, `deepcopy`, pickle and `.to()` it is an ordinary Parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Self
 
 import torch
@@ -23,37 +24,31 @@ from parasparse.acceleration.weight import attention, layers, recurrent
 from parasparse.acceleration.weight.layers import GRADIENT, Use
 from parasparse.attach.stand_in import StandIn
 
-# For each measured number of rows the name of a format, or None for the dense kernel.
+# The format at each measured number of rows; None is the dense kernel.
 Choices = tuple[tuple[int, str | None], ...]
 
 HANDLERS = {**layers.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
 
 
 class SparseWeight(StandIn):
-    """A weight of two or more dimensions with sparse formats beside its dense values.
+    """A weight of two or more dimensions with sparse formats beside its dense values."""
 
-    Attributes:
-        original: the Parameter whose place it has, and whose storage; None: freed.
-        choices: pairs of rows and format, by rows; the nearest ratio of rows decides.
-        inputs: its size in the second dimension.
-        seen: is told of each use while uses are recorded, None where nothing is known of it.
-    """
-
-    original: Tensor | None
-    choices: Choices
-    inputs: int
+    original: Tensor | None  # the Parameter that it replaces and shares storage with; None: freed
+    choices: Choices  # sorted by rows; the nearest ratio of rows decides
+    inputs: int  # size of the second dimension
+    # Called with each use while uses are recorded; with None if it is not a multiplication.
     seen: Callable[[Use | None], None] | None
     _formats: dict[str, Format]
     _parts: dict[tuple[int, ...], tuple[SparseWeight, ...]]
     _version_made: int
 
     def __new__(cls, original: Tensor, choices: Choices = (), *, keep_dense: bool = True) -> Self:
-        """Make one of `original`, whose values stay where they are unless `keep_dense` is False."""
+        """Make a sparse weight; `keep_dense=False` keeps only the formats, not the values."""
         values = original.detach()
         own = values if keep_dense else _nan_like(values)
         self = torch.Tensor._make_subclass(cls, own, original.requires_grad)
         self.original = original if keep_dense else None
-        self.choices, self.seen = tuple(sorted(choices, key=_rows)), None
+        self.choices, self.seen = tuple(sorted(choices, key=itemgetter(0))), None
         self.inputs = original.shape[1]
         self._made_of(values, {name for _, name in choices if name is not None})
         if isinstance(original, nn.Parameter):
@@ -61,16 +56,16 @@ class SparseWeight(StandIn):
         return self
 
     def __init__(self, *_: object, **__: object) -> None:
-        """All is done in `__new__`; torch.Tensor would take arguments of its own."""
+        """Do nothing, because torch.Tensor would not accept the arguments of `__new__`."""
 
     def format_for(self, rows: int) -> Format | None:
-        """Return what multiplies `rows` rows; None: the dense kernel."""
+        """Return the format that multiplies `rows` rows; None: the dense kernel."""
         if not torch.compiler.is_compiling() and self._version_made != version(self.original):
-            # Written to by way of a view, or of a reference from before.
+            # A view, or an earlier reference to the Parameter, was written to.
             self._made_of(self.plain(), self._formats)
         name, last = None, 0
         for measured, choice in self.choices:
-            if rows * rows > measured * last:  # nearer to this one than to the last, as a ratio
+            if rows * rows > measured * last:  # a nearer ratio than to the last
                 name = choice
             last = measured
         return None if name is None else self._formats.get(name)
@@ -82,7 +77,7 @@ class SparseWeight(StandIn):
         return next(iter(self._formats.values())).dense().view(self.shape)
 
     def parts(self, sizes: tuple[int, ...]) -> tuple[SparseWeight, ...]:
-        """Return the weight cut into `sizes` outputs; each part has the same choices."""
+        """Return the weight split into `sizes` outputs, each part with the same choices."""
         if sizes not in self._parts:
             kept = self.original is not None
             pieces = self.plain().split(sizes)
@@ -94,11 +89,11 @@ class SparseWeight(StandIn):
         return self._parts[sizes]
 
     def adopt(self, values: Tensor) -> None:
-        """Take over `values`, a plain tensor of the same shape."""
+        """Take the values of a plain tensor of the same shape."""
         names = list(self._formats)
         self._made_of(values, names)
         kept = self.original is not None
-        if not kept and len(self._formats) < len(names):  # too few zeros, say: dense again
+        if not kept and len(self._formats) < len(names):  # too few zeros, for example: dense again
             self.original = nn.Parameter(values, requires_grad=self.requires_grad)
             kept = True
         with torch._C.DisableTorchFunctionSubclass():
@@ -112,7 +107,7 @@ class SparseWeight(StandIn):
         self._version_made = version(self.original)
 
     def bytes_stored(self) -> int:
-        """Return the bytes of the formats; what they share counts once."""
+        """Return the bytes of the formats; shared tensors count once."""
         every = [tensor for held in self._formats.values() for tensor in held.tensors()]
         return sum({(t.data_ptr(), t.shape): t.nbytes for t in every}.values())
 
@@ -167,12 +162,8 @@ ON_CPU = (torch.float32, torch.float64)
 
 
 def version(tensor: Tensor | None) -> int:
-    """Return what counts the writes to `tensor`, views of it included; not those past autograd."""
+    """Return the number of writes to `tensor` or its views that autograd saw."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _rows(choice: tuple[int, str | None]) -> int:
-    return choice[0]
 
 
 def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeight:
@@ -180,10 +171,10 @@ def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeig
 
 
 def _nan_like(values: Tensor) -> Tensor:
-    """Return NaNs of the shape of `values` that take the bytes of one.
+    """Return NaNs of the shape of `values` in the memory of one.
 
-    Whatever reads them without asking the weight sees NaN, not wrong numbers. They are no view,
-    which torch.compile cannot take if it was made without gradients.
+    Code that bypasses the subclass then reads NaN, not wrong numbers. It is not a view, because
+    torch.compile cannot take views that were made without gradients.
     """
     nan = values.new_full((1,), math.nan).untyped_storage()
     return values.new_empty(0).set_(nan, 0, values.shape, (0,) * values.ndim)
@@ -194,7 +185,7 @@ def _tell_of_part(seen: Callable[[Use | None], None], outputs: int, use: Use | N
 
 
 def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Let `func` change the values of its first argument, or of `out`, and follow."""
+    """Let `func` write to its first argument or `out`, and update the formats."""
     if func == _SET_DATA:
         weight, value = args
         if value.is_cpu and value.dtype not in ON_CPU and weight.dtype in ON_CPU:
@@ -203,7 +194,7 @@ def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 "Call parasparse.restore(model) first."
             )
         return weight.adopt(value)
-    # Functions of torch.nn.init come with names for all their arguments.
+    # torch.nn.init passes all arguments by keyword.
     weights = _weights_in((args[:1], kwargs))
     plain = {id(w): w.plain() if w.original is None else w.original for w in weights}
     with torch._C.DisableTorchFunctionSubclass():
@@ -224,7 +215,7 @@ def _weights_in(tree: Any) -> list[SparseWeight]:
 
 
 def _as_plain(tree: Any, known: dict[int, Tensor] | None = None) -> Any:
-    """Return `tree` with plain tensors in the place of weights; torch's pytree takes 20 us."""
+    """Return `tree` with plain tensors for sparse weights; torch's pytree would take 20 us."""
     if isinstance(tree, SparseWeight):
         if known and id(tree) in known:
             return known[id(tree)]
@@ -244,7 +235,7 @@ def _is_differentiable(result: Any) -> bool:
 
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-# What these tell is true of the weight itself, freed or not.
+# Their results are those of the weight itself, even when its dense values are freed.
 _GETTERS = """
     shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cpu is_cuda is_meta
     is_sparse is_quantized _base _version
@@ -257,7 +248,7 @@ _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _GETTERS),
     *(getattr(torch.Tensor, name) for name in _METHODS),
 }
-# They add a parameter to what comes by, such as a position: nothing is multiplied.
+# They add a parameter to their input, such as a position embedding: nothing is multiplied.
 _ADDING = {
     torch.add, torch.cat, torch.stack, torch.Tensor.add, torch.Tensor.__add__,
     torch.Tensor.__radd__, torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat,

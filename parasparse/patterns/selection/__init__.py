@@ -1,1 +1,1 @@
-"""The highest scores: exact, over any number of tensors, without sorting."""
+"""Exact selection of the highest scores of any number of tensors, without sorting."""

@@ -1,9 +1,8 @@
-"""Which scores are the highest: exact, over any number of tensors, without sorting or copying them.
+"""Exact selection of the highest scores of any number of tensors, without sorting or copying.
 
-The k-th score lies, almost surely, between two scores that a random sample picks. One pass counts
-what lies below these two and gathers the few entries in between, among which it is searched. The
-sample decides how many these are, never which is found: the answer is exact, and the same on any
-number of threads.
+A random sample gives two scores that almost surely enclose the k-th. One pass counts the scores
+below them and gathers the few in between, which are then searched. The sample decides only how many
+are gathered: the result is exact, and the same for any number of threads.
 
 Reference: Floyd, Rivest, "Expected time bounds for selection", 1975, CACM 18(3).
 """
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from parasparse.patterns.selection import sharded
-from parasparse.patterns.selection.source import (
+from parasparse.patterns.selection.scores import (
+    MaskInChunks,
     Scores,
     Scratch,
     Threshold,
@@ -32,18 +32,10 @@ _SAMPLE = 1 << 15
 
 
 def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
-    """Return bool masks of the `kept` highest of all `scores` together.
+    """Return bool masks of the `kept` highest entries of all `scores` together.
 
-    Of equal scores the one in the earlier tensor is kept, and there the one with the lower flat
-    index.
-
-    Args:
-        scores: real, any shapes, dtypes and devices, no NaN.
-        kept: how many, between 0 and the number of all entries.
-
-    Raises:
-        ValueError: NaN among the scores.
-        TypeError: complex scores.
+    Among equal scores, the earlier tensor comes first, then the lower flat index. Shapes, devices
+    and real dtypes may differ. Raises an error as `check_scores` does.
 
     Examples:
         >>> highest([torch.tensor([1.0, 3.0]), torch.tensor([3.0, 2.0])], 2)
@@ -53,20 +45,16 @@ def highest(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
 
 
 def shaped(masks: Iterator[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return flat masks of the parts of `tensors` as masks of these."""
+    """Return masks of `tensors` from flat masks of their local parts."""
     pairs = zip(masks, tensors, strict=True)
     return [from_local(mask.view(to_local(tensor).shape), tensor) for mask, tensor in pairs]
 
 
 def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
-    """Yield the flat masks of `highest`, each when it is asked for; of parts of spread tensors.
-
-    Raises:
-        ValueError, TypeError: as `highest`.
-    """
+    """Yield the masks of `highest` lazily: flat, of the local part of each tensor."""
     for source in sources:
         check_kind(source)
-    total = sum(source.every for source in sources)
+    total = sum(source.numel_everywhere for source in sources)
     if kept in (0, total):
         for source in sources:
             check_scores(source)
@@ -78,34 +66,24 @@ def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
         return
     cut = find_threshold(sources, kept)
     ties = kept - cut.above
-    some = ties < cut.equal  # of the equal ones stay
+    some = ties < cut.equal  # only some of the equal scores are kept
     wide, scratch = common_dtype(sources), Scratch()
-    compare = torch.gt if some else torch.ge
     for source in sources:
-        mask, start = torch.empty(0, dtype=torch.bool), 0
+        masks = MaskInChunks(source.numel, scratch)
         for raw in source.chunks():
-            if start == 0:
-                mask = torch.empty(source.numel, dtype=torch.bool, device=raw.device)
-            part, chunk = mask[start : start + raw.numel()], raw.to(wide)
-            start += raw.numel()
-            part.copy_(compare(chunk, cut.value, out=scratch.like(chunk)))
+            chunk = raw.to(wide)
+            part = masks.add(chunk, cut.value, inclusive=not some)
             if some and ties:
-                ties -= _add_first(part, chunk == cut.value, ties)
-        yield mask
+                first = (chunk == cut.value).nonzero().flatten()[:ties]
+                part[first] = True
+                ties -= first.numel()
+        yield masks.mask
 
 
 def find_threshold(scores: Sequence[Scores], kept: int) -> Threshold:
-    """Return the `kept`-th highest of all `scores`, and how many are above and equal to it.
-
-    Args:
-        scores: real.
-        kept: between 1 and the number of all entries.
-
-    Raises:
-        ValueError: NaN among the scores.
-    """
+    """Return the `kept`-th highest of all `scores`; raise ValueError if they contain NaN."""
     total = sum(score.numel for score in scores)
-    rank = total - kept + 1  # of the searched score from below
+    rank = total - kept + 1  # counted from the lowest score
     for sigmas in (5.0, 50.0, math.inf) if total > 4 * _SAMPLE else (math.inf,):
         low, high = _bracket(scores, rank / total, sigmas)
         upto_low, inside = _between(scores, low, high)
@@ -127,7 +105,7 @@ def find_threshold(scores: Sequence[Scores], kept: int) -> Threshold:
 
 
 def _bracket(scores: Sequence[Scores], share: float, sigmas: float) -> tuple[float, float]:
-    """Return two scores that the one with `share` of all below it lies between, almost surely."""
+    """Return two scores that almost surely enclose the quantile `share` of all scores."""
     dtype = common_dtype(scores)
     if dtype.is_floating_point:
         least, most = -math.inf, math.inf
@@ -146,10 +124,10 @@ def _bracket(scores: Sequence[Scores], share: float, sigmas: float) -> tuple[flo
 
 
 def _sample(scores: Sequence[Scores]) -> Tensor:
-    """Return about `_SAMPLE` of the scores: one of each stretch of equal length, at random."""
+    """Return about `_SAMPLE` scores: a random one from each run of equal length."""
     total = sum(score.numel for score in scores)
     stretch = -(-total // _SAMPLE)
-    # On the CPU whatever the default device is; torch's own generator stays as it is.
+    # Always on the CPU, and without changing torch's global generator.
     generator = torch.Generator("cpu").manual_seed(0)
     starts = torch.arange(0, total, stretch, device="cpu")
     drawn = torch.randint(stretch, starts.shape, generator=generator, device="cpu")
@@ -166,13 +144,13 @@ def _sample(scores: Sequence[Scores]) -> Tensor:
 
 
 def _between(scores: Sequence[Scores], low: float, high: float) -> tuple[int, Tensor]:
-    """Return the number of scores <= `low`, and the scores between `low` and `high`."""
+    """Return how many scores are <= `low`, and the scores between `low` and `high`."""
     count, inside, one, two = 0, [], Scratch(), Scratch()
     for source, raw in ((each, raw) for each in scores for raw in each.chunks()):
         chunk = raw.to(common_dtype(scores))
-        if has_nan(chunk):  # every score comes by here
+        if has_nan(chunk):  # this loop reads every score
             refuse_nan(source)
-        # On a CPU compared faster into floats than into bools, whose product is then `and`.
+        # A CPU compares into floats faster than into bools. Their product is `and`.
         above = torch.gt(chunk, low, out=one.like(chunk))
         count += chunk.numel() - _number(above)
         below = torch.lt(chunk, high, out=two.like(chunk))
@@ -182,26 +160,13 @@ def _between(scores: Sequence[Scores], low: float, high: float) -> tuple[int, Te
 
 def _count(scores: Sequence[Scores], compare: Callable[..., Tensor], value: float) -> int:
     """Return the number of scores for which `compare(score, value)`."""
-    chunks = _chunks(scores, common_dtype(scores))
+    dtype = common_dtype(scores)
+    chunks = (chunk.to(dtype) for source in scores for chunk in source.chunks())
     return sum(int(torch.count_nonzero(compare(chunk, value))) for chunk in chunks)
 
 
 def _number(ones: Tensor) -> int:
-    """Return how many entries of `ones`, the others 0, are 1."""
-    # A sum takes a tenth of the time of `count_nonzero` on a CPU, and is exact up to 2^24.
+    """Return how many entries of `ones`, a tensor of 0 and 1, are 1."""
+    # On a CPU, `sum` is ten times as fast as `count_nonzero`, and exact up to 2^24.
     exact = ones.dtype in (torch.float32, torch.float64) and ones.numel() <= 1 << 24
     return int(ones.sum()) if exact else int(torch.count_nonzero(ones))
-
-
-def _chunks(scores: Sequence[Scores], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield all scores as `dtype`."""
-    for score in scores:
-        for chunk in score.chunks():
-            yield chunk.to(dtype)
-
-
-def _add_first(mask: Tensor, ties: Tensor, most: int) -> int:
-    """Set `mask` at the first `most` of the True entries of `ties`; return how many these are."""
-    first = ties.nonzero().flatten()[:most]
-    mask[first] = True
-    return first.numel()

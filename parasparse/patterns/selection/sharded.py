@@ -1,10 +1,9 @@
-"""Which scores are the highest when processes hold parts of the tensors: nothing is gathered.
+"""Selection of the highest scores of sharded tensors, without gathering them.
 
-Scores of floats are ordered as the whole numbers that their bits make, up to the sign. Each process
-counts the first 16 bits of its scores, the counts are summed over processes, and the bucket that
-holds the k-th is known; the next 16 bits are counted in that bucket alone. One round settles 16
-bits, two 32, four 64; each sums 2^16 counts, 512 KiB. Counts are exact, so that any number of
-processes finds the same k-th score, which is the one that a single process finds.
+The bits of floats, read as integers, have the same order up to the sign. Each process counts the
+first 16 bits of its scores. The sum of these counts over processes tells which bucket holds the
+k-th score, and the next 16 bits are counted in this bucket only. A round sums 2^16 counts (512 KiB)
+and settles 16 bits. Counts are exact, so any number of processes finds the same k-th score.
 
 Reference: Knuth, "The Art of Computer Programming", volume 3, section 5.2.5 (radix exchange).
 """
@@ -16,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parasparse.patterns.selection.source import (
+from parasparse.patterns.selection.scores import (
+    MaskInChunks,
     Scores,
     Scratch,
     check_scores,
@@ -31,23 +31,14 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Keys:
-    """Whole numbers of one tensor on this process.
-
-    Attributes:
-        chunks: yields them flat and in order; each holds until the next.
-        tensor: the spread tensor of which each process counts a part; None if each counts all.
-    """
+    """Integers of one tensor on this process, in chunks; `tensor` is the sharded one, or None."""
 
     chunks: Callable[[], Iterator[Tensor]]
     tensor: Tensor | None
 
 
 class _Ordered:
-    """The scores of a source as whole numbers in the same order.
-
-    Attributes:
-        has_nan: whether the first pass saw NaN.
-    """
+    """Scores as integers in the same order; `has_nan` is known after the first pass."""
 
     def __init__(self, source: Scores, dtype: torch.dtype) -> None:
         self.source, self.dtype, self.has_nan = source, dtype, False
@@ -68,29 +59,21 @@ class _Ordered:
 
 
 def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
-    """Yield flat bool masks of this process's parts: the `kept` highest of all `sources` together.
+    """Yield flat bool masks of this process's parts: the `kept` highest of all scores together.
 
-    Of equal scores the one in the earlier tensor is kept, and there the one with the lower flat
-    index in the whole.
-
-    Args:
-        sources: real scores.
-        kept: how many, between 1 and one less than there are.
-
-    Raises:
-        ValueError: NaN among the scores.
+    Among equal scores, the earlier tensor comes first, then the lower flat index in the full
+    tensor. Some but not all scores must be kept. Raises ValueError if they contain NaN.
     """
     dtype = common_dtype(sources)
     ordered = [_Ordered(source, dtype) for source in sources]
     keys = [_Keys(each.chunks, each.source.tensor) for each in ordered]
-    every = sum(source.every for source in sources)
-    cut, below, equal = _lowest(keys, every - kept + 1, dtype.itemsize * 8)
+    total = sum(source.numel_everywhere for source in sources)
+    cut, below, equal = _lowest(keys, total - kept + 1, dtype.itemsize * 8)
     if int(_sum([(each.source.tensor, _count(each.has_nan)) for each in ordered])):
-        for source in sources:  # on all processes, if it is on one
+        for source in sources:  # all processes raise, even if only one has NaN
             check_scores(source)
-    ties: int | None = kept - (every - below - equal)
-    if ties == equal:
-        ties = None
+    to_keep = kept - (total - below - equal)
+    ties = to_keep if to_keep < equal else None  # how many keys equal to `cut` are kept; None: all
     for source, own in zip(sources, keys, strict=True):
         take = _whole if source.tensor is None else _part
         mask, ties = take(source, own, cut, ties)
@@ -98,15 +81,9 @@ def highest_masks(sources: Sequence[Scores], kept: int) -> Iterator[Tensor]:
 
 
 def _whole(source: Scores, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
-    """Return the mask of what each process holds, and how many ties are left for others.
-
-    Args:
-        source: the scores.
-        keys: theirs.
-        cut: the lowest of the kept ones.
-        ties: how many that equal it are kept; None: all.
-    """
-    scratch, masks = Scratch(), _Filled(source.numel)
+    """Return the mask of a tensor that is not sharded, and how many ties are left to keep."""
+    scratch = Scratch()
+    masks = MaskInChunks(source.numel, scratch)
     for chunk in keys.chunks():
         number = 0
         if ties:
@@ -120,69 +97,38 @@ def _whole(source: Scores, keys: _Keys, cut: int, ties: int | None) -> tuple[Ten
 
 
 def _part(source: Scores, keys: _Keys, cut: int, ties: int | None) -> tuple[Tensor, int | None]:
-    """Return the mask of what this process holds; as `_whole`."""
-    limit, number = source.every, 0  # entries before this place stay
+    """Return the mask of this process's part of a sharded tensor, and the ties left to keep."""
+    tensor, end = source.tensor, source.numel_everywhere
+    assert tensor is not None
+    limit, number = end, 0  # of the ties, those before this flat index are kept
     if ties == 0:
         limit = 0
     elif ties is not None:
-        equal = _Keys(partial(_places, source, keys, cut), source.tensor)
-        found = sum(len(places) for places in equal.chunks())
-        number = int(_sum([(source.tensor, _count(found))]))
+        equal = _Keys(partial(_tied_indices, tensor, keys, cut), tensor)
+        found = sum(len(indices) for indices in equal.chunks())
+        number = int(_sum([(tensor, _count(found))]))
         if number > ties:
-            limit = _lowest([equal], ties, source.every.bit_length() + 1)[0] + 1
-    masks = _Filled(source.numel)
+            limit = _lowest([equal], ties, end.bit_length() + 1)[0] + 1
+    masks = MaskInChunks(source.numel, Scratch())
     for chunk in keys.chunks():
         start = masks.filled
-        part = masks.add(chunk, cut, inclusive=limit == source.every)
-        if 0 < limit < source.every:
+        part = masks.add(chunk, cut, inclusive=limit == end)
+        if 0 < limit < end:
             flat = (chunk == cut).nonzero().flatten()
-            part[flat[_in_whole(source, flat + start) < limit]] = True
+            part[flat[global_indices(tensor, flat + start) < limit]] = True
     return masks.mask, None if ties is None else ties - min(number, ties)
 
 
-class _Filled:
-    """A mask that is filled in chunk by chunk."""
-
-    def __init__(self, numel: int) -> None:
-        self.mask, self.filled, self._numel = (
-            torch.empty(0, dtype=torch.bool, device="cpu"),
-            0,
-            numel,
-        )
-        self._scratch = Scratch()
-
-    def add(self, chunk: Tensor, cut: int, *, inclusive: bool) -> Tensor:
-        """Fill in what is above `cut`, or equals it; return this part of the mask."""
-        if not self.filled:
-            self.mask = torch.empty(self._numel, dtype=torch.bool, device=chunk.device)
-        part = self.mask[self.filled : self.filled + chunk.numel()]
-        self.filled += chunk.numel()
-        # Compared into numbers, then copied: a third of the time of bools on a CPU.
-        compare = torch.ge if inclusive else torch.gt
-        part.copy_(compare(chunk, cut, out=self._scratch.like(chunk)))
-        return part
-
-
-def _places(source: Scores, keys: _Keys, cut: int) -> Iterator[Tensor]:
-    """Yield where in the whole the scores lie that equal the cut."""
+def _tied_indices(tensor: Tensor, keys: _Keys, cut: int) -> Iterator[Tensor]:
+    """Yield the flat indices in the full tensor of the keys that equal `cut`."""
     start = 0
     for chunk in keys.chunks():
-        yield _in_whole(source, (chunk == cut).nonzero().flatten() + start)
+        yield global_indices(tensor, (chunk == cut).nonzero().flatten() + start)
         start += chunk.numel()
 
 
-def _in_whole(source: Scores, flat: Tensor) -> Tensor:
-    return flat if source.tensor is None else global_indices(source.tensor, flat)
-
-
 def _lowest(keys: Sequence[_Keys], rank: int, bits: int) -> tuple[int, int, int]:
-    """Return the `rank`-th lowest of all keys, how many are below it, and how many equal it.
-
-    Args:
-        keys: signed, of `bits` bits.
-        rank: from 1 on.
-        bits: how many tell them apart.
-    """
+    """Return the `rank`-th lowest key of `bits` signed bits, and how many are below and equal."""
     prefix, below, equal, shift = 0, 0, 0, bits
     while shift:
         width = min(_DIGIT, shift)
@@ -199,7 +145,7 @@ def _lowest(keys: Sequence[_Keys], rank: int, bits: int) -> tuple[int, int, int]
 
 
 def _counts(keys: Sequence[_Keys], prefix: int, shift: int, width: int, *, first: bool) -> Tensor:
-    """Return how many keys with this prefix there are for each value of the next digit."""
+    """Return how many keys with this prefix have each value of the next digit."""
     counts, low, half = [], shift - width, 1 << (width - 1)
     for each in keys:
         found = torch.zeros(1 << width, dtype=torch.int64, device="cpu")
@@ -218,7 +164,7 @@ def _counts(keys: Sequence[_Keys], prefix: int, shift: int, width: int, *, first
 
 
 def _sum(counts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
-    """Return the sum over tensors, and over the processes that hold parts of these."""
+    """Return the sum over tensors, and over the processes that hold parts of them."""
     groups: dict[object, tuple[Tensor | None, Tensor]] = {}
     for tensor, number in counts:
         key = shard_key(tensor)
@@ -228,11 +174,11 @@ def _sum(counts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
 
 
 def _count(number: int) -> Tensor:
-    return torch.tensor(int(number), device="cpu")  # whatever the default device is
+    return torch.tensor(int(number), device="cpu")  # not the default device
 
 
 def _in_order(scores: Tensor) -> Tensor:
-    """Return whole numbers in the order of `scores`, which may be below 0."""
+    """Return integers in the order of `scores`, negative ones included."""
     bits = (scores + 0.0).view(_INTEGER[scores.dtype.itemsize])  # -0.0 becomes 0.0
-    # Those below 0 count backwards.
+    # The bits of negative floats are in descending order.
     return bits ^ ((bits >> (bits.dtype.itemsize * 8 - 1)) & torch.iinfo(bits.dtype).max)

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: connections are dropped and others grown while the network trains."""
+"""Dynamic sparse training: dropping and growing connections during training."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -8,57 +8,59 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.optim import check_held, momentum_of
+from parasparse.patterns import n_of_m
 from parasparse.rules.types import Rules
 from parasparse.schedules import Constant, as_every
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
 from parasparse.sharding.same_draws import same_draws, warn_if_alone
-from parasparse.training.controller import Record, Recorded
-from parasparse.training.dynamic.layer import view_of
+from parasparse.training.controller import Controller
+from parasparse.training.dynamic.layer import view
 from parasparse.training.dynamic.start import Init, check_moves, first_masks
 from parasparse.training.dynamic.update import Moves, next_masks
 from parasparse.training.dynamic.view import needs_of
+from parasparse.training.history import copied, loaded, saved, update_of
 from parasparse.verbs.dense_gradients import DenseGradients, collecting
 from parasparse.verbs.sparsify import apply
 
 Move = str | Callable[..., Any]
 
 
-class DynamicSparsity(Recorded):
-    """Moves the connections of `model` while it trains; the network keeps exactly as many.
+class DynamicSparsity(Controller):
+    """Drops and regrows connections of `model` during training; their number stays constant.
 
-    One update: each layer's importance (`redistribution`), normalised to sum 1; each layer loses
-    ceil(rate * connections) (`prune`), a layer with less than 20 % zeros and more than average
-    importance at most at the rate of its sparsity; what all lost grows again (`growth`), shared out
-    by importance. No layer takes more than 0.99 of what is free in it, unless the budget needs it.
-    What dropped and what grew is 0 then, in the weights and in the optimizer's state, except that
-    growth that reads this state keeps it for what it grows.
+    An update computes the importance of each layer (`redistribution`), normalised to sum 1. Each
+    layer drops ceil(rate * connections) (`prune`); for layers with less than 20% zeros and more
+    than average importance, the rate is at most their sparsity. As many connections grow (`growth`)
+    in layers chosen by importance. No layer fills more than 0.99 of its free entries unless the
+    budget needs it. Dropped and grown weights and their optimizer state are set to 0, except that
+    growth that reads this state keeps it for the grown entries.
 
     Args:
-        model: changed in place.
-        rules: as for `sparsify`. A sparsity alone is drawn as `init` says; a `Prune` says itself
-            how. Patterns of units move units, `n_of_m` moves within its groups.
+        model: is changed in place.
+        rules: as in `sparsify`. `init` draws the masks of a plain sparsity; a `Prune` makes its
+            own. With patterns of units, units move; `n_of_m` moves entries within its groups.
         optimizer: holds the masked parameters.
-        prune: "magnitude", "SET", "global_magnitude", or a function: see `moves`.
+        prune: "magnitude", "SET", "global_magnitude", or a function (see `moves`).
         growth: "momentum", "random", "gradient", "momentum_neuron", "global_momentum_growth", or a
             function.
-        redistribution: "momentum", "magnitude", "nonzero", "none" (each layer regrows what it
-            loses), or a function.
-        prune_rate: share of connections that an update drops, in [0, 1]; or `int -> float`.
-        every: update at each so-many-th step; or `int -> bool`, such as `schedules.Every`; None:
-            only `update()` does.
-        init: "constant", "linear" (Erdos-Renyi), "erk", "resume" (what is 0 is masked), or masks by
+        redistribution: "momentum", "magnitude", "nonzero", "none" (each layer regrows as many
+            connections as it drops), or a function.
+        prune_rate: share of connections that an update drops, in [0, 1], or `int -> float`.
+        every: number of steps between updates, or `int -> bool`, such as `schedules.Every`; None:
+            updates only in `update()`.
+        init: "constant", "linear" (Erdos-Renyi), "erk", "resume" (zeros are masked), or masks by
             name.
 
     Attributes:
-        history: an `Update` for each.
-        steps: how many times `step()` has been called.
-        baseline_nonzero: how many connections (units, where these count) the network has.
+        history: one `Update` for each change of masks.
+        steps: number of `step()` calls so far.
+        baseline_nonzero: number of connections of the network, counting units with such patterns.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `sparsify`; a layer without a connection; an
-            optimizer without momentum where a move reads it; an unknown move. The model is as it
-            was.
+        TypeError, ValueError, RuntimeError: `sparsify` refuses the rules, a layer would have no
+            connection, a move is unknown, or a move reads momentum that the optimizer does not
+            keep. The model is unchanged.
 
     Examples:
         >>> model = nn.Linear(20, 20)
@@ -69,8 +71,8 @@ class DynamicSparsity(Recorded):
         (1, True)
 
     Reference: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without
-        Losing Performance", 2019, arXiv:1907.04840, section 3. Differs: the budget is exact, the
-        prune rate stays put at its end.
+        Losing Performance", 2019, arXiv:1907.04840, section 3. Differs: the budget is exact, and
+        the prune rate stays constant after its schedule ends.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class DynamicSparsity(Recorded):
         init: Init = "constant",
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"`optimizer` must be one of torch's kind; got {optimizer!r:.60}.")
+            raise TypeError(f"`optimizer` must be a torch optimizer; got {optimizer!r:.60}.")
         self.model, self.optimizer = model, optimizer
         self.moves = Moves.named(prune, growth, redistribution)
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
@@ -98,40 +100,46 @@ class DynamicSparsity(Recorded):
         self._gradients: DenseGradients | None = None
         if self.every is None and "gradient" in self.moves.needs:
             raise ValueError(
-                "`every` must say when updates are, so that the dense gradient is collected in the "
-                "step before; got None."
+                "`every` must not be None when a move reads the dense gradient, which is collected "
+                "in the step before an update."
             )
         assigned, layers = first_masks(model, rules, init)
         self._layers = {layer.target.name: layer for layer in layers}
         check_held(optimizer, [each.target for each in assigned], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
-        self._is_next()  # a function that fails does so before anything has changed
+        self._is_next()  # if `every` raises, it does so before anything has changed
         apply(model, assigned)
-        for layer in layers:
+        self._begin()
+
+    def _begin(self) -> None:
+        for layer in self._layers.values():
             layer.module.dense_gradient = self._is_dense
             layer.module.zeroed_in_place = frozenset(map(id, layer.parameters))
             layer.zero_masked()
-        self._record = Record(self._masks())
-        self.baseline_nonzero = sum(count_nonzero(layer.seen_mask()) for layer in layers)
+        self._start, self.history = copied(self._masks()), []
+        self.baseline_nonzero = sum(
+            count_nonzero(each.seen_mask()) for each in self._layers.values()
+        )
         self._arm()
 
     def step(self) -> None:
-        """Count a step, and update the masks if it is time; call it after `optimizer.step()`.
+        """Count a step, and update the masks if one is due; call it after `optimizer.step()`.
 
-        An update waits for a step with finite gradients where a GradScaler skips some.
+        If a GradScaler skips steps, the update waits for a step with finite gradients.
 
         Raises:
-            RuntimeError: an update is due and no gradient has come by yet.
-            ValueError: the prune rate leaves [0, 1]; a move returns what it must not. Masks, budget
-                and the count of steps are as they were.
+            RuntimeError: an update is due but the masked weights never had a gradient; or a mask
+                was removed.
+            ValueError: the prune rate leaves [0, 1], or a move returns an invalid mask or number.
+                Masks, budget and step count are unchanged.
         """
         for layer in self._layers.values():
-            layer.check_masked()
+            _ = layer.module  # raises if it was removed
         reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():
                 layer.zero_masked()
-        self._armed.close()  # where several processes train, they average here
+        self._armed.close()  # several processes average the dense gradient here
         try:
             is_due = self._is_next()
             if is_due and self._has_seen():
@@ -142,21 +150,22 @@ class DynamicSparsity(Recorded):
             self._arm()
 
     def update(self) -> None:
-        """Update the masks now; the prune rate is that of the steps counted so far.
+        """Update the masks now, with the prune rate at the current step.
 
         Raises:
-            RuntimeError, ValueError: as `step`; a move reads the dense gradient, which is collected
-                for the updates of `step` only.
+            RuntimeError, ValueError: see `step`; also if the optimizer skipped the step, or a move
+                reads the dense gradient, which is collected only for `step`.
         """
         reshard(self.model)
         if self._is_armed:
             raise RuntimeError(
-                "`update` must be left to `step` when a move reads the dense gradient, which is "
-                "collected in the step before an update only."
+                "`update` cannot be called when a move reads the dense gradient, because this is "
+                "collected only for the updates that `every` announces. Call only `step`."
             )
         if not self._has_seen():
             raise RuntimeError(
-                "an update must come after an `optimizer.step()`, which was skipped."
+                "the optimizer has not stepped (a GradScaler may have skipped it). Call `update` "
+                "after a step with finite gradients."
             )
         self._update(self.steps)
 
@@ -165,30 +174,22 @@ class DynamicSparsity(Recorded):
         self.update()
 
     def close(self) -> None:
-        """Collect no gradients any more: another controller takes over, or none."""
+        """Stop collecting gradients, so another controller can take over."""
         self._armed.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs; the masks are in the model's own."""
+        """Return the controller's state; save those of the model (with masks) and optimizer too."""
         return {
-            "steps": self.steps,
-            "is_due": self._is_due,
-            "missing": tuple(self._missing.items()),
-            "baseline_nonzero": self.baseline_nonzero,
-            **self._record.state(),
-        }
+            "steps": self.steps, "is_due": self._is_due, "missing": tuple(self._missing.items()),
+            "baseline_nonzero": self.baseline_nonzero, **saved(self.history, self._start),
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another stood; load the model's and the optimizer's state as well.
-
-        Raises:
-            ValueError: it had other tensors.
-        """
-        record = self._record.loaded(state_dict)
+        """Continue from a saved state; raise ValueError if it is for other tensors."""
+        self.history, self._start = loaded(state_dict, self._start)
         self.steps, self._is_due = state_dict["steps"], state_dict["is_due"]
         self._missing = dict(state_dict["missing"])
         self.baseline_nonzero = state_dict["baseline_nonzero"]
-        self._record = record
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,16 +215,17 @@ class DynamicSparsity(Recorded):
         for layer in self._layers.values():
             layer.zero_masked()
         rate = _rate(self.prune_rate(step), f"prune_rate({step})")
-        view = view_of(
+        seen = view(
             self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
         )
-        groups = {n: layer.groups for n, layer in self._layers.items() if layer.groups is not None}
+        patterns = {name: layer.pattern for name, layer in self._layers.items()}
+        groups = {name: each for name, each in patterns.items() if isinstance(each, n_of_m)}
         warn_if_alone(self.model)
         with torch.no_grad(), same_draws(self.model):
-            masks, missing = next_masks(view, self.moves, self._missing, groups)
+            masks, missing = next_masks(seen, self.moves, self._missing, groups)
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
-        change = self._record.change(step, self._masks(), new, sum(missing.values()))
-        # Growth by momentum goes on with what it grew by.
+        change = update_of(step, self._masks(), new, self._start, sum(missing.values()))
+        # Growth by momentum keeps the momentum of the grown entries.
         keep = not needs_of(self.moves.growth).isdisjoint({"momentum", "state"})
         for name, layer in self._layers.items():
             layer.set_mask(new[name], self.optimizer, keep_state_of_grown=keep)
@@ -231,10 +233,10 @@ class DynamicSparsity(Recorded):
         self.history.append(change)
 
     def _has_seen(self) -> bool:
-        """Whether the moves find what they read; if a GradScaler skipped the step, they do not.
+        """Whether momentum and gradients are available: not if a GradScaler skipped the step.
 
         Raises:
-            RuntimeError: no gradient has come by yet.
+            RuntimeError: the masked weights never had a gradient.
         """
         parameters = [p for layer in self._layers.values() for p in layer.parameters]
         missing = "momentum" in self.moves.needs and all(
@@ -247,8 +249,8 @@ class DynamicSparsity(Recorded):
             missing = missing or all(probe is None for probe in probes)
         if missing and all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
-                "an update must come after a backward and an `optimizer.step()`; the masked "
-                "weights have had no gradient yet."
+                "the masked weights have had no gradient yet. Call `backward` and "
+                "`optimizer.step()` before an update."
             )
         finite = not any(
             count_nonzero(~_values(probe).isfinite()) for probe in probes if probe is not None
@@ -256,7 +258,7 @@ class DynamicSparsity(Recorded):
         return finite and not missing
 
     def _arm(self) -> None:
-        """Collect the dense gradient if the next step is an update that reads it."""
+        """Start to collect the dense gradient if the next step is an update that reads it."""
         self._armed.close()
         self._gradients = None
         if self._is_armed and self._is_next():
@@ -277,8 +279,5 @@ def _rate(value: Any, argument: str = "prune_rate") -> float:
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{argument}` must be a number in [0, 1]; got {value!r:.60}.") from error
     if not 0.0 <= rate <= 1.0:  # false for NaN as well
-        raise ValueError(
-            f"`{argument}` must be in [0, 1], the share of connections that an update drops; got "
-            f"{value!r}."
-        )
+        raise ValueError(f"`{argument}` must be in [0, 1]; got {value!r}.")
     return rate

@@ -1,4 +1,4 @@
-"""One masked tensor as the moves of dynamic sparse training see it: by entry, or by unit."""
+"""One masked tensor as the moves of dynamic sparse training see it: by entry or by unit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ from parasparse.attach.pair_stack import joined
 from parasparse.masks.apply import apply_mask_
 from parasparse.masks.mask import Mask
 from parasparse.optim import momentum_of, parameters_of, zero_entries
-from parasparse.patterns import Pattern, n_of_m, unstructured
+from parasparse.patterns import Pattern, unstructured
 from parasparse.patterns.units import has_units
 from parasparse.sharding.dtensors import fill_, full_tensor, laid_out_like
 from parasparse.targets.tensors import Target
 from parasparse.training.dynamic.view import Masking
+from parasparse.training.history import masks_lost
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A masked tensor, what the optimizer holds for it, and the pattern of its mask.
+    """A masked tensor and the pattern of its mask.
 
-    Attributes:
-        target: where it hangs.
-        pattern: units are what is counted and moved; groups of `n_of_m` keep their n.
+    With a pattern of units, moves drop and grow units; groups of `n_of_m` keep their n.
     """
 
     target: Target
@@ -31,55 +30,43 @@ class Layer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The Parameter; the real and the imaginary one of a pair."""
+        """The Parameter, or the real and the imaginary one of a pair."""
         return parameters_of(self.target)
 
     @property
     def module(self) -> Mask:
-        """What masks it."""
+        """The module that masks it; raises RuntimeError if it was removed or replaced."""
         modules = self.target.masks()
         if len(modules) != 1 or not isinstance(modules[0], Mask):
-            raise RuntimeError(
-                f'the controller\'s mask of "{self.target.name}" must stay where it is; it was '
-                "taken off or replaced. Make a new controller."
-            )
+            raise masks_lost([self.target.name])
         return modules[0]
-
-    def check_masked(self) -> None:
-        """Raise RuntimeError if the mask was taken off or replaced."""
-        _ = self.module
-
-    @property
-    def groups(self) -> n_of_m | None:
-        """The pattern, if it is one of groups."""
-        return self.pattern if isinstance(self.pattern, n_of_m) else None
 
     @property
     def mask(self) -> Tensor:
-        """The mask of all entries, laid out over processes as the weight is; the live one."""
+        """The mask of all entries, sharded like the weight."""
         mask = self.module.mask
         assert mask is not None
         return laid_out_like(mask, self.parameters[0])
 
     def seen_mask(self) -> Tensor:
-        """Return a copy of the mask, of units where these count."""
+        """Return a copy of the mask, by unit with a pattern of units."""
         if has_units(self.pattern):
             return self.pattern.pool(full_tensor(self.mask).float()) > 0
         return self.mask.clone()
 
     def seen_weight(self) -> Tensor:
-        """Return the weight as moves get it."""
+        """Return the weight for moves: the Parameter itself if possible."""
         parameters = self.parameters
         plain = len(parameters) == 1 and not has_units(self.pattern)
         return parameters[0] if plain else self.seen([p.detach() for p in parameters])
 
     def seen(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return values of the Parameters as moves get them: joined, and pooled by unit."""
+        """Return values of the Parameters for moves: a pair joined, units pooled."""
         values = parts[0] if len(parts) == 1 else joined(*parts)
         return self.pattern.pool(full_tensor(values).abs()) if has_units(self.pattern) else values
 
     def of_each(self, read: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Return what `read` gives of the Parameters as moves get it; None if nothing is there."""
+        """Return `read` of each Parameter for moves; None if `read` returns None for all."""
         parameters = self.parameters
         found = [read(parameter) for parameter in parameters]
         if all(part is None for part in found):
@@ -88,14 +75,14 @@ class Layer:
         return self.seen([torch.zeros_like(p) if part is None else part for p, part in both])
 
     def entries(self, seen: Tensor) -> Tensor:
-        """Return the mask of all entries that has `seen`, as moves give it."""
+        """Return the mask of all entries for `seen`, a mask that moves returned."""
         if not has_units(self.pattern):
             return seen
         return laid_out_like(self.pattern.spread(seen, self.mask.shape), self.mask)
 
     @torch.no_grad()
     def zero_masked(self) -> None:
-        """Set weights to 0 where they are masked."""
+        """Set masked weights to 0."""
         mask = self.mask
         for parameter in self.parameters:
             apply_mask_(parameter, mask)
@@ -104,7 +91,7 @@ class Layer:
     def set_mask(
         self, mask: Tensor, optimizer: torch.optim.Optimizer, *, keep_state_of_grown: bool
     ) -> None:
-        """Put `mask` in place: what is dropped or grown is 0, and so is its optimizer state."""
+        """Set the mask; set changed weights and their optimizer state to 0."""
         before = self.mask.clone()
         self.module.mask_(mask)
         changed = before ^ mask
@@ -113,7 +100,7 @@ class Layer:
             zero_entries(optimizer, parameter, changed & before if keep_state_of_grown else changed)
 
 
-def view_of(
+def view(
     layers: Mapping[str, Layer],
     optimizer: torch.optim.Optimizer,
     gradients: Mapping[str, Tensor | None] | None,
@@ -121,13 +108,13 @@ def view_of(
     baseline_nonzero: int,
     model: nn.Module,
 ) -> Masking:
-    """Return what moves see of `layers`; `gradients` are dense, None if nobody asked for them."""
+    """Return the view of `layers` for moves; `gradients` are dense, or None if not collected."""
     weights = {name: layer.seen_weight() for name, layer in layers.items()}
     names = {id(weight): name for name, weight in weights.items()}
 
     def name_of(weight: Tensor) -> str:
         if id(weight) not in names:
-            raise ValueError("`weight` must be one that a move was given; got another tensor.")
+            raise ValueError("`weight` must be one of `masking.weights`; got another tensor.")
         return names[id(weight)]
 
     def momentum(weight: Tensor) -> Tensor:
@@ -137,7 +124,7 @@ def view_of(
     def gradient(weight: Tensor) -> Tensor:
         if gradients is None:
             raise RuntimeError(
-                "the dense gradient must be asked for: decorate the function that reads it with "
+                "the dense gradient was not collected: decorate the function that reads it with "
                 '`@ps.moves.needs("gradient")`.'
             )
         name = name_of(weight)
@@ -147,12 +134,7 @@ def view_of(
         return layers[name].seen([found.to_dense() if found.is_sparse else found])
 
     return Masking(
-        optimizer=optimizer,
-        weights=weights,
+        optimizer=optimizer, weights=weights, prune_rate=prune_rate, model=model,
         masks={name: layer.seen_mask() for name, layer in layers.items()},
-        prune_rate=prune_rate,
-        baseline_nonzero=baseline_nonzero,
-        model=model,
-        momentum=momentum,
-        gradient=gradient,
-    )
+        baseline_nonzero=baseline_nonzero, momentum=momentum, gradient=gradient,
+    )  # fmt: skip

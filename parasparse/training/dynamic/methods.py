@@ -1,4 +1,4 @@
-"""Published methods of dynamic sparse training, each a `DynamicSparsity` with its settings."""
+"""Published methods of dynamic sparse training, as settings of `DynamicSparsity`."""
 
 from collections.abc import Callable
 
@@ -12,24 +12,20 @@ from parasparse.training.dynamic.start import Init
 
 
 def sparse_evolutionary_training(
-    model: nn.Module,
-    rules: Rules,
-    optimizer: torch.optim.Optimizer,
-    *,
-    every: int | Callable[[int], bool] | None = None,
-    prune_rate: float = 0.3,
+    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    every: int | Callable[[int], bool] | None = None, prune_rate: float = 0.3,
     init: Init = "linear",
-) -> DynamicSparsity:
-    """Return SET: the positive and negative weights closest to 0 go, random ones come.
+) -> DynamicSparsity:  # fmt: skip
+    """Return SET: drops the positive and negative weights closest to 0 and grows random ones.
 
     Args:
-        model: changed in place.
-        rules: as for `DynamicSparsity`.
+        model: is changed in place.
+        rules: as in `DynamicSparsity`.
         optimizer: any; momentum is not needed.
-        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does,
-            besides `step()` after each step.
-        prune_rate: zeta.
-        init: the paper's Erdos-Renyi masks.
+        every: number of steps between updates; None: call `at_end_of_epoch()` as in the paper, in
+            addition to `step()`.
+        prune_rate: zeta, the share of connections that an update drops, in [0, 1].
+        init: how the first masks are drawn; "linear" is the paper's Erdos-Renyi.
 
     Examples:
         >>> model = nn.Linear(20, 20)
@@ -47,25 +43,19 @@ def sparse_evolutionary_training(
 
 
 def rigl(
-    model: nn.Module,
-    rules: Rules,
-    optimizer: torch.optim.Optimizer,
-    *,
-    stop: int,
-    every: int = 100,
-    prune_rate: float = 0.3,
-    init: Init = "erk",
-) -> DynamicSparsity:
-    """Return RigL: the smallest weights go, those with the largest dense gradient come.
+    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    stop: int, every: int = 100, prune_rate: float = 0.3, init: Init = "erk",
+) -> DynamicSparsity:  # fmt: skip
+    """Return RigL: drops the smallest weights and grows those with the largest dense gradient.
 
     Args:
-        model: changed in place.
-        rules: as for `DynamicSparsity`.
+        model: is changed in place.
+        rules: as in `DynamicSparsity`.
         optimizer: any; momentum is not needed.
-        stop: T_end, the step after which masks stay; 3/4 of the training in the paper.
-        every: Delta T, steps from one update to the next.
-        prune_rate: alpha, which falls to 0 at `stop` along a cosine.
-        init: the paper's Erdos-Renyi-Kernel masks, or its "constant".
+        stop: T_end, the step after which masks stay fixed; 3/4 of the training in the paper.
+        every: Delta T, the number of steps between updates.
+        prune_rate: alpha, in [0, 1]; it falls to 0 at `stop` along a cosine.
+        init: how the first masks are drawn; "erk" or "constant" in the paper.
 
     Examples:
         >>> model = nn.Linear(20, 20)
@@ -74,36 +64,30 @@ def rigl(
         40
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, algorithm 1. Differs: a
-        layer with less than 20 % zeros loses at most its sparsity (see `DynamicSparsity`).
+        layer with less than 20% zeros drops at most its sparsity (see `DynamicSparsity`).
     """
     return DynamicSparsity(
         model, rules, optimizer, prune="magnitude", growth="gradient", redistribution="none",
-        prune_rate=Cosine(prune_rate, 0.0, stop=stop), every=Every(every, stop=stop),
-        init=init,
+        prune_rate=Cosine(prune_rate, 0.0, stop=stop), every=Every(every, stop=stop), init=init,
     )  # fmt: skip
 
 
 def sparse_momentum(
-    model: nn.Module,
-    rules: Rules,
-    optimizer: torch.optim.Optimizer,
-    *,
-    stop: int,
-    every: int | Callable[[int], bool] | None = None,
-    prune_rate: float = 0.5,
+    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    stop: int, every: int | Callable[[int], bool] | None = None, prune_rate: float = 0.5,
     init: Init = "constant",
-) -> DynamicSparsity:
-    """Return sparse momentum: layers and entries with the largest mean |momentum| grow.
+) -> DynamicSparsity:  # fmt: skip
+    """Return sparse momentum: layers and entries with the largest |momentum| grow.
 
     Args:
-        model: changed in place.
-        rules: as for `DynamicSparsity`.
-        optimizer: keeps a momentum.
-        stop: the step at which the prune rate is 0: the end of training in the paper.
-        every: update at each so-many-th step; None: call `at_end_of_epoch()`, as the paper does,
-            besides `step()` after each step.
-        prune_rate: at first; falls to 0 at `stop` along a cosine.
-        init: the paper's masks of one sparsity.
+        model: is changed in place.
+        rules: as in `DynamicSparsity`.
+        optimizer: must keep momentum.
+        stop: the step at which the prune rate reaches 0; the end of training in the paper.
+        every: number of steps between updates; None: call `at_end_of_epoch()` as in the paper, in
+            addition to `step()`.
+        prune_rate: in [0, 1]; it falls to 0 at `stop` along a cosine.
+        init: how the first masks are drawn; "constant" in the paper.
 
     Examples:
         >>> model = nn.Linear(20, 20)

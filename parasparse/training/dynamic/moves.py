@@ -1,17 +1,17 @@
 """The three moves of dynamic sparse training: prune, grow, and redistribute between layers.
 
-Each is an ordinary function; those of a user's own have the same signatures:
+Each is an ordinary function; your own moves have the same signatures:
 
     redistribution(masking, name, weight, mask) -> importance of the layer, a number
-    prune(masking, mask, weight, name) -> new mask       keeps a part of `mask` (float, 0 and 1)
-    growth(masking, name, new_mask, total_regrowth, weight) -> newer mask     bool, keeps `new_mask`
+    prune(masking, mask, weight, name) -> new mask; keeps a part of `mask` (float, 0 and 1)
+    growth(masking, name, new_mask, total_regrowth, weight) -> newer mask; keeps all of `new_mask`
 
-and, for all layers at once,
+or, for all layers at once, with new masks written to `masking.masks`:
 
     prune(masking) -> number removed
     growth(masking, total_regrowth) -> number of connections afterwards
 
-`masking` is a view of the controller, `training.masking.Masking`. Where `mask` is 0, `weight` is 0.
+`masking` is a `Masking` (training/dynamic/view.py). `weight` is 0 where `mask` is 0.
 """
 
 import math
@@ -45,10 +45,10 @@ def magnitude_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -
 
 @needs("weights")
 def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tensor:
-    """Drop ceil(rate * connections): the positive weights and the negative ones closest to 0.
+    """Drop ceil(rate * connections): the positive and the negative weights closest to 0.
 
-    Half of them of each sign; where one sign has too few, the other gives more. Weights of 0 count
-    as positive, and so do complex ones.
+    Half of them are positive; if one sign has too few, the other gives more. Zeros and complex
+    weights count as positive.
 
     Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, lines 8 and 9.
     """
@@ -56,23 +56,18 @@ def set_prune(masking: Masking, mask: Tensor, weight: Tensor, name: str) -> Tens
     size = weight.detach().abs()
     below = torch.zeros_like(kept) if weight.is_complex() else weight < 0
     positive, negative = kept & ~below, kept & below
-    removed, positives, negatives = (
-        _removed(masking, name),
-        count_nonzero(positive),
-        count_nonzero(negative),
-    )
+    positives, negatives = count_nonzero(positive), count_nonzero(negative)
+    removed = _removed(masking, name)
     of_positive = min(removed - min(removed // 2, negatives), positives)
-    of_negative = removed - of_positive
-    return _best(size, positive, positives - of_positive) | _best(
-        size, negative, negatives - of_negative
-    )
+    kept_positive = _best(size, positive, positives - of_positive)
+    return kept_positive | _best(size, negative, negatives - (removed - of_positive))
 
 
 @needs("weights")
 def random_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
-    """Add `total_regrowth` free entries, drawn uniformly; exactly that number.
+    """Add exactly `total_regrowth` free entries, drawn uniformly.
 
     Reference: Mocanu et al., 2018, arXiv:1707.04780, algorithm 1, line 10.
     """
@@ -94,7 +89,7 @@ def momentum_growth(
 def gradient_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
-    """Add the free entries with the largest |gradient|, of the dense weight at this step.
+    """Add the free entries with the largest |gradient| of the dense weight at this step.
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
@@ -105,9 +100,10 @@ def gradient_growth(
 def momentum_neuron_growth(
     masking: Masking, name: str, new_mask: Tensor, total_regrowth: int, weight: Tensor
 ) -> Tensor:
-    """Share growth among outputs by their mean |momentum|, and add the largest within each.
+    """Distribute growth over outputs by mean |momentum|, and add the largest |momentum| in each.
 
-    Differs: in sparse_learning, what a full output cannot take is lost; here others take it.
+    Differs: in sparse_learning, growth that does not fit into an output is lost; here it goes to
+        the others.
     """
     size = full_tensor(_momentum(masking, weight)).reshape(len(weight), -1)
     free = ~full_tensor(new_mask).reshape(size.shape)
@@ -122,7 +118,7 @@ def momentum_neuron_growth(
 
 @needs("momentum")
 def momentum_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
-    """Return the mean |momentum| of the connections; 0 if there are none.
+    """Return the mean |momentum| of the connections, 0 without connections.
 
     Reference: Dettmers & Zettlemoyer, 2019, arXiv:1907.04840, section 3.
     """
@@ -131,7 +127,7 @@ def momentum_redistribution(masking: Masking, name: str, weight: Tensor, mask: T
 
 @needs("weights")
 def magnitude_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
-    """Return the mean |w| of the connections; 0 if there are none."""
+    """Return the mean |w| of the connections, 0 without connections."""
     return _mean(weight.detach().abs(), mask)
 
 
@@ -143,13 +139,13 @@ def nonzero_redistribution(masking: Masking, name: str, weight: Tensor, mask: Te
 
 @needs("weights")
 def no_redistribution(masking: Masking, name: str, weight: Tensor, mask: Tensor) -> float:
-    """Return the number of connections that the layer is to lose: it regrows as many."""
+    """Return the number of connections that the layer will drop; each layer regrows as many."""
     return float(_removed(masking, name))
 
 
 @needs("weights")
 def global_magnitude_prune(masking: Masking) -> int:
-    """Drop ceil(rate * connections) with the smallest |w| of all layers together."""
+    """Drop the ceil(rate * connections) with the smallest |w| of all layers together."""
     every = sum(masking.name2nonzeros.values())
     removed = math.ceil(masking.prune_rate * every)
     scores = [
@@ -174,15 +170,11 @@ def global_momentum_growth(masking: Masking, total_regrowth: int) -> int:
 
 
 def shared_out(total: int, importance: list[float], room: list[int]) -> list[int]:
-    """Return whole shares of `total` in proportion to `importance`, none above its `room`.
+    """Return integer shares of `total` in proportion to `importance` >= 0, at most `room` each.
 
-    What is more than `room` is spread evenly over the others; largest remainders get the odd ones,
-    and of equal ones the first. Where nobody has any importance, room decides.
-
-    Args:
-        total: at most the sum of `room`.
-        importance: numbers >= 0.
-        room: what each can take.
+    Any excess over `room` is spread evenly over the others; `total` is at most the sum of `room`.
+    The largest remainders are rounded up, the first of equal ones. If all importance is 0, shares
+    are in proportion to `room`.
 
     Examples:
         >>> shared_out(10, [1.0, 1.0, 2.0], [100, 1, 100])
@@ -207,7 +199,7 @@ def shared_out(total: int, importance: list[float], room: list[int]) -> list[int
 
 
 def _draws(masking: Masking, weight: Tensor) -> Tensor:
-    # All of them on each process, whose generators stand alike.
+    # Each process draws all of them; `same_draws` has given all generators the same state.
     draws = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
     return laid_out_like(draws, weight)
 
@@ -233,34 +225,24 @@ def _best(scores: Tensor, among: Tensor, kept: int) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor) -> float:
-    """Return the mean of `values` where `mask` is not 0; 0 if that is nowhere."""
     kept = count_nonzero(mask)
     inside = to_local(values)[to_local(mask) != 0].sum()
     return float(sum_over_shards(inside, values)) / kept if kept else 0.0
 
 
-# What a string stands for.
+# The moves by the names that `DynamicSparsity` accepts.
 PRUNE: dict[str, Callable[..., Any]] = {
-    "magnitude": magnitude_prune,
-    "SET": set_prune,
-    "global_magnitude": global_magnitude_prune,
-}
+    "magnitude": magnitude_prune, "SET": set_prune, "global_magnitude": global_magnitude_prune,
+}  # fmt: skip
 GROWTH: dict[str, Callable[..., Any]] = {
-    "random": random_growth,
-    "momentum": momentum_growth,
-    "gradient": gradient_growth,
-    "momentum_neuron": momentum_neuron_growth,
-    "global_momentum_growth": global_momentum_growth,
-}
+    "random": random_growth, "momentum": momentum_growth, "gradient": gradient_growth,
+    "momentum_neuron": momentum_neuron_growth, "global_momentum_growth": global_momentum_growth,
+}  # fmt: skip
 REDISTRIBUTION: dict[str, Callable[..., Any]] = {
-    "momentum": momentum_redistribution,
-    "magnitude": magnitude_redistribution,
-    "nonzero": nonzero_redistribution,
-    "none": no_redistribution,
-}
-# Growth by a score can also grow within the groups of an n:m pattern.
+    "momentum": momentum_redistribution, "magnitude": magnitude_redistribution,
+    "nonzero": nonzero_redistribution, "none": no_redistribution,
+}  # fmt: skip
+# Growth functions that can also grow within the groups of an n:m pattern, with their scores.
 GROWTH_SCORES: dict[Callable[..., Any], Callable[[Masking, Tensor], Tensor]] = {
-    random_growth: _draws,
-    momentum_growth: _momentum,
-    gradient_growth: _gradient,
-}
+    random_growth: _draws, momentum_growth: _momentum, gradient_growth: _gradient,
+}  # fmt: skip

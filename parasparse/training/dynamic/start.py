@@ -1,4 +1,4 @@
-"""How dynamic sparse training starts: the first masks, and what must hold for the moves."""
+"""The start of dynamic sparse training: the first masks, and checks of the moves."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,26 +29,15 @@ from parasparse.training.dynamic.update import Moves
 from parasparse.training.scaled_rules import as_rules
 
 _DRAWN: dict[str, dict[str, Any]] = {
-    "constant": {},
-    "linear": {"distribution": erdos_renyi},
-    "erk": {"distribution": erk},
-}
+    "constant": {}, "linear": {"distribution": erdos_renyi}, "erk": {"distribution": erk},
+}  # fmt: skip
 Init = str | Mapping[str, Any]
 
 
 def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[list[Assignment], list[Layer]]:
-    """Return the steps that give each tensor its first mask, and the layers that they make.
+    """Return the assignments of the first masks and their layers, without changing `model`.
 
-    Args:
-        model: is not changed.
-        rules: as for `sparsify`. A sparsity alone is drawn as `init` says.
-        init: "constant": exactly that sparsity in each tensor, drawn at random; "linear", "erk":
-            as the distributions `erdos_renyi` and `erk` share it out; "resume": what is 0 now is
-            masked, whatever the rules say; a mask for each tensor by name.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `sparsify`; or a mask is not bool, or empty, or of a
-            pattern in which nothing can move; other parametrizations lie under it.
+    `init` and errors are those of `DynamicSparsity`.
     """
     pairs = as_pairs(rules)
     start = _start(init)
@@ -57,16 +46,21 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[list[Assign
     groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, tensors_of(model))
     patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
     layers = [Layer(each.target, patterns[each.target.name]) for each in assigned]
-    if isinstance(init, Mapping):
-        _check_names(init, [each.target.name for each in assigned])
+    names = [each.target.name for each in assigned]
+    unknown = [name for name in init if name not in names] if isinstance(init, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"`init` must name tensors that `rules` mask; {listed(unknown)} are not among "
+            f"{listed(names)}."
+        )
     if not assigned:
-        raise ValueError("`rules` must give one tensor a mask or more; all of them are None.")
+        raise ValueError("`rules` must give at least one tensor a mask; all of them are None.")
     for each, layer in zip(assigned, layers, strict=True):
         _check(each, layer)
         if init == "resume" and any(_is_real(mask) for mask in each.target.masks()):
             raise ValueError(
-                f'`init="resume"` must find bool masks; that of "{each.target.name}" is real. '
-                "`binarize` the model first."
+                f'`init="resume"` needs bool masks; the mask of "{each.target.name}" is '
+                "real-valued. `binarize` the model first."
             )
     return assigned, layers
 
@@ -74,25 +68,25 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[list[Assign
 def check_moves(
     moves: Moves, layers: Mapping[str, Layer], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Raise ValueError if `moves` cannot work on these layers, or read what nobody keeps."""
+    """Raise ValueError if `moves` do not suit these layers or this optimizer."""
     bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
     if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
         raise ValueError(
-            '`redistribution` must be "none", and growth local, with patterns, whose counts differ '
-            f"from layer to layer; {listed(bound)} have one."
+            'with patterns, use `redistribution="none"` and growth per layer, because units differ '
+            f"in size between layers; {listed(bound)} have a pattern."
         )
     blind = [n for n, layer in layers.items() if layer.seen_weight() is not layer.parameters[0]]
     if blind and "state" in moves.needs:
         raise ValueError(
-            "a function that reads the optimizer's state must get the Parameter itself, which it "
-            f"does not for pairs and patterns of units: {listed(blind)}. If it reads the weights "
-            'alone, decorate it with `@ps.moves.needs("weights")`.'
+            "a move that reads the optimizer's state must get the Parameter itself, which it does "
+            f"not for pairs and patterns of units: {listed(blind)}. If it reads only the weights, "
+            'decorate it with `@ps.moves.needs("weights")`.'
         )
     groups = [name for name, layer in bound.items() if not has_units(layer.pattern)]
     if groups and moves.growth not in GROWTH_SCORES:
         raise ValueError(
-            '`growth` must be "random", "momentum" or "gradient" where groups keep their n; '
-            f"{listed(groups)} have such a pattern."
+            '`growth` must be "random", "momentum" or "gradient" with the pattern `n_of_m`, which '
+            f"{listed(groups)} have."
         )
     without = [
         name
@@ -101,14 +95,14 @@ def check_moves(
     ]
     if without and "momentum" in moves.needs:
         raise ValueError(
-            f"`optimizer` must keep a momentum, which the moves read; {type(optimizer).__name__} "
-            f'keeps none for {listed(without)}. Give it one (`momentum=0.9`), or use "gradient" or '
-            '"random" growth and "magnitude", "nonzero" or "none" redistribution.'
+            f"`optimizer` must keep momentum, which the moves read; {type(optimizer).__name__} "
+            f'keeps none for {listed(without)}. Set `momentum=0.9`, or use "gradient" or "random" '
+            'growth and "magnitude", "nonzero" or "none" redistribution.'
         )
 
 
 def _start(init: Init) -> Callable[[Any], Any]:
-    """Return what makes the first treatment of one in the rules."""
+    """Return the function from a treatment in the rules to the one that makes the first mask."""
     if isinstance(init, Mapping):
         masks = dict(init)
         return lambda rule: partial(_given, masks)
@@ -116,8 +110,7 @@ def _start(init: Init) -> Callable[[Any], Any]:
         return lambda rule: keep_nonzero
     if not isinstance(init, str) or init not in _DRAWN:
         raise ValueError(
-            f"`init` must be one of {listed([*_DRAWN, 'resume'])}, or a mask for each tensor by "
-            f"name; got {init!r}."
+            f"`init` must be one of {listed([*_DRAWN, 'resume'])}, or masks by name; got {init!r}."
         )
     return lambda rule: _drawn(rule, _DRAWN[init])
 
@@ -125,24 +118,15 @@ def _start(init: Init) -> Callable[[Any], Any]:
 def _drawn(rule: Any, keywords: dict[str, Any]) -> Any:
     treatment = as_treatment(rule)
     if rule is treatment or is_array(rule) or not isinstance(treatment, Prune):
-        return rule  # says itself what the masks are
+        return rule  # makes its own masks
     return Prune(treatment.sparsity, score=random, **keywords)
 
 
 def _given(masks: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     missing = [name for name in tensors if name not in masks]
     if missing:
-        raise ValueError(f"`init` must hold a mask for each tensor; {listed(missing)} have none.")
+        raise ValueError(f"`init` must have a mask for each tensor; {listed(missing)} have none.")
     return {name: masks[name] for name in tensors}
-
-
-def _check_names(init: Mapping[str, Any], names: list[str]) -> None:
-    unknown = [name for name in init if name not in names]
-    if unknown:
-        raise ValueError(
-            f"`init` must name tensors that `rules` reach; {listed(unknown)} are none of "
-            f"{listed(names)}."
-        )
 
 
 def _pattern(rule: Any, name: str) -> Pattern:
@@ -150,8 +134,8 @@ def _pattern(rule: Any, name: str) -> Pattern:
     if pattern is unstructured or has_units(pattern) or isinstance(pattern, n_of_m):
         return pattern
     raise ValueError(
-        f'a pattern must be unstructured, of units or n_of_m for entries to move; "{name}" has '
-        f"{described(pattern)}."
+        "dynamic sparse training needs a pattern that is unstructured, of units, or n_of_m; "
+        f'"{name}" has {described(pattern)}.'
     )
 
 
@@ -159,20 +143,20 @@ def _check(each: Assignment, layer: Layer) -> None:
     name = each.target.name
     if not isinstance(each.result, Tensor) or each.result.dtype.is_floating_point:
         raise ValueError(
-            f'`rules` must give each tensor a bool mask that is set; "{name}" gets '
+            f'`rules` must give each tensor a bool mask that is set; "{name}" has the treatment '
             f"{described(each.treatment)}."
         )
     if _is_parametrized(each.target):
         raise ValueError(
-            f'a tensor whose mask moves must not be parametrized underneath; "{name}" is. Take '
-            "that off first, or leave it out: a rule to None before this one."
+            f'dynamic sparse training cannot mask parametrized tensors, such as "{name}". Remove '
+            "the parametrization, or exclude the tensor with a `None` rule placed before this rule."
         )
     shape = each.target.stored().shape
     mask = as_mask(each.result, shape, each.target.stored().dtype)
     if not count_nonzero(mask):
         raise ValueError(
-            f'`rules` must leave each tensor a connection or more; "{name}", {tuple(shape)}, would '
-            "have none. Lower its sparsity."
+            f'`rules` must leave each tensor at least one connection; "{name}", {tuple(shape)}, '
+            "would have none. Lower its sparsity."
         )
     pattern = layer.pattern
     mask = mask if pattern is unstructured else full_tensor(mask)
@@ -180,8 +164,9 @@ def _check(each: Assignment, layer: Layer) -> None:
     if has_units(pattern):
         held = pattern.spread(pattern.pool(mask.float()) > 0, shape)
     if not held.equal(mask):
-        raise ValueError(f'`init` must keep to the pattern of the rule; the mask of "{name}" does '
-                         f"not keep {pattern}.")  # fmt: skip
+        raise ValueError(
+            f'the mask of "{name}" in `init` must follow the pattern of its rule, {pattern}.'
+        )
 
 
 def _is_real(mask: nn.Module) -> bool:

@@ -25,13 +25,13 @@ from parasparse.training.dynamic.moves import (
 )
 from parasparse.training.dynamic.view import Masking, Need, needs_of
 
-_FULL = 0.99  # of what is free in a layer is the most that it takes, as long as others can
-_NEARLY_FULL = 0.2  # of zeros
+_FULL = 0.99  # the largest share of its free entries that a layer grows, while others have room
+_NEARLY_FULL = 0.2  # sparsity below which the prune rate may be lower
 
 
 @dataclass(frozen=True)
 class Moves:
-    """The three functions; a string names one of `training.moves`."""
+    """The three moves of an update; names stand for functions of `training/dynamic/moves.py`."""
 
     prune: Callable[..., Any]
     growth: Callable[..., Any]
@@ -39,37 +39,18 @@ class Moves:
 
     @classmethod
     def named(cls, prune: Any, growth: Any, redistribution: Any) -> Moves:
-        """Return the functions that names, or functions, stand for.
-
-        Raises:
-            ValueError: there is no move of that name.
-            TypeError: it is neither, or a function of other arguments.
-        """
-        moves = cls(
-            _named("prune", prune, PRUNE),
-            _named("growth", growth, GROWTH),
-            _named("redistribution", redistribution, REDISTRIBUTION),
+        """Return the moves for names or functions; raise ValueError or TypeError for others."""
+        growth_of_layer = "masking, name, new_mask, total_regrowth, weight"
+        return cls(
+            _move("prune", prune, PRUNE, "masking, mask, weight, name", "masking"),
+            _move("growth", growth, GROWTH, growth_of_layer, "masking, total_regrowth"),
+            _move("redistribution", redistribution, REDISTRIBUTION, "masking, name, weight, mask"),
         )
-        _check_arguments("prune", moves.prune, "masking, mask, weight, name", "masking")
-        names = "masking, name, new_mask, total_regrowth, weight"
-        _check_arguments("growth", moves.growth, names, "masking, total_regrowth")
-        _check_arguments("redistribution", moves.redistribution, "masking, name, weight, mask")
-        return moves
 
     @property
     def needs(self) -> set[Need]:
-        """What the three read."""
+        """The union of what the three moves read."""
         return {*needs_of(self.prune), *needs_of(self.growth), *needs_of(self.redistribution)}
-
-    @property
-    def stay(self) -> bool:
-        """Whether each layer regrows what it loses."""
-        return self.redistribution is no_redistribution and not self.grow_globally
-
-    @property
-    def prune_globally(self) -> bool:
-        """Whether `prune(masking)` is for all layers at once."""
-        return not _takes(self.prune, 4)
 
     @property
     def grow_globally(self) -> bool:
@@ -80,16 +61,10 @@ class Moves:
 def next_masks(
     view: Masking, moves: Moves, missing: Mapping[str, int], groups: Mapping[str, n_of_m]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return the masks after an update, and what is missing of the budget by layer.
+    """Return the masks after an update, and by layer how many connections growth could not add.
 
-    Args:
-        view: its dicts are filled in on the way.
-        moves: the functions.
-        missing: connections that growth fell short of so far.
-        groups: the pattern of layers whose groups keep their n.
-
-    Raises:
-        ValueError, TypeError: a move returns what it must not.
+    `missing` are these numbers of the last update; `groups` are the patterns of n:m layers. The
+    dicts of `view` are filled in. Raises ValueError or TypeError if a move returns a wrong result.
     """
     _set_importance(view, moves)
     before = {name: mask.clone() for name, mask in view.masks.items()}
@@ -108,7 +83,8 @@ def next_masks(
     masks, left = {}, {}
     for name, mask in pruned.items():
         if name in groups:
-            masks[name] = _grown_in_groups(view, moves, name, mask, groups[name])
+            scores = GROWTH_SCORES[moves.growth](view, view.weights[name])
+            masks[name] = mask_for(groups[name], torch.where(mask, math.inf, scores))
             continue
         masks[name] = _grown(view, moves, name, mask, shares[name])
         grown = count_nonzero(masks[name]) - counts[name]
@@ -121,7 +97,7 @@ def _set_importance(view: Masking, moves: Moves) -> None:
     found = {}
     view.name2prune_rate.update(dict.fromkeys(view.masks, view.prune_rate))
     for name, weight in view.weights.items():
-        # A function of a layer without connections would be a mean of nothing.
+        # Without connections, redistribution would average nothing.
         value = 0.0
         if view.name2nonzeros[name]:
             mask = view.masks[name].float()
@@ -147,7 +123,7 @@ def _called(move: Callable[..., Any], layer: str, *arguments: Any) -> Any:
 
 
 def _importance(value: Any, name: str) -> float:
-    """Return `value` as a float; what is below 0 has no importance."""
+    """Return `value` as a float, at least 0."""
     try:
         value = full_tensor(value) if isinstance(value, Tensor) else value
         importance = float("nan" if isinstance(value, str) else value)
@@ -163,7 +139,7 @@ def _importance(value: Any, name: str) -> float:
 
 
 def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    if moves.prune_globally:
+    if not _takes(moves.prune, 4):  # `prune(masking)`, for all layers at once
         moves.prune(view)
         new = view.masks
     else:
@@ -176,7 +152,7 @@ def _pruned(view: Masking, moves: Moves, before: dict[str, Tensor]) -> dict[str,
     masks = {name: _mask(new[name], mask, "prune", name) for name, mask in before.items()}
     for name, mask in masks.items():
         if count_nonzero(mask & ~before[name]):
-            raise ValueError(f'`prune` must keep a part of the mask; it adds entries to "{name}".')
+            raise ValueError(f'`prune` must not add entries to the mask; it does to "{name}".')
     return masks
 
 
@@ -184,11 +160,11 @@ def _shares(
     view: Masking, moves: Moves, missing: Mapping[str, int], counts: dict[str, int]
 ) -> dict[str, int]:
     """Return how many connections each layer grows."""
-    if moves.stay:
+    if moves.redistribution is no_redistribution:
         return {name: view.name2removed[name] + missing.get(name, 0) for name in counts}
     total = view.total_removed + sum(missing.values())
     free = {name: mask.numel() - counts[name] for name, mask in view.masks.items()}
-    # A layer that lost its last connection would pass nothing on, ever again.
+    # A layer without connections would never have a gradient again.
     first = {name: int(count == 0) for name, count in counts.items()}
     if sum(first.values()) > total:
         first = dict.fromkeys(counts, 0)
@@ -208,17 +184,10 @@ def _grown(view: Masking, moves: Moves, name: str, mask: Tensor, share: int) -> 
     return _checked(new, mask, "growth", name)
 
 
-def _grown_in_groups(
-    view: Masking, moves: Moves, name: str, mask: Tensor, pattern: n_of_m
-) -> Tensor:
-    scores = GROWTH_SCORES[moves.growth](view, view.weights[name])
-    return mask_for(pattern, torch.where(mask, math.inf, scores))
-
-
 def _checked(new: Any, pruned: Tensor, argument: str, name: str) -> Tensor:
     mask = _mask(new, pruned, argument, name)
     if count_nonzero(pruned & ~mask):
-        raise ValueError(f'`{argument}` must keep the mask that it gets; it drops from "{name}".')
+        raise ValueError(f'`{argument}` must not drop entries of the mask; it does in "{name}".')
     return mask
 
 
@@ -235,30 +204,28 @@ def _mask(new: Any, like: Tensor, argument: str, name: str) -> Tensor:
 def _check_number(grown: int, share: int, name: str) -> None:
     if grown > share:
         raise ValueError(
-            f'`growth` must add {share} connections at most to "{name}"; it adds {grown}.'
+            f'`growth` must add at most {share} connections to "{name}"; it adds {grown}.'
         )
 
 
-def _named(argument: str, move: Any, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+def _move(
+    argument: str, move: Any, known: Mapping[str, Callable[..., Any]], *signatures: str
+) -> Callable[..., Any]:
     if isinstance(move, str):
         if move not in known:
             raise ValueError(
-                f"`{argument}` must be one of {listed(known)}, or a function; got {move!r}."
+                f"`{argument}` must be one of {listed(known)} or a function; got {move!r}."
             )
         return known[move]
     if not callable(move):
         raise TypeError(f"`{argument}` must be a name or a function; got {move!r}.")
-    return move  # type: ignore[no-any-return]
-
-
-def _check_arguments(argument: str, move: Callable[..., Any], *signatures: str) -> None:
     if not any(_takes(move, signature.count(",") + 1) for signature in signatures):
         forms = " or ".join(f"({signature})" for signature in signatures)
         raise TypeError(f"`{argument}` must take {forms}; got {inspect.signature(move)}.")
+    return move  # type: ignore[no-any-return]
 
 
 def _takes(move: Callable[..., Any], number: int) -> bool:
-    """Whether `move` can be called with that many arguments."""
     try:
         inspect.signature(move).bind(*[None] * number)
     except TypeError:

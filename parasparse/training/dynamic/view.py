@@ -1,4 +1,4 @@
-"""What the moves of dynamic sparse training see: a view of the controller, and what they need."""
+"""The view of the network that the moves of dynamic sparse training get."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,24 +16,24 @@ _Move = TypeVar("_Move", bound=Callable[..., Any])
 
 @dataclass(frozen=True, eq=False)
 class Masking:
-    """The network at one update, layer by layer; all dicts are by plain name of the weight.
+    """The network at one update; all dicts are by the plain names of the weights.
 
     Attributes:
-        optimizer: the very one; `optimizer.state[weight]` is the state of a weight.
-        weights: 0 where the mask is 0. Each is the Parameter that the optimizer holds; a complex
-            tensor for a real/imag pair, the size of each unit where a pattern of units counts.
-            Where processes share weights, DTensors, and so are masks, momentum and gradient.
-        masks: bool copies. Moves for all layers at once write new ones here.
-        prune_rate: share of its connections that a layer loses now.
-        baseline_nonzero: connections of the network, before and after each update.
-        model: `modules` holds it.
-        name2nonzeros: connections of each layer before the update.
-        name2zeros: entries that are none.
-        name2variance: importance of each layer, summing to 1; after redistribution.
-        name2prune_rate: `prune_rate`, lower for layers that are nearly full; after redistribution.
-        name2removed: connections that the layer lost; after pruning.
-        momentum: what `get_momentum_for_weight` returns.
-        gradient: what `get_gradient_for_weight` returns.
+        optimizer: the optimizer; `optimizer.state[weight]` is the state of a weight.
+        weights: the Parameters, 0 where the mask is 0; for a real/imag pair a complex tensor, and
+            with a pattern of units the size of each unit. If weights are sharded, weights, masks,
+            momentum and gradient are DTensors.
+        masks: copies, bool. Moves for all layers at once write new masks here.
+        prune_rate: share of its connections that each layer drops.
+        baseline_nonzero: number of connections of the network before and after each update.
+        model: the model.
+        momentum: implements `get_momentum_for_weight`.
+        gradient: implements `get_gradient_for_weight`.
+        name2nonzeros: number of connections of each layer before the update.
+        name2zeros: number of the other entries.
+        name2variance: importance of each layer, with sum 1; set by redistribution.
+        name2prune_rate: `prune_rate`, lower for nearly full layers; set by redistribution.
+        name2removed: number of dropped connections; set by pruning.
     """
 
     optimizer: Any
@@ -58,39 +58,39 @@ class Masking:
 
     @property
     def total_nonzero(self) -> int:
-        """Connections of all layers before the update."""
+        """Number of connections of all layers before the update."""
         return sum(self.name2nonzeros.values())
 
     @property
     def total_zero(self) -> int:
-        """Entries of all layers that are none."""
+        """Number of all other entries."""
         return sum(self.name2zeros.values())
 
     @property
     def total_removed(self) -> int:
-        """Connections that all layers lost."""
+        """Number of connections that all layers dropped."""
         return sum(self.name2removed.values())
 
     @property
     def modules(self) -> list[Any]:
-        """The model, whose `named_parameters()` has the names that `masks` has."""
+        """The model, with the names of `masks` in its `named_parameters()`."""
         return [_PlainNames(self.model, self.weights)]
 
     def get_momentum_for_weight(self, weight: Tensor) -> Tensor:
-        """Return the momentum that the optimizer keeps for `weight`, masked entries included.
+        """Return the optimizer's momentum of `weight`, including masked entries.
 
-        The momentum buffer, or exp_avg / (sqrt(exp_avg_sq) + 1e-8); 0 where no gradient came by.
+        This is the momentum buffer, exp_avg / (sqrt(exp_avg_sq) + 1e-8), or 0 before any gradient.
         """
         return self.momentum(weight)
 
     def get_gradient_for_weight(self, weight: Tensor) -> Tensor:
-        """Return the gradient of this step, masked entries included: "gradient" must be needed."""
+        """Return the gradient of this step, including masked entries; needs("gradient")."""
         return self.gradient(weight)
 
 
 @dataclass(frozen=True)
 class _PlainNames:
-    """A masked model that calls its weights as it did when it was dense."""
+    """A masked model whose weights have the names of the dense model."""
 
     _model: nn.Module
     _weights: dict[str, Tensor]
@@ -106,16 +106,16 @@ class _PlainNames:
 
 
 def needs(*what: Need) -> Callable[[_Move], _Move]:
-    """Say what a move of your own reads, so that nothing else is kept up for it.
+    """Declare what your own move reads, so the controller provides nothing else.
 
     Args:
-        what: "weights": weights and masks alone; "gradient": the dense gradient of the step before
+        what: "weights": only weights and masks; "gradient": the dense gradient of the step before
             the update; "momentum": `get_momentum_for_weight`; "state": any state of the optimizer,
-            which is what a function without this decorator gets. With the last two, gradients of
-            masked entries reach the optimizer at every step.
+            the default without this decorator. With the last two, gradients of masked entries reach
+            the optimizer at every step.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: `what` is empty or contains another word.
 
     Examples:
         >>> @needs("weights")
@@ -125,7 +125,7 @@ def needs(*what: Need) -> Callable[[_Move], _Move]:
     """
     unknown = [word for word in what if word not in get_args(Need)]
     if unknown or not what:
-        raise ValueError(f"`what` must be of {listed(get_args(Need))}; got {listed(what)}.")
+        raise ValueError(f"`what` must be from {listed(get_args(Need))}; got {listed(what)}.")
 
     def mark(move: _Move) -> _Move:
         move.needs = frozenset(what)  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ def needs(*what: Need) -> Callable[[_Move], _Move]:
 
 
 def needs_of(move: Callable[..., Any]) -> frozenset[Need]:
-    """Return what `move` reads: see `needs`."""
+    """Return the words that `needs` declared for `move`, "state" by default."""
     if isinstance(move, partial) and not hasattr(move, "needs"):
         return needs_of(move.func)
     found: frozenset[Need] = getattr(move, "needs", frozenset({"state"}))

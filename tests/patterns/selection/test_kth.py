@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from parasparse.patterns.selection import kth
 from parasparse.patterns.selection.kth import find_threshold, highest
-from parasparse.patterns.selection.source import as_scores
+from parasparse.patterns.selection.scores import as_scores
 
 DTYPES = [torch.half, torch.bfloat16, torch.float, torch.double, torch.int32, torch.int64]
 VALUES = [0.0, -0.0, 1.0, 1.5, -2.0, 7.0, math.inf, -math.inf]
@@ -108,7 +108,7 @@ def test_scores_of_several_dtypes_are_compared_without_rounding():
 
 
 def test_unsigned_scores_that_torch_does_not_compare_are_refused():
-    with pytest.raises(TypeError, match="uint64: torch compares none"):
+    with pytest.raises(TypeError, match="uint64: torch cannot compare"):
         highest([torch.tensor([1], dtype=torch.uint64)], 1)
 
 

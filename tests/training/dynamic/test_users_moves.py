@@ -282,9 +282,9 @@ def test_what_a_move_did_not_ask_for_it_does_not_get():
 
     dst = ps.DynamicSparsity(model, 0.8, optimizer, redistribution=copied)
     train(model, optimizer, dst)
-    with pytest.raises(ValueError, match="must be one that a move was given"):
+    with pytest.raises(ValueError, match="must be one of `masking.weights`"):
         dst.update()
-    with pytest.raises(ValueError, match='`what` must be of "weights", .*got "momentm"'):
+    with pytest.raises(ValueError, match='`what` must be from "weights", .*got "momentm"'):
         ps.moves.needs("momentm")
-    with pytest.raises(TypeError, match="`optimizer` must be one of torch's kind; got None"):
+    with pytest.raises(TypeError, match="`optimizer` must be a torch optimizer; got None"):
         ps.DynamicSparsity(build(), 0.8, None)

@@ -1,4 +1,4 @@
-"""Plans of which format multiplies at how many rows: as they are saved, checked and read."""
+"""Saved choices of formats (plans): checked and applied."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from parasparse.acceleration.formats.format import FORMATS, formats_of
 from parasparse.acceleration.table import AccelerationRow, row_of
 from parasparse.text import listed
 
-# By name of the weight: pairs of rows and format, as JSON keeps them.
+# Pairs of rows and format by name of the weight, plain JSON.
 SavedChoices = Mapping[str, list[tuple[int, str | None]]]
 
 
 def checked_plan(formats: Any) -> dict[str, list[tuple[int, str | None]]] | None:
-    """Return `formats` as a plan; None if it names formats."""
+    """Return `formats` as a plan; None if it is names of formats."""
     if not isinstance(formats, Mapping):
         return None
     plan: dict[str, list[tuple[int, str | None]]] = {}
@@ -24,7 +24,7 @@ def checked_plan(formats: Any) -> dict[str, list[tuple[int, str | None]]] | None
         if not pairs or len({p[0] for p in good}) < len(pairs):
             raise ValueError(
                 "`formats`, as a plan, must hold pairs of a number of rows and a format for each "
-                f'weight, [[1, "csr"], [64, None]]; got {every!r:.60} for {name!r}.'
+                f'weight, such as [[1, "csr"], [64, None]]; got {every!r:.60} for {name!r}.'
             )
         plan[name] = good
     if not plan:
@@ -37,11 +37,7 @@ def _is_list(value: Any, of: Any = None) -> bool:
 
 
 def checked_names(formats: Any) -> list[str]:
-    """Return the formats that may be chosen, or that a plan names.
-
-    Raises:
-        TypeError, ValueError: they are none.
-    """
+    """Return the formats that may be chosen, or those in a plan; raise if one is not known."""
     if formats is None:
         return list(FORMATS)
     if not isinstance(formats, (str, list, tuple, set, Mapping)):
@@ -55,16 +51,12 @@ def checked_names(formats: Any) -> list[str]:
     unknown = [name for name in names if not isinstance(name, str) or name not in FORMATS]
     if unknown or not (names or isinstance(formats, Mapping)):
         got = listed(unknown) or "none"
-        raise ValueError(f"`formats` must be of {listed(FORMATS)}; got {got}.")
+        raise ValueError(f"`formats` must be among {listed(FORMATS)}; got {got}.")
     return names
 
 
 def planned(plan: SavedChoices, originals: Mapping[str, Tensor]) -> list[AccelerationRow]:
-    """Return the rows of `plan`.
-
-    Raises:
-        ValueError: a format cannot hold its weight.
-    """
+    """Return the rows of `plan`; raise ValueError if a format cannot hold its weight."""
     rows = []
     for name, original in originals.items():
         choices = [(int(n), f) for n, f in plan[name]]
@@ -72,8 +64,8 @@ def planned(plan: SavedChoices, originals: Mapping[str, Tensor]) -> list[Acceler
         missing = [f for f in names if f not in formats_of(original.detach(), names)]
         if missing:
             raise ValueError(
-                f"`formats` must plan formats that can hold their weights; {missing[0]!r} cannot "
-                f'hold "{name}" of shape {tuple(original.shape)}. Measure anew.'
+                f"the plan in `formats` does not fit the model: {missing[0]!r} cannot hold "
+                f'"{name}" of shape {tuple(original.shape)}. Measure again, without a plan.'
             )
         rows += [row_of(name, original, n, f, None, None) for n, f in choices]
     return rows

@@ -1,0 +1,26 @@
+"""What some dtypes cannot do in torch, and the dtypes to use instead."""
+
+import torch
+from torch import Tensor
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for a dtype of one byte, else `dtype`."""
+    return torch.float32 if dtype.itemsize == 1 else dtype
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor of one-byte entries as float32: float8 has no abs, comparison or division."""
+    return tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+
+
+def is_comparable(dtype: torch.dtype) -> bool:
+    """Whether torch compares entries of `dtype`: all but unsigned ones of more than a byte."""
+    return dtype not in _SIGNED
+
+
+def signed(tensor: Tensor) -> Tensor:
+    """Return the bits of an incomparable tensor as signed integers; other tensors as they are."""
+    return tensor if is_comparable(tensor.dtype) else tensor.view(_SIGNED[tensor.dtype])
