@@ -24,7 +24,11 @@ from parasparse.training.continuous import ContinuousSparsification
 from parasparse.training.controller import Controller
 from parasparse.training.dynamic import moves
 from parasparse.training.dynamic.controller import DynamicSparsity
-from parasparse.training.dynamic.methods import rigl, sparse_evolutionary_training, sparse_momentum
+from parasparse.training.dynamic.published_methods import (
+    rigl,
+    sparse_evolutionary_training,
+    sparse_momentum,
+)
 from parasparse.training.dynamic.view import Masking
 from parasparse.training.gradual import GradualPruning
 from parasparse.training.history import Update

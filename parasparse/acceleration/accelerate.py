@@ -18,7 +18,7 @@ from parasparse.acceleration.installing import (
 from parasparse.acceleration.saved_choices import SavedChoices, checked_names, checked_plan, planned
 from parasparse.acceleration.table import Acceleration
 from parasparse.acceleration.weight.sparse_weight import ON_CPU
-from parasparse.attach.stand_in import is_accelerated
+from parasparse.attach.accelerated import is_accelerated
 from parasparse.sharding.dtensors import is_dtensor
 from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import listed, nearest

@@ -11,9 +11,9 @@ from parasparse.cli.reaching import Reached
 from parasparse.counts import num_kept
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.patterns import jointly, unstructured
+from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.patterns.selection.kth import highest_masks
 from parasparse.patterns.selection.scores import Scores, chunk_size
-from parasparse.patterns.units import has_units
 from parasparse.rules.prune import Prune
 from parasparse.scores.piecewise import magnitudes
 from parasparse.scores.weights_alone import magnitude

@@ -15,7 +15,7 @@ from parasparse.dtypes import signed
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.files.opening import open_checkpoint
 from parasparse.patterns.recognise import recognised
-from parasparse.report.bars import sparsity_bars
+from parasparse.report.plot_bars import sparsity_bars
 from parasparse.text import as_text, needs
 
 _PIECE = 1 << 20  # entries

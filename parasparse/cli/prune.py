@@ -18,7 +18,7 @@ from parasparse.files.layout import Layout, Put, pieces
 from parasparse.files.opening import open_checkpoint
 from parasparse.files.writing import check_file, check_target, writing
 from parasparse.patterns import unstructured
-from parasparse.patterns.units import has_units
+from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.text import as_text
 
 

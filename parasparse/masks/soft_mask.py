@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parasparse import gates
 from parasparse.masks.convert import real_dtype
 from parasparse.masks.gate_kinds import GateKind, ProductGate, as_kind
-from parasparse.patterns.units import Units, has_units
+from parasparse.patterns.blocks_channels_heads import Units, has_units
 from parasparse.text import described
 
 

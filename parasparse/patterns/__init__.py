@@ -9,9 +9,9 @@ Scores are real, of any shape, and not NaN. Of `n` entries or units, the `num_ke
 with the highest scores are kept; among equal scores, those with the lower flat indices.
 """
 
-from parasparse.patterns.fixed import n_of_m, nearly_diagonal
+from parasparse.patterns.blocks_channels_heads import block, channel, head
+from parasparse.patterns.n_of_m_and_bands import n_of_m, nearly_diagonal
 from parasparse.patterns.ranked import Pattern, chain, jointly, takes_sparsity, unstructured
-from parasparse.patterns.units import block, channel, head
 
 __all__ = [
     "Pattern", "block", "chain", "channel", "head", "jointly", "n_of_m", "nearly_diagonal",

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.dtypes import widened_dtype
-from parasparse.patterns.fixed import n_of_m
+from parasparse.patterns.blocks_channels_heads import Units, block, channel, has_units, head
+from parasparse.patterns.n_of_m_and_bands import n_of_m
 from parasparse.patterns.selection.kth import highest
-from parasparse.patterns.units import Units, block, channel, has_units, head
 from parasparse.sharding.dtensors import (
     full_tensor,
     is_dtensor,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from parasparse.report.bars import DROPPED, KEPT, MARK, blank_figure, sparsity_bars
-from parasparse.report.curves import update_curves
-from parasparse.report.labels import labels
-from parasparse.report.numbers import cells_of, histogram_of, kept_by
+from parasparse.report.plot_bars import DROPPED, KEPT, MARK, blank_figure, sparsity_bars
+from parasparse.report.plot_curves import update_curves
+from parasparse.report.plot_labels import labels
+from parasparse.report.plot_numbers import cells_of, histogram_of, kept_by
 from parasparse.scores.weights_alone import Score
 from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import Specs, masked_targets

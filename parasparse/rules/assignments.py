@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
-from parasparse.attach.stand_in import check_not_accelerated
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask

@@ -120,6 +120,11 @@ class Target:
         module = self.masks()[0]
         return isinstance(module, Mask) and module.is_bool
 
+    def originals(self) -> list[Tensor]:
+        """Return the stored tensors, each once."""
+        found = [tensor for site in self.sites for tensor in site.originals()]
+        return list({id(tensor): tensor for tensor in found}.values())
+
     def stacks(self) -> list[list[MaskedParametrizationList]]:
         """Return the stacks of each component at its masked sites."""
         return [

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from parasparse.attach.stand_in import check_not_accelerated
+from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.sharding.dtensors import laid_out_like

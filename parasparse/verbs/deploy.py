@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import names
-from parasparse.attach.stand_in import check_not_accelerated
+from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.sharding.fsdp import reshard

@@ -5,13 +5,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parasparse.attach import attaching
-from parasparse.attach.stand_in import check_not_accelerated
+from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.attach.undo import restored_on_error
 from parasparse.masks.protocol import fold_
 from parasparse.sharding.fsdp import follow, is_sharded, reshard
 from parasparse.targets.reach import Specs, masked_targets
-from parasparse.targets.tensors import Site, Target
-from parasparse.verbs.writable import check_foldable
+from parasparse.targets.tensors import Site, Target, masked_tensors_of
+from parasparse.text import listed
+from parasparse.verbs.writable import check_writable
 
 
 def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
@@ -44,7 +45,7 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
         )
     for target in chosen:
         target.effective()  # an unset mask raises here, before anything has changed
-    check_foldable(model, chosen)
+    _check_foldable(model, chosen)
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
@@ -80,6 +81,24 @@ def _to_take_off(model: nn.Module, targets: Specs | None) -> list[Target]:
     check_not_accelerated(model)
     reshard(model)
     return masked_targets(model, targets)
+
+
+def _check_foldable(model: nn.Module, chosen: list[Target]) -> None:
+    """Raise RuntimeError if the masked values of a target cannot be written to its tensors."""
+    holders: dict[int, list[Target]] = {}  # by id of the stored tensor
+    for target in masked_tensors_of(model):
+        for original in target.originals():
+            holders.setdefault(id(original), []).append(target)
+    for target in chosen:
+        for original in target.originals():
+            names = {holder.name for holder in holders[id(original)]}
+            if len(names) > 1:
+                raise RuntimeError(
+                    f"{listed(sorted(names))} are one Parameter but masked differently, so they "
+                    "cannot be squashed. Call `sparsify` on the whole model to give them one mask, "
+                    "or `unsparsify`."
+                )
+        check_writable(target, "squash")
 
 
 def _fold(sites: tuple[Site, ...], values: list[Tensor]) -> None:

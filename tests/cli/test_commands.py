@@ -181,7 +181,7 @@ def test_a_picture_of_no_weights_is_empty_and_needs_matplotlib(tmp_path, capsys,
     assert run("inspect", tmp_path / "in.pt", "--plot", tmp_path / "out.png") == 0
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "parasparse.report.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "parasparse.report.plot_figure", raising=False)
     assert run("inspect", tmp_path / "in.pt", "--plot", tmp_path / "other.png") == 1
     assert "--plot needs matplotlib: run `pip install" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ import parasparse as ps
 from parasparse import patterns
 from parasparse.counts import num_kept
 from parasparse.patterns import block, chain, channel, head, jointly, n_of_m, nearly_diagonal
-from tests.patterns.test_units import UNITS, drawn, seeds, shares
+from tests.patterns.test_blocks_channels_heads import UNITS, drawn, seeds, shares
 
 # Few values, so that ties are common; infinities and signed zeros are scores like any other.
 score_lists = st.lists(

@@ -321,7 +321,7 @@ def test_notebooks_show_it_and_pyplot_does_not_hold_it(tmp_path):
 
 def test_without_matplotlib_the_error_says_what_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "parasparse.report.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "parasparse.report.plot_figure", raising=False)
     with pytest.raises(ImportError) as raised:
         ps.plot(ps.sparsify(nn.Linear(4, 4), 0.5))
     assert 'pip install "parasparse[plot]"' in raised.value.__notes__[0]

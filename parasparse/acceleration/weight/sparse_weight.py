@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from parasparse.acceleration.formats.format import Format, formats_of
 from parasparse.acceleration.weight import attention, layers, recurrent
 from parasparse.acceleration.weight.layers import GRADIENT, Use
-from parasparse.attach.stand_in import StandIn
+from parasparse.attach.accelerated import StandIn
 
 # The format at each measured number of rows; None is the dense kernel.
 Choices = tuple[tuple[int, str | None], ...]

@@ -11,7 +11,7 @@ from parasparse.masks.apply import apply_mask_
 from parasparse.masks.mask import Mask
 from parasparse.optim import momentum_of, parameters_of, zero_entries
 from parasparse.patterns import Pattern, unstructured
-from parasparse.patterns.units import has_units
+from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.sharding.dtensors import fill_, full_tensor, laid_out_like
 from parasparse.targets.tensors import Target
 from parasparse.training.dynamic.view import Masking

@@ -13,7 +13,7 @@ from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.optim import keeps_momentum
 from parasparse.patterns import Pattern, n_of_m, unstructured
-from parasparse.patterns.units import has_units
+from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.rules.assignments import Assignment, as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import as_treatment, is_array, keep_nonzero

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from parasparse.report.bars import KEPT, MARK, blank_figure
-from parasparse.report.labels import labels
+from parasparse.report.plot_bars import KEPT, MARK, blank_figure
+from parasparse.report.plot_labels import labels
 from parasparse.training.history import Update
 
 if TYPE_CHECKING:

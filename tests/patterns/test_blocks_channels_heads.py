@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from parasparse.counts import num_kept
 from parasparse.patterns import block, channel, head, jointly
-from parasparse.patterns.units import has_units
+from parasparse.patterns.blocks_channels_heads import has_units
 
 shares = st.floats(0, 1)
 seeds = st.integers(0, 2**31)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from parasparse.report.labels import labels
+from parasparse.report.plot_labels import labels
 from parasparse.text import needs
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _ROWS = 50  # bars in a column
 def blank_figure(width: float, height: float) -> Figure:
     """Return an empty Figure; raise ImportError if matplotlib is not installed."""
     try:
-        from parasparse.report.figure import Picture
+        from parasparse.report.plot_figure import Picture
     except ImportError as error:
         error.add_note(needs("`plot`", "matplotlib", "plot"))
         raise
