@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import compare, show, threads, write
-from parasparse.checkpoints.packed import load_packed, save
+from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.files.packing import pack, unpack
 
 State = dict[str, Tensor]

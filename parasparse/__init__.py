@@ -6,7 +6,7 @@ from parasparse.acceleration.table import Acceleration, AccelerationRow
 from parasparse.checkpoints.binarized import binarize_masks
 from parasparse.checkpoints.dense import dense_state_dict
 from parasparse.checkpoints.loading import load_state_dict
-from parasparse.checkpoints.packed import load_packed, save
+from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.data_sparsifiers.base import BaseDataSparsifier
 from parasparse.data_sparsifiers.ready_made import DataNormSparsifier, DataPruner
 from parasparse.files.packing import Packed, pack, unpack

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parasparse.checkpoints.packed import load_packed, save
+from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.files import headers
 from tests.files.test_files import both, same_states, small
 

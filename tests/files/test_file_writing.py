@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parasparse.checkpoints.packed import load_packed, save
+from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.files import packed_files
 from tests.files.test_files import path as path
 from tests.files.test_files import same_states, small, some

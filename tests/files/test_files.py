@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 import parasparse as ps
-from parasparse.checkpoints.packed import load_packed, save
+from parasparse.checkpoints.save_packed import load_packed, save
 from tests.files.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 from tests.helpers.cases import Tied
 from tests.helpers.machine import needs_mkl
