@@ -38,20 +38,20 @@ def accelerate(
     Works on Linear, Conv1d to Conv3d, MultiheadAttention, RNN, LSTM and GRU. Classes and
     `state_dict` stay the same; a tensor subclass replaces each weight that gets faster. The formats
     and the dense kernel are timed for each weight and number of rows; `accelerated` shows the
-    choices. An accelerated model is for inference only. In-place changes of a weight are followed,
-    except through `.data`. Call `restore` before `sparsify`, `squash` and other verbs on masks.
+    choices. An accelerated model is for inference only. In-place changes of a weight take effect,
+    except through `.data`. Call `restore` before `sparsify`, `squash` or others that change masks.
 
     Args:
         model: a squashed or masked model; changed in place.
         example_inputs: inputs of the model: a tensor, a tuple or a dict. None: linear layers are
             measured at 1, 8 and 64 rows, and convolutions stay dense.
-        formats: the formats to choose from, of "csr", "bag", "bsr", "channels" and "2:4"; None:
-            all. Or the `plan` of an earlier `accelerated`, with which nothing is measured.
+        formats: the formats to choose from, among "csr", "bag", "bsr", "channels" and "2:4"; None:
+            all. Or the `plan` of an earlier `accelerated`; then nothing is measured.
         keep_dense: False frees the dense values of weights that multiply sparsely at each measured
             number of rows. `restore` then raises `RuntimeError`.
 
     Raises:
-        ValueError: no weight is at least half zeros or lacks whole channels; a format, or a weight
+        ValueError: no weight is at least half zeros or has channels of zeros; a format, or a weight
             of the plan, is not known; masked weights with `keep_dense=False`.
         TypeError: such a weight on a CPU is not float32 or float64.
         RuntimeError: the model is accelerated already; a mask is not set; weights are DTensors.

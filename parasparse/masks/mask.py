@@ -16,7 +16,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Mask(nn.Module):
-    """Passes the entries of a tensor where the mask is True bit for bit; the others become +0.0.
+    """Passes entries through bit for bit where the mask is True; all others become +0.0.
 
     The mask is the persistent buffer `mask`, with the tensor's shape, device and memory format. It
     is bool (1 byte per entry) if its entries are all 0 or 1. Otherwise it has the tensor's dtype
@@ -25,8 +25,8 @@ class Mask(nn.Module):
     the mask is a Parameter without gradient, which `fully_shard` shards.
 
     Attributes:
-        dense_gradient: if True, dropped entries of a bool mask get a gradient too, as dynamic
-            sparse training by momentum needs. Not in the state dict.
+        dense_gradient: if True, dropped entries of a bool mask get a gradient too, which growth by
+            momentum needs. Not in the state dict.
         zeroed_in_place: ids of Parameters into which training on a CPU with dense gradients may
             write the zeros. It then reads the Parameter itself, which takes less time and memory
             than a masked copy. A copy of this module still makes masked copies.
@@ -145,7 +145,7 @@ class Mask(nn.Module):
     def merged(self, value: Tensor, stored: Tensor) -> Tensor:
         """Return the tensor to store: `value` where the mask keeps entries, `stored` elsewhere.
 
-        A real mask divides `value`, so that the tensor then reads as `value`.
+        `value` is divided by a real mask, so that the tensor then reads as `value`.
 
         Raises:
             RuntimeError: the mask is not set.
@@ -191,7 +191,7 @@ class Mask(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load any mask that `mask_` accepts. None unsets the mask, a missing key leaves it."""
+        """Load any mask that `mask_` accepts. None unsets it; a missing key changes nothing."""
         local_metadata, strict, _, unexpected_keys, error_msgs = rest
         key = prefix + "mask"
         if key in state_dict:

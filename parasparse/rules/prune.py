@@ -21,14 +21,14 @@ Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Prune:
-    """Drop the share `sparsity` of the entries, those with the lowest scores.
+    """Drop the entries with the lowest scores; `sparsity` is the share to drop.
 
     Args:
         sparsity: share of zeros, in [0, 1]; omitted if the pattern decides how much to keep.
         score: `(tensor, name) -> scores`, real and of the same shape; the highest are kept.
         pattern: `(scores, sparsity) -> mask`.
         scope: "local" gives every tensor this sparsity; "global" ranks the entries (or units) of
-            all tensors of the rule together, which have this sparsity as a whole.
+            all tensors of the rule together, and this is the sparsity of all of them combined.
         distribution: `(shapes by name, sparsity) -> sparsity by name`, for scope "local" only.
 
     Raises:
@@ -65,7 +65,7 @@ class Prune:
             raise ValueError('`scope` must be "local" with a `distribution`; got "global".')
 
     def _check_alone(self) -> None:
-        """Raise ValueError for arguments that go only with a sparsity."""
+        """Raise ValueError for arguments that make sense only together with a sparsity."""
         scope = None if self.scope == "local" else self.scope
         given = {"sparsity": self.sparsity, "scope": scope, "distribution": self.distribution}
         for name, value in given.items():
@@ -121,7 +121,7 @@ class Prune:
         return result
 
     def _mask(self, scores: dict[str, Tensor], *sparsity: float) -> dict[str, Tensor]:
-        """Return the masks of the pattern, with scope "global" ranked together."""
+        """Return the masks of the pattern; with scope "global", rank all tensors together."""
         try:
             if self.scope == "global":
                 masks = jointly(scores, *sparsity, pattern=self.pattern)

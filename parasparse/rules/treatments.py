@@ -1,7 +1,7 @@
 """Treatments: the right sides of rules.
 
 A treatment is a callable `dict[name, Tensor] -> dict[name, mask or nn.Module]`. It is called with
-all tensors that its rule reaches, and returns a mask, or a module that masks, for each.
+all tensors that its rule reaches, and returns a mask or a mask module for each of them.
 """
 
 import math
@@ -29,8 +29,8 @@ class Fixed:
     Args:
         mask: bool, integer or real tensor, array, nested list or number that broadcasts to the
             tensor; None attaches a mask that is not set yet.
-        layout: "out_in", the layout of weights; "in_out" if the first dimension of the mask counts
-            the inputs.
+        layout: "out_in", the layout of weights; "in_out" if the first dimension of the mask is that
+            of the inputs.
 
     Raises:
         ValueError: the layout is unknown, or "in_out" for a mask with fewer than two dimensions.
@@ -65,14 +65,14 @@ class Fixed:
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """Attach learned soft masks: a `SoftMask`, whose parameters are trained with the weights.
+    """Attach a learned soft mask to each tensor: a `SoftMask`, trained together with the weights.
 
     Args:
         function: `gates.sigmoid` (Continuous Sparsification), `gates.hard_concrete` (L0),
             `gates.straight_through` (movement pruning), `gates.soft_threshold` (STR),
             `gates.variational_dropout`, or a custom gate: a function from logits to the mask, or a
             `GateKind`.
-        init: initial value of its parameters; None: see `SoftMask`.
+        init: initial value of its parameters; None: the default of the gate (see `SoftMask`).
         pattern: pattern of units (channels, blocks, heads), each of which gets one logit.
         sparsity: share of zeros in [0, 1], for `straight_through` only.
 

@@ -16,7 +16,7 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
     """Attach masks to the tensors of `model` that `rules` reach; return the model.
 
     Parameters stay the same objects, so existing optimizers, hooks and DDP wrappers keep working.
-    A new mask replaces the present mask of a tensor, and is chosen by the stored weights.
+    If a tensor already has a mask, the new one replaces it and is chosen from the stored weights.
 
     Args:
         model: any module; changed in place.
@@ -41,19 +41,19 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
 
 
 def apply(model: nn.Module, assigned: list[Assignment]) -> None:
-    """Attach the masks of `assigned` to `model`, all or none."""
+    """Attach the masks of `assigned` to `model`: all of them, or none if one fails."""
     with restored_on_error(site.module for each in assigned for site in each.target.sites):
         masks = [_attached(each) for each in assigned]
     for each, mask in zip(assigned, masks, strict=True):
         if isinstance(mask, Mask) and not isinstance(each.result, nn.Module):
             mask.mask_(each.result, copy=False)
-            # Settings of a controller, which has lost its masks.
+            # These were set by a controller, which has now lost its masks.
             mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
     follow(model)
 
 
 def _attached(each: Assignment) -> nn.Module:
-    """Attach one module that masks to all uses of a tensor; return it."""
+    """Attach one mask module to a tensor wherever it is used; return the module."""
     mask: nn.Module
     if isinstance(each.result, nn.Module):
         mask = each.result

@@ -29,17 +29,18 @@ Move = str | Callable[..., Any]
 class DynamicSparsity(Controller):
     """Drops and regrows connections of `model` during training; their number stays constant.
 
-    An update computes the importance of each layer (`redistribution`), normalised to sum 1. Each
-    layer drops ceil(rate * connections) (`prune`); for layers with less than 20% zeros and more
-    than average importance, the rate is at most their sparsity. As many connections grow (`growth`)
-    in layers chosen by importance. No layer fills more than 0.99 of its free entries unless the
-    budget needs it. Dropped and grown weights and their optimizer state are set to 0, except that
-    growth that reads this state keeps it for the grown entries.
+    An update computes the importance of each layer (`redistribution`), scaled so that the sum is 1.
+    Each layer drops ceil(rate * connections) (`prune`); for layers with less than 20% zeros and
+    more than average importance, the rate is at most their sparsity. The same number of connections
+    is then grown (`growth`), divided among the layers by importance. No layer fills more than 99%
+    of its free entries unless the budget needs it. Dropped and grown weights and their optimizer
+    state are set to 0, but a growth that reads this state keeps it for the grown entries.
 
     Args:
-        model: is changed in place.
-        rules: as in `sparsify`. `init` draws the masks of a plain sparsity; a `Prune` makes its
-            own. With patterns of units, units move; `n_of_m` moves entries within its groups.
+        model: changed in place.
+        rules: as in `sparsify`. For a plain sparsity, `init` draws the first mask; a `Prune` makes
+            its own. With patterns of units, whole units move; with `n_of_m`, entries move within
+            their groups.
         optimizer: holds the masked parameters.
         prune: "magnitude", "SET", "global_magnitude", or a function (see `moves`).
         growth: "momentum", "random", "gradient", "momentum_neuron", "global_momentum_growth", or a
@@ -48,14 +49,14 @@ class DynamicSparsity(Controller):
             connections as it drops), or a function.
         prune_rate: share of connections that an update drops, in [0, 1], or `int -> float`.
         every: number of steps between updates, or `int -> bool`, such as `schedules.Every`; None:
-            updates only in `update()`.
+            updates happen only when you call `update`.
         init: "constant", "linear" (Erdos-Renyi), "erk", "resume" (zeros are masked), or masks by
             name.
 
     Attributes:
         history: one `Update` for each change of masks.
         steps: number of `step()` calls so far.
-        baseline_nonzero: number of connections of the network, counting units with such patterns.
+        baseline_nonzero: number of connections of the network; units, for patterns of units.
 
     Raises:
         TypeError, ValueError, RuntimeError: `sparsify` refuses the rules, a layer would have no
@@ -233,7 +234,7 @@ class DynamicSparsity(Controller):
         self.history.append(change)
 
     def _has_seen(self) -> bool:
-        """Whether momentum and gradients are available: not if a GradScaler skipped the step.
+        """Whether momentum and gradients are available; not so if a GradScaler skipped the step.
 
         Raises:
             RuntimeError: the masked weights never had a gradient.
