@@ -10,7 +10,7 @@ from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.data_sparsifiers.base import BaseDataSparsifier
 from parasparse.data_sparsifiers.ready_made import DataNormSparsifier, DataPruner
 from parasparse.files.packing import Packed, pack, unpack
-from parasparse.masks.gate_kinds import GateKind, ProductGate
+from parasparse.masks.gate_kinds import Gated, GateKind, ProductGate
 from parasparse.masks.mask import Mask
 from parasparse.masks.protocol import MaskModule
 from parasparse.masks.soft_mask import SoftMask
@@ -46,13 +46,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Acceleration", "AccelerationRow", "BaseDataSparsifier", "ContinuousSparsification",
-    "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DynamicSparsity", "Fixed",
-    "Gate", "GateKind", "GradualPruning", "LotteryTicket", "Mask", "MaskModule", "Masking",
-    "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules", "SoftMask", "Statistics",
-    "Summary", "SummaryRow", "Update", "accelerate", "accelerated", "binarize", "binarize_masks",
-    "dense_gradients", "dense_state_dict", "deploy_masks", "distributed", "distributions", "frozen",
-    "gates", "is_sparse", "load_packed", "load_state_dict", "mask_of", "moves", "named_masks",
-    "optim", "pack", "patterns", "penalty", "plan", "plot", "restore", "rigl", "save", "schedules",
-    "scores", "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
+    "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DynamicSparsity",
+    "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket", "Mask",
+    "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules",
+    "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate", "accelerated",
+    "binarize", "binarize_masks", "dense_gradients", "dense_state_dict", "deploy_masks",
+    "distributed", "distributions", "frozen", "gates", "is_sparse", "load_packed",
+    "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack", "patterns",
+    "penalty", "plan", "plot", "restore", "rigl", "save", "schedules", "scores",
+    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
     "summary", "unpack", "unsparsify",
 ]  # fmt: skip

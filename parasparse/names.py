@@ -64,6 +64,20 @@ def masked_names(key: str) -> list[str]:
     return [*stems, *(f"{layer}.weight".removeprefix(".") for layer in layers), key]
 
 
+def masked_beside(key: str) -> list[str]:
+    """Return the tensors that the mask `key` of a state dict may belong to; none if it is no mask.
+
+    These are fewer than `masked_names`: a buffer of a module may happen to be called `x_mask`.
+    """
+    found = parametrized(key)
+    if found is not None:
+        return [found[0]] if is_own_mask(key) else []
+    if key.endswith("_mask"):
+        return [key.removesuffix("_mask")]
+    layer, dot, own = key.rpartition(".")
+    return [*([layer] if layer else []), f"{layer}{dot}weight"] if own == "mask" else []
+
+
 def is_mask_key(key: str) -> bool:
     """Whether `key` may be a mask. Only the other keys tell whether it is."""
     return key == "mask" or key.endswith(("_mask", ".mask"))

@@ -65,7 +65,7 @@ def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     return "betas" in group or bool(group.get("momentum"))
 
 
-def check_held(
+def check_in_optimizer(
     optimizer: torch.optim.Optimizer, targets: list[Target], *, even_frozen: bool = False
 ) -> None:
     """Raise ValueError if a parameter of `targets` is not in `optimizer`, as in one of a copy.

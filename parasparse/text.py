@@ -66,5 +66,7 @@ def described(value: Any) -> str:
         return f"mask of shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         return "mask in a list"
+    if repr(value) == object.__repr__(value):
+        return type(value).__name__
     text = re.sub(r"<(?:function|built-in method) (\S+) .*?>", r"\1", repr(value))
     return str(getattr(value, "__name__", text))

@@ -147,10 +147,37 @@ def test_two_names_of_one_mask_may_say_the_same_only():
         ps.deploy_masks(model, {"w_re_mask": FULL, "w_im_mask": 1 - FULL})
 
 
-def test_a_buffer_called_like_a_mask_that_does_not_fit_is_none(tmp_path):
-    state = {"attn.weight": torch.ones(4, 4), "attn.mask": torch.ones(1, 1, 8, 8)}
+BUFFERS = {
+    "another_shape": ("attn.weight", "attn.mask", torch.ones(1, 1, 8, 8)),
+    "one_entry": ("token.weight", "token.mask", torch.tensor(False)),
+    "beside_a_layer": ("token.weight", "token_mask", torch.ones(4, 4, dtype=torch.bool)),
+    "integers": ("pos", "pos_mask", torch.tensor([[3, 0, 1, 2]])),
+    "infinite": ("attn.weight", "attn.mask", torch.tensor([0, -torch.inf, 0, 0])),
+    "spectral_norm": ("c.weight_orig", "c.mask", torch.ones(8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_a_buffer_called_like_a_mask_stays_what_it_is(kind, tmp_path):
+    key, mask_key, buffer = BUFFERS[kind]
+    state = {key: torch.ones(4, 4), mask_key: buffer}
     torch.save(state | {"fc.weight": VALUES, "fc.mask": FULL}, tmp_path / "in.pt")
     assert main(["squash", str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]) == 0
     out = torch.load(tmp_path / "out.pt")
-    assert torch.equal(out["attn.mask"], state["attn.mask"])
     assert torch.equal(out["fc.weight"], VALUES * FULL)
+    assert all(torch.equal(out[name], tensor) for name, tensor in state.items())
+    result, _ = ps.binarize_masks(state | {"fc.weight": VALUES, "fc.mask": FULL}, {"fc": FULL})
+    assert all(result[name] is tensor for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", [Two, Dict])
+@pytest.mark.parametrize("masked", [False, True])
+def test_components_with_masks_of_their_own_keep_them(kind, masked):
+    model = ps.sparsify(kind("w"), {"*": 0.5}, pairs=False) if masked else kind("w")
+    keys = [name for name, _ in kind("w").named_parameters()]
+    state = dict(zip(keys, (VALUES, OTHER), strict=True))
+    state |= {f"{keys[0]}_mask": FULL, f"{keys[1]}_mask": 1 - FULL}
+    ps.load_state_dict(model, state)
+    folded = ps.squash(model).state_dict()
+    assert torch.equal(folded[keys[0]], VALUES * FULL)
+    assert torch.equal(folded[keys[1]], OTHER * (1 - FULL))

@@ -21,7 +21,7 @@ def accept_dense_keys(
     """
     used: dict[str, None] = {}
     for name, stack in masked_stacks(module):
-        inside = f"{prefix}parametrizations.{name}."
+        inside = names.inside(f"{prefix}{name}")
         mask_key = f"{inside}{len(stack) - 1}.mask"
         for key in _mask_keys(f"{prefix}{name}"):
             own = key.removeprefix(prefix)

@@ -58,7 +58,7 @@ def binarize_masks(
     dense = {names.dense_name(name) for name in folded}
     dense |= {joint for name in dense for joint, _ in names.joints(name)}
     for key, held in state_dict.items():
-        if held is not None and names.is_mask_key(key) and dense & set(names.masked_names(key)):
+        if held is not None and dense & set(names.masked_beside(key)):
             result[key] = held != 0
     return result, {key: torch.as_tensor(masks[key]) != 0 for key in weights}
 

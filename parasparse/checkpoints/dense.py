@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from parasparse import names
 from parasparse.attach import reading
 from parasparse.attach.stack import original_names
 from parasparse.targets.tensors import named_modules
@@ -36,7 +37,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
                 tied[key] = reading.effective(module, attr).detach()
             for where in dict.fromkeys((name, plain)):  # some wrappers omit their name
                 prefix = f"{where}." if where else ""
-                inside = f"{prefix}parametrizations.{attr}."
+                inside = names.inside(f"{prefix}{attr}")
                 if any(f"{inside}{held}" in state for held in original_names(stack)):
                     renamed[f"{prefix}{attr}"] = tied[key]
                 for gone in [k for k in state if k.startswith(inside)]:

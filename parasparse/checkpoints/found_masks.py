@@ -27,9 +27,10 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
     if single:
         sparsify(model, single, pairs=False)
     for key, target in found.items():
-        if target.is_pair and not names.is_own_mask(key):
-            # This mask belongs to the layer, but a pair loads its mask by a component's key.
-            state[f"{names.inside(target.names[1])}0.mask"] = state.pop(key)
+        if target.is_pair and key in names.mask_keys(target.name):
+            # This mask belongs to the layer, but a pair loads its mask by its components' keys.
+            mask = state.pop(key)
+            state |= {f"{names.inside(name)}0.mask": mask for name in _components(target)}
     return [*joint, *single]
 
 
@@ -52,14 +53,22 @@ def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target
 
 def _pairs_apart(found: dict[str, Target], state: Mapping[str, Any]) -> dict[int, list[str]]:
     """Return the names of the components of pairs whose two masks in `state` differ."""
-    keys: dict[int, list[str]] = {}
-    for key, target in found.items():
-        if target.is_pair and names.is_own_mask(key):
-            keys.setdefault(id(target), []).append(key)
     apart = {}
-    for pair, both in keys.items():
-        masks = [state[key] for key in both]
-        equal = all(m is not None and torch.equal(m, masks[0]) for m in masks)
-        if len(both) == 1 or not equal:
-            apart[pair] = [names.dense_name(key) for key in both]
+    for target in {id(target): target for target in found.values() if target.is_pair}.values():
+        masks = {}
+        for name in _components(target):
+            for key, of in found.items():
+                own = names.is_own_mask(key) and names.dense_name(key) == name
+                if of is target and (own or key in names.mask_keys(name)):
+                    masks[name] = state[key]
+        values = list(masks.values())
+        equal = all(m is not None and torch.equal(m, values[0]) for m in values)
+        if masks and (len(masks) == 1 or not equal):
+            apart[id(target)] = list(masks)
     return apart
+
+
+def _components(target: Target) -> list[str]:
+    """Return the first name of each component of a pair."""
+    ends = [f".{site.attr}".removeprefix(".") for site in target.firsts]
+    return [next(n for n in target.names[1:] if n.split(".")[-1] == end) for end in ends]

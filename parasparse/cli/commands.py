@@ -14,6 +14,7 @@ from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.layout import Layout, pieces
 from parasparse.files.opening import PackedFile, open_checkpoint
 from parasparse.files.writing import check_file, check_target
+from parasparse.text import listed
 
 
 def squash(args: Namespace) -> str:
@@ -22,7 +23,8 @@ def squash(args: Namespace) -> str:
     weights, masks = {one.weight: one.name for one in held}, {one.mask for one in held}
     names = {key: weights.get(key, key) for key in source.infos if key not in masks}
     _fold(args, source, held, names)
-    return f"{args.output}: folded in {len(held)} masks.{left_out(source, args.output)}"
+    folded = listed(one.name for one in held)
+    return f"{args.output}: folded in the masks of {folded}.{left_out(source, args.output)}"
 
 
 def binarize(args: Namespace) -> str:

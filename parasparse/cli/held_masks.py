@@ -107,15 +107,30 @@ def _of_stack(name: str, keys: Mapping[str, str]) -> MaskedKey | None:
 
 def _beside(key: str, source: Checkpoint) -> list[MaskedKey]:
     """Return the tensors beside `key` that it masks; none if it is not such a mask."""
-    if not names.is_mask_key(key) or names.is_own_mask(key):
+    if names.is_own_mask(key):
         return []
-    for name in names.masked_names(key)[:-1]:
+    for name in names.masked_beside(key):
         stored = names.stored_keys(name, source.infos)
-        # `_orig` is torch.nn.utils.prune's. Otherwise any buffer may have the name of a mask.
-        certain = all(one.endswith("_orig") for one in stored)
-        if stored and (certain or all(_broadcasts(key, one, source) for one in stored)):
+        if stored and (_is_prunes(name, key, source) or _is_mask(key, stored, source)):
             return [MaskedKey(names.dense_name(one), one, key) for one in stored]
     return []
+
+
+def _is_prunes(name: str, mask: str, source: Checkpoint) -> bool:
+    """Whether torch.nn.utils.prune wrote `mask`. spectral_norm writes x_orig as well, and x_u."""
+    written = f"{name}_orig" in source.infos and f"{name}_u" not in source.infos
+    return written and mask == f"{name}_mask"
+
+
+def _is_mask(key: str, weights: tuple[str, ...], source: Checkpoint) -> bool:
+    """Whether `key` can be a mask of `weights`; any buffer may have the name of one."""
+    info = source.infos[key]
+    if info.numel < 2 or not all(_broadcasts(key, one, source) for one in weights):
+        return False
+    values = source.read(key)
+    if not (values.is_floating_point() or values.dtype == torch.bool):
+        return bool(((values == 0) | (values == 1)).all())
+    return bool(values.isfinite().all())
 
 
 def _broadcasts(mask: str, weight: str, source: Checkpoint) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_of
 from parasparse.masks.apply import apply_mask
+from parasparse.names import inside
 
 
 class DataMask(nn.Module):
@@ -72,10 +73,10 @@ class Container(nn.Module):
         """Return the tensors as in torch.ao.pruning's container state, which has no masks."""
         held = {}
         for name, stack in self._stacks().items():
-            held[f"parametrizations.{name}.original"] = self.plain(name)
+            held[f"{inside(name)}original"] = self.plain(name)
             for key, tensor in stack.mask.state_dict().items():
                 if key != "mask":
-                    held[f"parametrizations.{name}.0.{key}"] = tensor
+                    held[f"{inside(name)}0.{key}"] = tensor
         held |= {name: self.plain(name) for name in self._buffers}
         return {key: tensor.detach() for key, tensor in held.items()}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from parasparse import names
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -28,7 +30,7 @@ def entries(state_dict: Mapping[str, Any]) -> dict[str, Entry]:
     tensors = dict(state_dict["_container"])
     found = {}
     for name, held in state.items():
-        inside = f"parametrizations.{name}."
+        inside = names.inside(name)
         original = tensors.pop(f"{inside}original", None)
         plain = tensors.pop(name, None)
         own = {k.removeprefix(f"{inside}0."): t for k, t in tensors.items() if k.startswith(inside)}

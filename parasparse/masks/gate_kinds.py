@@ -27,6 +27,7 @@ class Gated(Protocol):
     logits: nn.Parameter
     init: float
     hard: bool
+    folded: bool
     temperature: Tensor
     sparsity: Tensor
 
@@ -63,7 +64,7 @@ class GateKind(ABC):
 
     def noise(self, mask: Gated, weight: Tensor) -> Tensor:
         """Return the noise for one read. Only called if `draws` is True."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} draws noise, so it must override `noise`")
 
     @abstractmethod
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
@@ -106,13 +107,14 @@ class ProductGate(GateKind):
 
     def value(self, mask: Gated, noise: Tensor | None) -> Tensor:
         """Return `multiplier`, or 0 and 1 after the gate has been folded into the weight."""
-        if mask.hard:
+        if mask.folded:
             return (mask.logits > 0).to(mask.logits.dtype)
         return self.multiplier(mask, noise)
 
     def apply(self, mask: Gated, weight: Tensor, noise: Tensor | None) -> Tensor:
         value = mask.spread(self.value(mask, noise))
-        return apply_mask(weight, value) if mask.hard else weight * value.to(mask.logits.dtype)
+        is_exact = mask.folded or mask.hard
+        return apply_mask(weight, value) if is_exact else weight * value.to(mask.logits.dtype)
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
         """Return the sum of the mask over all entries."""
@@ -132,7 +134,7 @@ class ProductGate(GateKind):
     def fold_(self, mask: Gated, keep: Tensor | None) -> None:
         units = mask.pooled(mask.mask != 0 if keep is None else keep)
         mask.logits.copy_(torch.where(units, _FAR, -_FAR))
-        mask.hard, mask.init = True, math.inf
+        mask.folded = True
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ class Sigmoid(ProductGate):
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
         return gates.sigmoid(mask.logits, mask.temperature, init=mask.init, hard=mask.hard)
 
-    def value(self, mask: Gated, noise: Tensor | None) -> Tensor:
-        return self.multiplier(mask, noise)  # also if hard: open gates are 1 / sigmoid(s0), not 1
+    def fold_(self, mask: Gated, keep: Tensor | None) -> None:
+        super().fold_(mask, keep)
+        mask.init = math.inf  # whose sigmoid, the divisor, is 1
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor:
         moved = mask.logits - (threshold or 0.0)
@@ -273,6 +276,17 @@ class Multiplier(ProductGate):
 
     function: Callable[[Tensor], Tensor]
 
+    @torch.no_grad()
+    def check(self, logits: Tensor) -> None:
+        """Raise ValueError if the function does not return a mask for each of `logits`."""
+        mask = self.function(logits)
+        if not isinstance(mask, Tensor) or mask.shape != logits.shape:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(
+                f"a function that is a gate must return a mask of the shape of the logits, "
+                f"{tuple(logits.shape)}; got {got}."
+            )
+
     def multiplier(self, mask: Gated, noise: Tensor | None) -> Tensor:
         return self.function(mask.logits)
 
@@ -301,4 +315,5 @@ def as_kind(gate: Callable[..., Tensor] | GateKind) -> GateKind:
             f"`gate` must be one of {known}, a `GateKind` instance, or a function from logits to a "
             f"mask; got {gate!r}."
         )
-    return KINDS.get(gate) or Multiplier(gate)
+    kinds = [kind for function, kind in KINDS.items() if function is gate]
+    return kinds[0] if kinds else Multiplier(gate)

@@ -9,37 +9,25 @@ from torch import Tensor, nn
 class MaskModule(Protocol):
     """A module that masks a tensor. Only `forward` is required.
 
-    A treatment may return any `nn.Module` whose output has the shape and dtype of its input. The
-    other members are used where the module has them. `Mask` and `SoftMask` have all of them.
+    A treatment may return any `nn.Module` whose output has the shape and dtype of its input. These
+    members are used where the module has them:
 
-    Attributes:
-        mask: the tensor that multiplies now, or None if it is not set. Without this attribute,
-            entries that are not 0 count as kept.
-        is_told_by_its_values: whether the masked tensor determines the stored one where entries are
-            kept, so that `functional_call` can restore it. Without this attribute, True.
+    * `mask`, a tensor or None: what multiplies now, None if it is not set. Without it, entries that
+      are not 0 count as kept.
+    * `is_told_by_its_values`, a bool: whether the masked tensor determines the stored one where
+      entries are kept, so that `functional_call` can restore it. Without it, True.
+    * `merged(value, stored)` returns the tensor to store when the masked tensor is assigned to, so
+      that kept entries read as `value`. Without it, `right_inverse(value)` is called, as in torch's
+      parametrizations. Without either, assigning raises RuntimeError.
+    * `penalty(weight)` returns a term of `parasparse.penalty`; `weight` is the module's input.
+    * `fold_(keep=None)` masks without a scale, which has been folded into the weight; the bool
+      tensor `keep` selects entries.
+    * `forget_(device)` unsets the mask when weights without masks are assigned to a model on the
+      meta device.
     """
 
-    mask: Tensor | None
-    is_told_by_its_values: bool
-
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, /) -> Tensor:
         """Return `weight` masked."""
-
-    def merged(self, value: Tensor, stored: Tensor) -> Tensor:
-        """Return the tensor to store, so that kept entries read as `value`.
-
-        Called when the masked tensor is assigned to. Without this method, `right_inverse(value)` is
-        called, as in torch's parametrizations. Without either, assigning raises RuntimeError.
-        """
-
-    def penalty(self, weight: Tensor) -> Tensor:
-        """Return the term of `parasparse.penalty`; `weight` is the input of the module."""
-
-    def fold_(self, keep: Tensor | None = None) -> None:
-        """Mask without a scale, which has been folded into the weight; `keep` selects entries."""
-
-    def forget_(self, device: torch.device) -> None:
-        """Unset the mask when weights without masks are assigned to a model on the meta device."""
 
 
 def has_mask(module: nn.Module) -> bool:

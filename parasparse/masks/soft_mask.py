@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse.masks.convert import real_dtype
-from parasparse.masks.gate_kinds import GateKind, ProductGate, as_kind
+from parasparse.masks.gate_kinds import GateKind, Multiplier, ProductGate, as_kind
 from parasparse.patterns.blocks_channels_heads import Units, has_units
 from parasparse.text import described
 
@@ -65,14 +65,15 @@ class SoftMask(nn.Module):
         self.kind = kind = as_kind(gate)
         if (sparsity is not None) != kind.takes_sparsity:
             raise ValueError(
-                "`sparsity` must be given with `straight_through`, and with no other gate."
+                "`sparsity` must be given with `straight_through`, or another gate that takes one, "
+                f"and with no other gate; got {sparsity} for {described(gate)}."
             )
         if pattern is not None and not (has_units(pattern) and kind.takes_units):
             raise ValueError(
                 f"`pattern` must be a pattern of units, and the gate must take one; got "
                 f"{pattern!r} for {described(gate)}."
             )
-        self.gate, self.pattern, self.hard = gate, pattern, False
+        self.gate, self.pattern, self.hard, self.folded = gate, pattern, False, False
         self.init = kind.init if init is None else init
         self._shape = like.shape
         dtype = real_dtype(like.dtype)
@@ -84,6 +85,8 @@ class SoftMask(nn.Module):
         self.logits = nn.Parameter(whole)
         for name, buffer in kind.buffers(self.logits, sparsity).items():
             self.register_buffer(name, buffer)
+        if isinstance(kind, Multiplier):
+            kind.check(self.logits)
 
     @property
     def mask(self) -> Tensor:
@@ -105,7 +108,7 @@ class SoftMask(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether a read now draws noise."""
-        return self.kind.draws and self.training and not self.hard
+        return self.kind.draws and self.training and not (self.hard or self.folded)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the masked `weight`. It is +0.0 where a hard gate is closed."""

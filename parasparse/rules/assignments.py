@@ -1,5 +1,7 @@
 """Assign masks to the tensors of a model by rules; check everything, change nothing."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

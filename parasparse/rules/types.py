@@ -5,8 +5,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from parasparse.targets.reach import Spec
-
 # From the tensors that a rule reaches, by name, to a mask or a module that masks for each.
 Treatment: TypeAlias = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
@@ -20,13 +18,9 @@ class Array(Protocol):
 # The right side of a rule: a sparsity, present zeros, a mask, a treatment, or nothing.
 Right: TypeAlias = float | Literal["zeros"] | Tensor | Array | Sequence[Any] | Treatment | None
 
-Rules: TypeAlias = (
-    Mapping[str, Right]
-    | Mapping[type, Right]
-    | Mapping[Spec, Right]
-    | Sequence[tuple[Spec, Right]]
-    | Right
-)
+# `Any` for the left sides (`Spec`): the keys of a dict are invariant, so that one of names and
+# types, {"head": 0.5, nn.Linear: 0.9}, would be refused.
+Rules: TypeAlias = Mapping[Any, Any] | Sequence[tuple[Any, Any]] | Right
 """`{target: treatment}`, a list of such pairs, or a single treatment for every weight.
 
 The first rule that reaches a tensor applies. See `sparsify`.

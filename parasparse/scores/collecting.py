@@ -1,5 +1,7 @@
 """`collect`: a block in which a model is watched while the user runs it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

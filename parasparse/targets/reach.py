@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from parasparse.text import described, listed, nearest
 Predicate = Callable[[str, nn.Module, Tensor], bool]
 # The left side of a rule, and one or several left sides.
 Spec: TypeAlias = str | re.Pattern[str] | type | tuple[type, ...] | Predicate
-Specs: TypeAlias = Spec | list[Spec] | list[str] | tuple[Spec, ...] | set[str]
+Specs: TypeAlias = Spec | list[Any] | tuple[Any, ...] | set[Any]
 
 
 def masked_targets(model: nn.Module, specs: Specs | None = None) -> list[Target]:

@@ -1,5 +1,7 @@
 """Continuous Sparsification: soft masks that harden during training."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Mapping

@@ -32,3 +32,4 @@ class Controller(Protocol):
 
     def close(self) -> None:
         """Remove everything except masks from the model, such as hooks."""
+        return

@@ -1,5 +1,7 @@
 """Gradual pruning: the sparsity follows a schedule during training."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from parasparse.counts import check_sparsity
-from parasparse.optim import check_held, parameters_of, zero_entries
+from parasparse.optim import check_in_optimizer, parameters_of, zero_entries
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.types import Rules
 from parasparse.schedules import as_every
@@ -68,7 +70,7 @@ class GradualPruning(Controller):
         self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         assigned = assignments(model, self._rules_at(0), pairs=True)
         if optimizer is not None:
-            check_held(optimizer, [each.target for each in assigned])
+            check_in_optimizer(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
         apply(model, assigned)
         self._start, self.history = copied(masks_of(model, self._names)), []
@@ -93,8 +95,9 @@ class GradualPruning(Controller):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; raise ValueError if it is for other tensors."""
-        self.history, self._start = loaded(state_dict, self._start)
+        history, start = loaded(state_dict, self._start)
         self.steps, self._is_over = state_dict["steps"], state_dict["is_over"]
+        self.history, self._start = history, start
 
     def _update(self, step: int) -> None:
         before = copied(masks_of(self.model, self._names))

@@ -82,8 +82,8 @@ def saved(history: Iterable[Update], start: Masks) -> dict[str, Any]:
 
 def loaded(state_dict: Mapping[str, Any], start: Masks) -> tuple[list[Update], dict[str, Tensor]]:
     """Return the updates and the first masks in a controller's state, checked against `start`."""
-    updates = [Update(**update) for update in state_dict["history"]]
-    return updates, laid_out_as(start, state_dict["start"])
+    first = laid_out_as(start, state_dict["start"])
+    return [Update(**update) for update in state_dict["history"]], first
 
 
 def laid_out_as(own: Masks, masks: Masks) -> dict[str, Tensor]:

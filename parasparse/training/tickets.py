@@ -1,5 +1,7 @@
 """Lottery tickets: prune trained weights, rewind the others, train again."""
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.optim import check_held
+from parasparse.optim import check_in_optimizer
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Rules
@@ -85,7 +87,7 @@ class LotteryTicket(Controller):
         self._rules = [(spec, with_sparsity(rule)) for spec, rule in as_pairs(rules)]
         assigned = assignments(model, self._rules_at(0, {}), pairs=True)
         if optimizer is not None:
-            check_held(optimizer, [each.target for each in assigned])
+            check_in_optimizer(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
         apply(model, assigned)
         self._start, self.history = copied(masks_of(model, self._names)), []

@@ -1,5 +1,7 @@
 """`binarize`: make soft masks hard."""
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -113,7 +113,9 @@ def _copied(value: Any, target: Target) -> Tensor | None:
 
 
 def _are_equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is two or (one is not None and two is not None and torch.equal(one, two))
+    if one is None or two is None or one.is_meta or two.is_meta:
+        return one is two
+    return torch.equal(one, two)
 
 
 def _plain_mask(target: Target) -> Mask:

@@ -1,5 +1,7 @@
 """Read masks, stored tensors and penalties of a model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

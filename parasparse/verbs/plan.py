@@ -1,5 +1,7 @@
 """`plan`: preview `sparsify`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from torch import Tensor, nn

@@ -1,5 +1,7 @@
 """`sparsify`: attach masks by rules."""
 
+from __future__ import annotations
+
 from torch import nn
 
 from parasparse.attach import attaching

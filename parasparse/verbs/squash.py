@@ -1,5 +1,7 @@
 """`squash` and `unsparsify`: remove masks, with or without folding them into the weights."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

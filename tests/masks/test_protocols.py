@@ -1,5 +1,7 @@
 """Modules that mask, and controllers, of a user's own: what they may leave out or offer."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,25 @@ def test_a_mask_without_values_is_unset_where_weights_are_assigned():
     model.load_state_dict(state, assign=True, strict=False)
     assert not model.weight.any()
     assert torch.equal(ps.stored(model, "weight"), state["weight"])
+
+
+def test_a_gate_that_is_a_function_returns_a_mask_of_the_logits_shape():
+    for function in (torch.sum, lambda logits: None, lambda logits: logits[:1]):
+        with pytest.raises(ValueError, match="of the shape of the logits"):
+            ps.sparsify(nn.Linear(3, 2), ps.Gate(function))
+
+
+def test_a_gate_may_be_any_callable():
+    @dataclass
+    class Scaled:  # not hashable
+        by: float
+
+        def __call__(self, logits):
+            return torch.exp(logits * self.by)
+
+    model = ps.sparsify(nn.Linear(3, 2), ps.Gate(Scaled(2.0)))
+    assert torch.equal(ps.mask_of(model, "weight"), torch.ones(2, 3))
+    assert "Scaled" in repr(model)
 
 
 class Halving:

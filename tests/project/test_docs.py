@@ -51,3 +51,16 @@ def test_readme_names_its_two_commands():
     text = PAGES[0].read_text()
     assert "make demo" in text
     assert "make test" in text
+
+
+def test_internals_name_files_and_tests_that_exist():
+    text = (ROOT / "docs" / "internals.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    paths = re.findall(r"`((?:tests|parasparse)/[\w/]+\.py)`", text)
+    paths += [f"parasparse/{path}" for path in re.findall(r"`([a-z_]+/[\w/]+\.py)`", text)
+              if not path.startswith(("tests/", "parasparse/", "torch/"))]  # fmt: skip
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    named = re.findall(r"`?\b((?:test|ddp|fsdp2)_\w+)\b(?!\.py|/)", text)
+    files = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    assert [n for n in named if f"def {n}" not in sources and n not in files] == []

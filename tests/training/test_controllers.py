@@ -194,3 +194,24 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
             assert torch.equal(one, two) if torch.is_tensor(one) else one == two
         steps = [update["step"] for update in whole[kind]["controller"]["history"]]
         assert steps == at.get(kind, [3, 6, 9, 12, 15, 18])
+
+
+@pytest.mark.parametrize("make", CONTROLLERS)
+def test_a_state_that_lacks_an_entry_changes_nothing(make):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    controller = make(model, optimizer, 0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(2, 8)).square().sum().backward()
+        optimizer.step()
+        controller.step()
+    state, before = controller.state_dict(), copy.deepcopy(controller.state_dict())
+    for entry in state:
+        other = {**copy.deepcopy(state), "steps": 99, "history": ()}
+        del other[entry]
+        with pytest.raises(KeyError, match=entry):
+            controller.load_state_dict(other)
+        after = controller.state_dict()
+        assert all(torch.equal(before["start"][n], m) for n, m in after.pop("start").items())
+        assert after == {k: v for k, v in before.items() if k != "start"}

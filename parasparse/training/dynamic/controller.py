@@ -1,5 +1,7 @@
 """Dynamic sparse training: dropping and growing connections during training."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.optim import check_held, momentum_of
+from parasparse.optim import check_in_optimizer, momentum_of
 from parasparse.patterns import n_of_m
 from parasparse.rules.types import Rules
 from parasparse.schedules import Constant, as_every
@@ -106,7 +108,7 @@ class DynamicSparsity(Controller):
             )
         assigned, layers = first_masks(model, rules, init)
         self._layers = {layer.target.name: layer for layer in layers}
-        check_held(optimizer, [each.target for each in assigned], even_frozen=True)
+        check_in_optimizer(optimizer, [each.target for each in assigned], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
         self._is_next()  # if `every` raises, it does so before anything has changed
         apply(model, assigned)
@@ -187,10 +189,11 @@ class DynamicSparsity(Controller):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; raise ValueError if it is for other tensors."""
-        self.history, self._start = loaded(state_dict, self._start)
-        self.steps, self._is_due = state_dict["steps"], state_dict["is_due"]
-        self._missing = dict(state_dict["missing"])
-        self.baseline_nonzero = state_dict["baseline_nonzero"]
+        history, start = loaded(state_dict, self._start)
+        names = ("steps", "is_due", "missing", "baseline_nonzero")
+        steps, is_due, missing, baseline = (state_dict[name] for name in names)
+        self.history, self._start, self._missing = history, start, dict(missing)
+        self.steps, self._is_due, self.baseline_nonzero = steps, is_due, baseline
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Published methods of dynamic sparse training, as settings of `DynamicSparsity`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

@@ -1,5 +1,7 @@
 """The start of dynamic sparse training: the first masks, and checks of the moves."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
