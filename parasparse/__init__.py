@@ -20,6 +20,7 @@ from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import Fixed, Gate
 from parasparse.rules.types import Rules
 from parasparse.scores.statistics import Statistics
+from parasparse.targets.left_dense import DenseRow
 from parasparse.training.continuous import ContinuousSparsification
 from parasparse.training.controller import Controller
 from parasparse.training.dynamic import moves
@@ -46,14 +47,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Acceleration", "AccelerationRow", "BaseDataSparsifier", "ContinuousSparsification",
-    "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DynamicSparsity",
-    "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket", "Mask",
-    "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules",
-    "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate", "accelerated",
-    "binarize", "binarize_masks", "dense_gradients", "dense_state_dict", "deploy_masks",
-    "distributed", "distributions", "frozen", "gates", "is_sparse", "load_packed",
-    "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack", "patterns",
-    "penalty", "plan", "plot", "restore", "rigl", "save", "schedules", "scores",
+    "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DenseRow",
+    "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket",
+    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune",
+    "Rules", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate",
+    "accelerated", "binarize", "binarize_masks", "dense_gradients", "dense_state_dict",
+    "deploy_masks", "distributed", "distributions", "frozen", "gates", "is_sparse",
+    "load_packed", "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack",
+    "patterns", "penalty", "plan", "plot", "restore", "rigl", "save", "schedules", "scores",
     "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
     "summary", "unpack", "unsparsify",
 ]  # fmt: skip

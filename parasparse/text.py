@@ -45,6 +45,14 @@ def as_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
+def noted(rows: Sequence[object]) -> str:
+    """Return the line below a table that names the tensors left dense."""
+    if not rows:
+        return ""
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"\nleft dense: {', '.join(map(str, rows[:8]))}{more}"
+
+
 def as_html(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return an HTML table for notebooks."""
     cells = [

@@ -109,4 +109,4 @@ def weights_of(
 
 
 def _is_linear(target: Target) -> bool:
-    return target.ndim == 2 and any(isinstance(s.module, _LIKE_LINEAR) for s in target.sites)
+    return len(target.shape) == 2 and any(isinstance(s.module, _LIKE_LINEAR) for s in target.sites)

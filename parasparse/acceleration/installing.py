@@ -21,7 +21,7 @@ def _is_plain(target: Target) -> bool:
 
 def replaceable(target: Target) -> bool:
     """Whether a sparse weight can replace `target`: a masked or plain matrix."""
-    return target.ndim > 1 and bool(target.masks() or _is_plain(target))
+    return len(target.shape) > 1 and bool(target.masks() or _is_plain(target))
 
 
 def stored_or_masked(target: Target) -> Tensor:

@@ -21,7 +21,8 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
     Args:
         n: entries kept in each group, in [0, m].
         m: size of a group, at least 1.
-        dim: the grouped dimension.
+        dim: the grouped dimension; None: 1, but rules refuse stacks of matrices, whose product may
+            sum along another one.
         remainder: treatment of the last entries if m does not divide the size of `dim`: "refuse"
             raises, "keep" keeps all of them, "pad" keeps their n highest.
 
@@ -38,12 +39,12 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
 
     n: int
     m: int
-    dim: int = 1
+    dim: int | None = None
     remainder: Literal["refuse", "keep", "pad"] = field(default="refuse", kw_only=True)
     takes_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("n", "m", "dim"):
+        for name in ("n", "m") if self.dim is None else ("n", "m", "dim"):
             whole_number(getattr(self, name), name)
         if not (0 <= self.n <= self.m and self.m >= 1):
             raise ValueError(f"`n` must be in [0, m] and `m` >= 1; got n={self.n}, m={self.m}.")
@@ -52,9 +53,14 @@ class n_of_m:  # noqa: N801 - a pattern reads as a function
                 f'`remainder` must be "refuse", "keep" or "pad"; got {self.remainder!r}.'
             )
 
+    @property
+    def groups_along(self) -> int:
+        """The grouped dimension."""
+        return 1 if self.dim is None else self.dim
+
     def __call__(self, scores: Tensor) -> Tensor:
         """Return the mask for `scores`."""
-        dim = dimension(self, self.dim, scores.shape)
+        dim = dimension(self, self.groups_along, scores.shape)
         size, rest = scores.shape[dim], scores.shape[dim] % self.m
         if rest and self.remainder == "refuse":
             is_depthwise = size == dim == 1 and scores.ndim > 2

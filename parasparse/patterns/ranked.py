@@ -123,7 +123,7 @@ def mask_for(pattern: Pattern, scores: Tensor, *sparsity: float) -> Tensor:
     """Return the mask of `pattern` for `scores`, gathered only if it needs full tensors."""
     if not is_dtensor(scores) or pattern is unstructured:
         return pattern(scores, *sparsity)
-    if isinstance(pattern, n_of_m) and not is_sharded_along(scores, pattern.dim):
+    if isinstance(pattern, n_of_m) and not is_sharded_along(scores, pattern.groups_along):
         return on_local(pattern, scores)
     return laid_out_like(pattern(full_tensor(scores), *sparsity), scores)
 

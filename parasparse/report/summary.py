@@ -12,9 +12,9 @@ from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.patterns.recognise import recognised
 from parasparse.sharding.dtensors import full_tensor
-from parasparse.targets.reach import masked_targets
+from parasparse.targets.left_dense import DenseRow, dense_rows
 from parasparse.targets.tensors import Site, Target, masked_tensors_of
-from parasparse.text import as_html, as_text
+from parasparse.text import as_html, as_text, noted
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ class Summary:
         rows: one row per masked tensor; tied tensors share a row.
         masked: total of the rows.
         model: total of all parameters, masked or not.
+        dense: the large tensors without a mask, and why a sparsity alone leaves them dense.
     """
 
     rows: tuple[SummaryRow, ...]
     masked: SummaryRow
     model: SummaryRow
+    dense: tuple[DenseRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as a dict of plain numbers, strings and lists."""
@@ -82,11 +84,12 @@ class Summary:
             {**asdict(row), "sparsity": row.sparsity}
             for row in (*self.rows, self.masked, self.model)
         )
-        return {"tensors": rows, "masked": masked, "model": model}
+        dense = [asdict(row) for row in self.dense]
+        return {"tensors": rows, "masked": masked, "model": model, "dense": dense}
 
     def __repr__(self) -> str:
         head, *rows = self._cells()
-        return as_text(head, rows)
+        return as_text(head, rows) + noted(self.dense)
 
     def _repr_html_(self) -> str:
         head, *rows = self._cells()
@@ -152,12 +155,14 @@ def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = Fal
         raise ValueError("`latency` must come with `example_inputs`; got None.")
     asked = example_inputs is not None
     known = payoffs(model, example_inputs, latency=latency) if asked else {}
-    rows = [_row(target, known) for target in masked_targets(model)]
+    targets = masked_tensors_of(model)
+    rows = [_row(target, known) for target in targets if target.masks()]
     total = _total("masked tensors", rows, asked=asked)
-    others = [t for t in masked_tensors_of(model) if not t.is_buffer and not t.masks()]
-    dense = [_row(target, known) for target in others]
-    every = _total("all parameters", [*rows, *dense], asked=asked)
-    return Summary(tuple(rows), total, replace(every, dense_ms=None, sparse_ms=None))
+    others = [t for t in targets if not t.is_buffer and not t.masks()]
+    unmasked = [_row(target, known) for target in others]
+    every = _total("all parameters", [*rows, *unmasked], asked=asked)
+    every = replace(every, dense_ms=None, sparse_ms=None)
+    return Summary(tuple(rows), total, every, dense_rows(targets, {row.name for row in rows}))
 
 
 def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
@@ -185,7 +190,7 @@ def _with_payoff(row: SummaryRow, target: Target, known: Mapping[Site, Payoff]) 
     parts = [known[site] for site in target.firsts]
     rows = _sum(part.rows for part in parts)
     # The work of biases and scales is below a thousandth of the total and not counted.
-    rows = 0 if target.ndim < 2 else rows
+    rows = 0 if len(target.shape) < 2 else rows
     each = len(parts)
     return replace(
         row,

@@ -15,7 +15,7 @@ from parasparse.attach.older_hooks import legacy_hook, pruned_names
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
-from parasparse.patterns import unstructured
+from parasparse.patterns import chain, n_of_m, unstructured
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import Fixed, as_treatment, is_array, keep_nonzero
 from parasparse.rules.types import Rules, Treatment
@@ -24,6 +24,7 @@ from parasparse.sharding.fsdp import is_sharded, reshard
 from parasparse.sharding.same_draws import same_draws
 from parasparse.targets.reach import Spec, group_by_rule
 from parasparse.targets.tensors import Site, Target, tensors_of
+from parasparse.targets.weights import is_convolution
 from parasparse.text import described, listed
 
 
@@ -46,6 +47,16 @@ class Assignment:
     reuse: Mask | None
 
 
+class Assignments(list[Assignment]):
+    """The assignments of a model.
+
+    Attributes:
+        targets: all tensors of the model.
+    """
+
+    targets: list[Target]
+
+
 def _treatment(spec: Spec | None, treatment: Any) -> Any:
     try:
         return as_treatment(treatment)
@@ -55,7 +66,7 @@ def _treatment(spec: Spec | None, treatment: Any) -> Any:
         raise
 
 
-def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> list[Assignment]:
+def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> Assignments:
     """Return an assignment for each tensor of `model` that `rules` change; raise as `sparsify`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
@@ -67,13 +78,15 @@ def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> list[Assignme
     users = Counter(id(mask) for target in targets for mask in target.masks())
     sharded = is_sharded(model)
     reshard(model)
-    assigned = []
+    assigned = Assignments()
+    assigned.targets = targets
     for number, group in groups.items():
         treatment = treatments[number]
         if treatment is None:
             continue
         for target in group:
             _check_target(target)
+        _check_dim(treatment, group)
         with same_draws(model):
             results = _results(treatment, group)
         for target in group:
@@ -102,6 +115,20 @@ def as_pairs(rules: Rules) -> list[tuple[Spec | None, Any]]:
     if not pairs:
         raise ValueError(f"`rules` must contain at least one rule; got {rules!r}.")
     return pairs
+
+
+def _check_dim(treatment: Any, group: list[Target]) -> None:
+    """Raise ValueError if `n_of_m` does not know along which dimension a product sums."""
+    pattern = getattr(treatment, "pattern", None)
+    patterns = pattern.patterns if isinstance(pattern, chain) else (pattern,)
+    if any(isinstance(each, n_of_m) and each.dim is None for each in patterns):
+        for target in group:
+            if len(target.shape) == 3 and not any(is_convolution(s.module) for s in target.sites):
+                raise ValueError(
+                    f'"{target.name}" {tuple(target.shape)} is a stack of matrices, so `n_of_m` '
+                    "needs the `dim` along which the product sums: -1 for F.linear(x, w[i]), -2 "
+                    "for x @ w[i]."
+                )
 
 
 def _check_target(target: Target) -> None:

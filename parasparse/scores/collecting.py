@@ -19,7 +19,7 @@ from parasparse.masks.mask import Mask
 from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
-from parasparse.targets.reach import Specs, as_list, is_weight, reaches
+from parasparse.targets.reach import Specs, as_list, reached_alone, reaches
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed
 
@@ -83,7 +83,7 @@ def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
     found = tensors_of(model)
     chosen: list[Target] = []
     for spec in [None] if targets is None else as_list(targets):
-        reached = [t for t in found if (is_weight(t) if spec is None else reaches(spec, t))]
+        reached = reached_alone(found) if spec is None else [t for t in found if reaches(spec, t)]
         if not reached:
             what = "a sparsity alone" if spec is None else repr(spec)
             raise ValueError(

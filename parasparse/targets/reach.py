@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from parasparse.targets.tensors import Target, masked_tensors_of
+from parasparse.targets.weights import is_companion, left_dense
 from parasparse.text import described, listed, nearest
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
@@ -36,19 +37,10 @@ def as_list(specs: Specs) -> list[Spec]:
     return list(specs) if several else [specs]  # type: ignore[arg-type, list-item]
 
 
-def is_weight(target: Target) -> bool:
-    """Whether a sparsity alone, without a left side, reaches `target`.
-
-    It reaches parameters with two or more dimensions whose own name starts or ends with "weight",
-    except in embeddings and norms. A tensor tied to an embedding is part of it.
-    """
-    dense = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
-    own_names = [name.rpartition(".")[2] for name in target.names]
-    return (
-        _is_matrix(target)
-        and any(own.startswith("weight") or own.endswith("weight") for own in own_names)
-        and not any(isinstance(site.module, dense) for site in target.sites)
-    )
+def reached_alone(targets: list[Target]) -> list[Target]:
+    """Return the targets that a sparsity alone, without a left side, reaches."""
+    dense = left_dense(targets)
+    return [target for target in targets if target not in dense]
 
 
 def reaches(spec: Spec, target: Target) -> bool:
@@ -87,7 +79,10 @@ def group_by_rule(
     taken: dict[int, int] = {}  # target -> rule
     groups: dict[int, list[Target]] = {}
     for number, spec in specs.items():
-        reached = [t for t in targets if (is_weight(t) if spec is None else reaches(spec, t))]
+        if spec is None:
+            reached = reached_alone(targets)
+        else:
+            reached = [target for target in targets if reaches(spec, target)]
         if not reached:
             raise ValueError(_misses(spec, targets, "`rules` must each reach a tensor"))
         groups[number] = [t for t in reached if id(t) not in taken]
@@ -115,14 +110,14 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
     what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "
-        "reach parameters with two or more dimensions. Use the exact name for a buffer, or for a "
-        "parameter with fewer dimensions."
+        "reach parameters with two or more dimensions. Use the exact name for a buffer, for a "
+        "parameter with fewer dimensions, or for the scale of a weight."
     )
 
 
 def _is_matrix(target: Target) -> bool:
     """Whether globs, regexes and types can reach `target`."""
-    return not target.is_buffer and target.ndim >= 2
+    return not target.is_buffer and len(target.shape) >= 2 and not is_companion(target)
 
 
 def _is_types(spec: object) -> bool:

@@ -64,7 +64,7 @@ class Target:
         owners: pairs of plain name and owning module, for types and predicates.
         components: the sites of the tensor, or of each component of a pair.
         is_buffer: whether it is a buffer.
-        ndim: the number of dimensions.
+        shape: of the tensor.
         paths: `names`, and the names of the modules around them.
     """
 
@@ -73,7 +73,7 @@ class Target:
     owners: tuple[tuple[str, nn.Module], ...]
     components: tuple[tuple[Site, ...], ...]
     is_buffer: bool
-    ndim: int
+    shape: torch.Size
     paths: frozenset[str]
 
     @property
@@ -217,7 +217,7 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
         owners=tuple(owners),
         components=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
-        ndim=entry.first().stored().ndim,
+        shape=entry.first().stored().shape,
         paths=frozenset(path for name in names for path in ancestors(name)),
     )
 

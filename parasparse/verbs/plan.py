@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from parasparse.rules.assignments import assignments
 from parasparse.rules.types import Rules
 from parasparse.sharding.dtensors import count_nonzero
-from parasparse.text import as_text, described
+from parasparse.targets.left_dense import DenseRow, dense_rows
+from parasparse.text import as_text, described, noted
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,20 @@ class PlanRow:
 
 
 class Plan(tuple[PlanRow, ...]):
-    """The rows of `plan`, printed as a table."""
+    """The rows of `plan`, printed as a table.
 
-    __slots__ = ()
+    Attributes:
+        dense: the large tensors that no rule reaches, and why.
+    """
+
+    dense: tuple[DenseRow, ...] = ()
 
     def __repr__(self) -> str:
         rows = [
             (r.name, r.shape, r.rule, r.treatment, "?" if r.kept is None else f"{r.kept:,}")
             for r in self
         ]
-        return as_text(("name", "shape", "rule", "treatment", "kept"), rows)
+        return as_text(("name", "shape", "rule", "treatment", "kept"), rows) + noted(self.dense)
 
 
 def plan(model: nn.Module, rules: Rules, *, pairs: bool = True) -> Plan:
@@ -54,12 +59,14 @@ def plan(model: nn.Module, rules: Rules, *, pairs: bool = True) -> Plan:
         >>> plan(nn.Linear(10, 10), 0.9)[0].kept
         10
     """
-    rows = []
-    for each in assignments(model, rules, pairs=pairs):
+    rows, assigned = [], assignments(model, rules, pairs=pairs)
+    for each in assigned:
         target, kept = each.target, None
         if isinstance(each.result, Tensor) and not each.result.is_meta:
             kept = count_nonzero(each.result) * len(target.components)
         rule = "every weight" if each.rule is None else described(each.rule)
         shape = tuple(target.stored().shape)
         rows.append(PlanRow(target.name, shape, rule, described(each.treatment), kept))
-    return Plan(rows)
+    result = Plan(rows)
+    result.dense = dense_rows(assigned.targets, {row.name for row in rows})
+    return result

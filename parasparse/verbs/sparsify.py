@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from parasparse.attach import attaching
@@ -12,6 +14,8 @@ from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import Assignment, assignments
 from parasparse.rules.types import Rules
 from parasparse.sharding.fsdp import follow
+from parasparse.targets.left_dense import unexpectedly_dense
+from parasparse.text import listed
 
 
 def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
@@ -38,7 +42,16 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
         >>> int((model.weight != 0).sum())
         10
     """
-    apply(model, assignments(model, rules, pairs=pairs))
+    assigned = assignments(model, rules, pairs=pairs)
+    apply(model, assigned)
+    if assigned and all(each.rule is None for each in assigned):
+        missed = unexpectedly_dense(assigned.targets)
+        if missed:
+            warnings.warn(
+                f"a sparsity alone leaves {listed(missed)} dense, a tenth of the weights or more. "
+                "Write rules that name them, with a sparsity or None.",
+                stacklevel=2,
+            )
     return model
 
 
