@@ -16,6 +16,12 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
 
 
+def total(tensor: Tensor) -> Tensor:
+    """Return the sum of all entries, in 32 bits at least: in float16 it would soon be inf."""
+    half = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.sum(dtype=torch.float32) if half else tensor.sum()
+
+
 def is_comparable(dtype: torch.dtype) -> bool:
     """Whether torch compares entries of `dtype`: all but unsigned ones of more than a byte."""
     return dtype not in _SIGNED

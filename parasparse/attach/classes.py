@@ -113,11 +113,34 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
         namespace |= _RNN
         if base.check_input is nn.RNNBase.check_input:
             namespace["check_input"] = _check_input
+    if issubclass(base, nn.ParameterDict):
+        namespace["__delitem__"] = _delitem_over(base, masked)
     metaclass: Any = _SharedClass
     if type(base) is not type:  # such as ABCMeta
         metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
-    shared: type = metaclass(f"Masked{base.__name__}", (base,), namespace)
+    # The class may want arguments of its subclasses, which this one does not have.
+    is_asked = getattr(base.__init_subclass__, "__func__", None) is not None
+    bases = (_NotAsked, base) if is_asked else (base,)
+    shared: type = metaclass(f"Masked{base.__name__}", bases, namespace)
     return shared
+
+
+class _NotAsked:
+    """Keeps `__init_subclass__` of the bases after it from running."""
+
+    def __init_subclass__(cls) -> None: ...
+
+
+def _delitem_over(base: Any, masked: frozenset[str]) -> Any:
+    def __delitem__(self: nn.ParameterDict, key: str) -> None:  # noqa: N807
+        if key in masked:
+            raise RuntimeError(
+                f'"{key}" is masked and cannot be deleted. Call parasparse.squash or '
+                "parasparse.unsparsify first."
+            )
+        base.__delitem__(self, key)
+
+    return __delitem__
 
 
 def _setattr_over(base: Any, masked: frozenset[str]) -> Any:

@@ -28,6 +28,8 @@ def accept_dense_keys(
             if key in state_dict and key == prefix + own and not _owns(module, own):
                 state_dict[mask_key] = state_dict[key]
                 used[key] = None  # kept until the other component of a pair has read it
+        if f"{inside}original" in state_dict:  # some modules write the plain key as well
+            state_dict.pop(f"{prefix}{name}", None)
         for key in (f"{prefix}{name}", f"{prefix}{name}_orig"):
             if key in state_dict:
                 value = state_dict.pop(key)

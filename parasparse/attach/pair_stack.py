@@ -34,10 +34,7 @@ class PairParametrizationList(MaskedParametrizationList):
         """Return the complex weight, the input of the mask."""
         return joined(*(part.stored() for part in self.parts))
 
-    def forward(self) -> Tensor:
-        """Return this component of the masked weight."""
-        if self.stand_in is not None or self.frozen is not None:
-            return super().forward()
+    def _masked(self) -> Tensor:
         # Multiplying needs only this component, and inductor does not support complex numbers.
         alone = self.mask.is_product
         value = self.mask(self.stored()) if alone else self._own(self.mask(self.received()))

@@ -1,6 +1,7 @@
 """Reads the tensors of a module: stored and effective values, masks, names."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -51,7 +52,11 @@ def effective(module: nn.Module, name: str) -> Tensor:
 def originals(module: nn.Module, name: str) -> tuple[Tensor, ...]:
     """Return the stored tensors of `name`. Tied tensors are the same objects."""
     stack = stack_of(module, name)
-    return (stored(module, name),) if stack is None else originals_in(stack)
+    if stack is not None:
+        return originals_in(stack)
+    # Not what the attribute gives: a class may compute that anew at each read, by a property.
+    held: Any = module._parameters if name in module._parameters else module._buffers
+    return (held[name] if name in held else stored(module, name),)
 
 
 def tensor_names(module: nn.Module) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from parasparse.attach.any_names import AnyNames
 from parasparse.masks import protocol
-from parasparse.masks.apply import is_tracing
+from parasparse.masks.apply import is_recorded, is_tracing
 
 
 def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
@@ -103,11 +103,33 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
             return self._value_of(self.stand_in)
         if self.frozen is not None:
             return self._frozen_value(self.frozen)
+        if torch.is_grad_enabled() or not self._must_require_grad():
+            return self._masked()
+        with torch.inference_mode(False), torch.no_grad():
+            value = self._masked()
+            return value if value.requires_grad else value.requires_grad_()
+
+    def _masked(self) -> Tensor:
         # Runs for each masked tensor in each forward, so a lone mask is read without a list. The
         # attribute access lets torch.fx see the tensor (test_fx_keeps_masked_weights_as_they_are).
         plain = self.is_tensor and len(self._modules) == 1
         value: Tensor = self._modules["0"](self.original) if plain else self.mask(self.stored())
         return value if self.probe is None else value + self.probe
+
+    def _must_require_grad(self) -> bool:
+        """Whether what is read with grad mode off must require grad, as the stored tensor does.
+
+        torch's matmul looks at this flag when it decides how to multiply, so a squashed model would
+        differ in the last bit (test_masked_and_squashed_are_equal_in_every_layout_of_the_input).
+        """
+        originals = originals_in(self)
+        return (
+            not is_recorded(originals[0])
+            and any(tensor.requires_grad for tensor in originals)
+            and not torch._C._are_functorch_transforms_active()
+            # Autocast keeps a copy of each tensor that requires grad until it ends.
+            and not torch._C._is_any_autocast_enabled()
+        )
 
     def _frozen_value(self, value: Tensor) -> Tensor:
         # Up to torch 2.10, torch.compiler.is_exporting() is also true under torch.compile

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parasparse import names
+from parasparse.masks.mask import Mask
 from parasparse.rules.treatments import Fixed
+from parasparse.sharding.dtensors import is_dtensor
+from parasparse.targets.reach import masked_targets
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.verbs.sparsify import sparsify
 
@@ -15,7 +18,8 @@ from parasparse.verbs.sparsify import sparsify
 def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
     """Attach unset masks to tensors that have a mask only in `state`; return their names.
 
-    In `state`, which is to be loaded next, masks of pairs get the keys that they have in `model`.
+    The masks get their values at once, because a module may read its weight while it loads. In
+    `state`, which is to be loaded next, masks of pairs get the keys that they have in `model`.
     """
     found = _found_masks(model, state)
     apart = _pairs_apart(found, state)
@@ -31,6 +35,18 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
             # This mask belongs to the layer, but a pair loads its mask by its components' keys.
             mask = state.pop(key)
             state |= {f"{names.inside(name)}0.mask": mask for name in _components(target)}
+    by_name = {name: key for key, target in found.items() for name in target.names}
+    for target in masked_targets(model) if joint or single else ():
+        keys = [by_name[name] for name in target.names if name in by_name]
+        mask = target.masks()[0]
+        if isinstance(mask, Mask) and mask.mask is None and keys and keys[0] in state:
+            value = state[keys[0]]
+            if (
+                isinstance(value, Tensor)
+                and value.shape == target.shape
+                and not (value.is_meta or is_dtensor(value))
+            ):
+                mask.mask_(value)
     return [*joint, *single]
 
 

@@ -25,6 +25,7 @@ class Layout:
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
     """Yield `tensor`, masked by `mask` (which broadcasts), in flat pieces, to save memory."""
+    tensor = tensor.resolve_conj().resolve_neg()  # files hold bytes
     mask = None if mask is None else mask.expand(tensor.shape).contiguous()
     if tensor.dim() == 0 or tensor.numel() <= _PIECE:
         yield (tensor if mask is None else apply_mask(tensor, mask)).flatten()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from parasparse.files.safetensors_heads import DTYPES, opened
+from parasparse.files.safetensors_heads import DTYPES, opened, torch_shape
 
 INDEX = ".safetensors.index.json"
 
@@ -29,7 +29,7 @@ class SafetensorsFile(Checkpoint):
                     f'"{path}" holds "{name}" as {part.get_dtype()}, which this torch does not '
                     "have. Upgrade torch, or convert it."
                 )
-            self.infos[name] = TensorInfo(dtype, tuple(part.get_shape()))
+            self.infos[name] = TensorInfo(dtype, torch_shape(part.get_dtype(), part.get_shape()))
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)

@@ -20,11 +20,20 @@ _NAMES = {
     "U32": "uint32", "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16",
     "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 DTYPES: dict[str, torch.dtype] = {
     ours: getattr(torch, theirs) for ours, theirs in _NAMES.items() if hasattr(torch, theirs)
 }
+
+
+# Formats whose shape counts numbers, where an item of torch's tensor holds several.
+_PER_ITEM = {"F4": 2}
+
+
+def torch_shape(kind: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of torch's tensor for a tensor of a safetensors file."""
+    return (*shape[:-1], shape[-1] // _PER_ITEM.get(kind, 1)) if shape else ()
 
 
 def head(
@@ -54,7 +63,9 @@ def head(
         if dtype not in names:
             raise ValueError(f'safetensors cannot store {dtype} ("{name}"). Save to a .pt file.')
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        text[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        kind = names[dtype]
+        sizes = [*shape[:-1], shape[-1] * _PER_ITEM.get(kind, 1)] if shape else []
+        text[name] = {"dtype": kind, "shape": sizes, "data_offsets": [start, end]}
     body = json.dumps(text, separators=(",", ":")).encode().ljust(room - 8)
     body += b" " * (-len(body) % 8)
     if len(body) > _LONGEST:

@@ -22,7 +22,7 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     the gradient, even where the weight is inf or NaN. The weight may be complex. Differentiable any
     number of times, forward and backward.
     """
-    if _is_recorded(weight):
+    if is_recorded(weight):
         return _masked(weight, mask)
     if torch._C._are_functorch_transforms_active():
         # Only here, because `setup_context` makes a call take 19 us instead of 7.
@@ -54,7 +54,7 @@ def apply_mask_straight_through(weight: Tensor, mask: Tensor, *, in_place: bool 
     if not torch.is_grad_enabled() and not is_tracing():
         return apply_mask(weight, mask)
     if (
-        _is_recorded(weight)
+        is_recorded(weight)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
@@ -72,7 +72,7 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def _is_recorded(weight: Tensor) -> bool:
+def is_recorded(weight: Tensor) -> bool:
     """Whether a compiler or tracer needs plain tensor operations."""
     return torch.compiler.is_compiling() or is_tracing() or isinstance(weight, Proxy)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse.counts import check_sparsity
+from parasparse.dtypes import total
 from parasparse.masks.apply import apply_mask
 
 _FAR = 20.0  # the logit of a gate that stays open; -_FAR stays closed
@@ -118,7 +119,7 @@ class ProductGate(GateKind):
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
         """Return the sum of the mask over all entries."""
-        return mask.mask.sum()
+        return total(mask.mask)
 
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
         multiplier = mask.mask
@@ -189,7 +190,7 @@ class HardConcrete(ProductGate):
         open_ = gates.hard_concrete_penalty(
             mask.logits, temperature=self.temperature, low=self.low, high=self.high
         )
-        return mask.spread(open_).sum()
+        return total(mask.spread(open_))
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class StraightThrough(ProductGate):
 
     def penalty(self, mask: Gated, weight: Tensor) -> Tensor:
         """Return the sum of sigmoid(scores) over all entries."""
-        return mask.spread(torch.sigmoid(mask.logits)).sum()
+        return total(mask.spread(torch.sigmoid(mask.logits)))
 
     def hardened(self, mask: Gated, weight: Tensor, threshold: float | None) -> Tensor:
         if threshold is None:
@@ -261,7 +262,7 @@ class VariationalDropout(GateKind):
         """Return the sum of KL divergences over all entries."""
         relevance = gates.log_alpha(weight, mask.logits)
         is_complex = weight.is_complex()
-        return gates.variational_dropout_penalty(relevance, is_complex=is_complex).sum()
+        return total(gates.variational_dropout_penalty(relevance, is_complex=is_complex))
 
     def merged(self, mask: Gated, value: Tensor, stored: Tensor) -> Tensor:
         return torch.where(_relevant(mask, stored), value, stored) if mask.hard else value

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from parasparse.attach.accelerated import check_not_accelerated
+from parasparse.attach.classes import base_class
+from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
+from parasparse.attach.stack import stack_of
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
@@ -162,6 +166,25 @@ def _check_site(site: Site, name: str) -> None:
             f'"{name}" belongs to a ScriptModule and cannot be masked. Call `sparsify` and '
             "`squash` before scripting."
         )
+    stack = stack_of(site.module, site.attr)
+    if stack is not None and is_parametrized(stack):
+        raise ValueError(
+            f'"{name}" has parametrizations of its own stored tensor and cannot be masked. Remove '
+            "those of `parametrizations` with torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    base = base_class(site.module)
+    if stack is None and isinstance(getattr(base, site.attr, None), property):
+        raise ValueError(
+            f'"{name}" cannot be masked, because {base.__name__} computes it by a property of that '
+            "name. Mask the tensor that the property reads, or exclude it with a "
+            "`None` rule before this one."
+        )
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.max_norm is not None:
+        raise ValueError(
+            f'"{name}" cannot be masked, because its embedding has a `max_norm`: it normalizes the '
+            "weight in place when it is called, which a mask would lose. Set `max_norm` to None."
+        )
+    check_not_offloaded(site.module, site.attr, name)
     if not isinstance(site.module._modules.get("parametrizations", nn.ModuleDict()), nn.ModuleDict):
         raise ValueError(
             f'the module of "{name}" has a submodule "parametrizations", the name that torch uses '

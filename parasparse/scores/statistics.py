@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse import dtypes
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.synaptic_flow import flows_of
 from parasparse.sharding.dtensors import full_tensor, on_local
@@ -111,7 +112,7 @@ class Statistics:
         with self._paused():
             grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
             # d/dw of sum(g * constant g) is H g
-            total = sum(product(g, g.detach()).sum() for g in grads if g is not None)
+            total = sum(dtypes.total(product(g, g.detach())) for g in grads if g is not None)
             if not isinstance(total, Tensor):
                 raise RuntimeError("`loss` must depend on the tensors that are collected.")
             found: Any = [None] * len(leaves)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse.dtypes import total
 from parasparse.masks.gate_kinds import Sigmoid
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import assignments
@@ -121,7 +122,7 @@ class ContinuousSparsification(Controller):
 
     def penalty(self) -> Tensor:
         """Return the sum of all masks, a differentiable scalar."""
-        return torch.stack([gate.mask.sum() for gate in self._gates()]).sum()
+        return torch.stack([total(gate.mask) for gate in self._gates()]).sum()
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the logits of the gates, which should get no weight decay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,18 +87,22 @@ class GradualPruning(Controller):
         if not self._is_over and self.every(step):
             reshard(self.model)
             self._update(step)
-            self._is_over = step >= getattr(self.schedule, "stop", step + 1)
+            self._is_over = self._is_last(step)
         self.steps = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the controller's state; save those of the model (with masks) and optimizer too."""
-        return {"steps": self.steps, "is_over": self._is_over, **saved(self.history, self._start)}
+        return {"steps": self.steps, **saved(self.history, self._start)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; raise ValueError if it is for other tensors."""
         history, start = loaded(state_dict, self._start)
-        self.steps, self._is_over = state_dict["steps"], state_dict["is_over"]
-        self.history, self._start = history, start
+        self.steps, self.history, self._start = state_dict["steps"], history, start
+        # When it ends is for this schedule to say: the saved one may have ended before.
+        self._is_over = any(self._is_last(update.step) for update in history)
+
+    def _is_last(self, step: int) -> bool:
+        return step >= getattr(self.schedule, "stop", math.inf)
 
     def _update(self, step: int) -> None:
         before = copied(masks_of(self.model, self._names))

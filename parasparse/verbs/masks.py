@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.attach import reading
+from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Target, tensors_of
@@ -89,6 +90,10 @@ def mask_of(model: nn.Module, name: str) -> Tensor | None:
         >>> mask_of(sparsify(nn.Linear(2, 2), 0.5), "weight").sum().item()
         2
     """
+    found = _at(model, name)
+    mask = None if found is None else reading.mask_module(*found)
+    if isinstance(mask, Mask):
+        return mask.mask
     return _find(masked_targets(model), name, "masked tensor").mask()
 
 
@@ -104,6 +109,9 @@ def stored(model: nn.Module, name: str) -> Tensor:
         >>> int((stored(sparsify(nn.Linear(2, 2), 0.5), "weight") != 0).sum())
         4
     """
+    found = _at(model, name)
+    if found is not None:
+        return reading.stored(*found)
     target = _find([*masked_targets(model), *tensors_of(model)], name, "tensor")
     if target.is_pair:
         parts = {site.attr: site for site in target.firsts}
@@ -111,6 +119,20 @@ def stored(model: nn.Module, name: str) -> Tensor:
         own = [s for attr, s in parts.items() if name.endswith(attr) and attr != joint]
         return own[0].stored() if own and name != target.name else target.stored()
     return target.firsts[0].stored()
+
+
+def _at(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Return the module and attribute of tensor `name`, if they are where its name says.
+
+    They are not for the joint name of a pair, and for names without the prefixes of wrappers.
+    """
+    path, _, attr = name.rpartition(".")
+    module: nn.Module | None = model
+    for key in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(key)
+    if module is None or not any(attr in names for names in reading.tensor_names(module)):
+        return None
+    return module, attr
 
 
 def _find(targets: list[Target], name: str, what: str) -> Target:

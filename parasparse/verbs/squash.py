@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse.attach import attaching
 from parasparse.attach.accelerated import check_not_accelerated
+from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.undo import restored_on_error
 from parasparse.masks.protocol import fold_
 from parasparse.sharding.fsdp import follow, is_sharded, reshard
@@ -46,6 +47,8 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
             "`dense_state_dict` returns its values."
         )
     for target in chosen:
+        for site in target.sites:
+            check_not_offloaded(site.module, site.attr, target.name)
         target.effective()  # an unset mask raises here, before anything has changed
     _check_foldable(model, chosen)
     with restored_on_error(site.module for target in chosen for site in target.sites):

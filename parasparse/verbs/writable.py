@@ -2,11 +2,14 @@
 
 from torch import Tensor
 
+from parasparse.attach.offloading import check_not_offloaded
 from parasparse.targets.tensors import Target
 
 
 def check_writable(target: Target, verb: str) -> None:
     """Raise RuntimeError if a stored tensor of `target` is not writable."""
+    for site in target.sites:
+        check_not_offloaded(site.module, site.attr, target.name)
     for original in target.originals():
         if not is_writable(original):
             raise RuntimeError(

@@ -340,3 +340,27 @@ def test_float8_under_an_integer_mask(tmp_path):
     torch.save(state, tmp_path / "in.pt")
     assert run("squash", tmp_path / "in.pt", tmp_path / "out.pt") == 0
     assert loaded(tmp_path / "out.pt")["w"].float().tolist() == [-1.125, 0.875, 0]
+
+
+def test_conjugate_and_negated_views_are_written(tmp_path, w):
+    number = torch.randn(4, 4, dtype=torch.complex64)
+    state = {"w.weight": w, "a": number.conj(), "b": number.clone().conj().imag}
+    torch.save(state, tmp_path / "in.pt")
+    rule = ("--rule", "w.weight=0.5")
+    assert run("prune", tmp_path / "in.pt", tmp_path / "out.safetensors", *rule) == 0
+    out = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(out["a"], state["a"])
+    assert torch.equal(out["b"], state["b"])
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no float4")
+def test_float4_is_copied(tmp_path, w):
+    packed = torch.randint(256, (4, 6), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    try:
+        save_file({"w.weight": w, "packed": packed}, tmp_path / "in.safetensors")
+    except Exception as error:  # safetensors' own class is not public
+        pytest.skip(f"this safetensors cannot write float4: {error}")
+    rule = ("--rule", "w.weight=0.5")
+    assert run("prune", tmp_path / "in.safetensors", tmp_path / "out.safetensors", *rule) == 0
+    out = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(out["packed"].view(torch.uint8), packed.view(torch.uint8))

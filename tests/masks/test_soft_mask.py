@@ -274,3 +274,9 @@ def test_precision_of_complex_layers_can_change(name):
     assert model(x).dtype == torch.cfloat
     mask_of(model).hard = True
     assert model(x).dtype == torch.cfloat
+
+
+@all_kinds
+def test_penalties_in_half_precision_are_finite(kind):
+    model = ps.sparsify(nn.Linear(512, 512, dtype=torch.half), GATES[kind])
+    assert bool(ps.penalty(model).isfinite())

@@ -151,3 +151,22 @@ def test_an_update_without_its_masks_is_refused_before_it_changes_others(take_of
         pruner.step()
     assert ps.mask_of(model, "0.weight").all()
     assert pruner.steps == 0
+
+
+def test_a_finished_run_is_resumed_by_a_longer_one():
+    model, again = nn.Linear(30, 30), nn.Linear(30, 30)
+    first = ps.GradualPruning(model, 0.5, schedule=Cubic(0.0, 1.0, stop=10), every=5)
+    for _ in range(12):
+        first.step()
+    longer = ps.GradualPruning(again, 0.9, schedule=Cubic(0.5, 1.0, start=12, stop=30), every=5)
+    again.load_state_dict(model.state_dict())
+    longer.load_state_dict(first.state_dict())
+    for _ in range(40):
+        longer.step()
+    assert ps.summary(again).masked.sparsity == 0.9
+    assert longer.history[-1].step == 30
+    same = ps.GradualPruning(again, 0.5, schedule=Cubic(0.0, 1.0, stop=10), every=5)
+    same.load_state_dict(first.state_dict())
+    for _ in range(40):
+        same.step()
+    assert len(same.history) == len(first.history)

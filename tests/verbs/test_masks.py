@@ -138,3 +138,13 @@ def test_the_name_of_a_layer_says_what_is_in_it():
     model = ps.sparsify(nn.Sequential(nn.Linear(4, 4)), 0.5)
     with pytest.raises(ValueError, match=r'in it: "0.weight"'):
         ps.mask_of(model, "0")
+
+
+def test_a_tensor_is_found_by_its_name_without_a_walk_through_the_model(monkeypatch):
+    model = ps.sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"0": 0.5})
+    expected = ps.stored(model, "0.weight"), ps.mask_of(model, "0.weight")
+    for name in ("masked_targets", "tensors_of"):
+        monkeypatch.setattr(f"parasparse.verbs.masks.{name}", None)
+    assert ps.stored(model, "0.weight") is expected[0]
+    assert ps.mask_of(model, "0.weight") is expected[1]
+    assert ps.stored(model, "1.weight") is model[1].weight

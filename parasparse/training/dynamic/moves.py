@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.dtypes import total
 from parasparse.patterns.selection.kth import highest
 from parasparse.sharding.dtensors import (
     count_nonzero,
@@ -108,7 +109,7 @@ def momentum_neuron_growth(
     size = full_tensor(_momentum(masking, weight)).reshape(len(weight), -1)
     free = ~full_tensor(new_mask).reshape(size.shape)
     room = free.sum(1).tolist()
-    shares = shared_out(total_regrowth, size.mean(1).tolist(), room)
+    shares = shared_out(total_regrowth, size.float().mean(1).tolist(), room)
     order = torch.where(free, size, -1.0).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(size.shape[1], device=size.device).expand_as(size)
     rank = torch.empty_like(order).scatter_(1, order, places)
@@ -226,7 +227,7 @@ def _best(scores: Tensor, among: Tensor, kept: int) -> Tensor:
 
 def _mean(values: Tensor, mask: Tensor) -> float:
     kept = count_nonzero(mask)
-    inside = to_local(values)[to_local(mask) != 0].sum()
+    inside = total(to_local(values)[to_local(mask) != 0])
     return float(sum_over_shards(inside, values)) / kept if kept else 0.0
 
 
