@@ -1,28 +1,47 @@
 """Keeps the state of torch optimizers in step with masks and parameter names."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parasparse.sharding.dtensors import fill_
+from parasparse.sharding.dtensors import PLAIN, fill_, is_dtensor
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed, nearest
 
 State = dict[str, dict[str, Any]]
 
 
-def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: Tensor) -> None:
+# State entries that hold a copy of the weight rather than a momentum. Add the names that your own
+# optimizer uses. An entry that equals the weight is taken for a copy whatever its name.
+WEIGHT_COPIES = {"z", "x0", "slow_params", "slow_param", "mov_avg_param", "ema", "master_param"}
+# State entries that hold a momentum, most common first. Add the names that your own optimizer uses.
+MOMENTA = ["momentum_buffer", "exp_avg", "momentum", "mom", "exp_avg_slow"]
+
+
+def zero_entries(
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    entries: Tensor,
+    *,
+    weights_too: bool = False,
+) -> None:
     """Set the state of `optimizer` to 0 for some entries of `parameter`.
 
-    This changes each tensor of the parameter's shape: momentum, averages, second moments.
+    This changes each tensor of the parameter's shape: momentum, averages, second moments. Codes of
+    8-bit optimizers (bitsandbytes, torchao) are set to the code of 0. Copies of the weight stay.
 
     Args:
-        optimizer: any torch optimizer; does nothing if it has no state for `parameter`.
+        optimizer: any torch optimizer, or one that wraps another; does nothing if it has no state
+            for `parameter`.
         parameter: a parameter of the optimizer.
         entries: bool, of the parameter's shape; True sets the state to 0.
+        weights_too: whether the weights of these entries are set to 0, and so their copies.
+
+    Raises:
+        TypeError: a state entry has a dtype or a class that cannot be set to 0.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -32,31 +51,92 @@ def zero_entries(optimizer: torch.optim.Optimizer, parameter: Tensor, entries: T
         >>> optimizer.state[weight]["momentum_buffer"].tolist()
         [0.0, 1.0]
     """
+    check_clearable(optimizer, [parameter])
+    for state in _states(optimizer, parameter):
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != entries.shape:
+                continue
+            codes = _codes(name, value, state)
+            if codes is not None:
+                codes[0].masked_fill_(entries, codes[1])
+            elif weights_too or not _is_copy(name, value, parameter):
+                fill_(value, entries, 0.0)
+
+
+def check_clearable(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    """Raise TypeError if `zero_entries` cannot clear the state of one of `parameters`."""
+    for parameter in parameters:
+        for state in _states(optimizer, parameter):
+            for name, value in state.items():
+                alike = isinstance(value, Tensor) and value.shape == parameter.shape
+                if alike and not _is_clearable(name, value, state):
+                    raise TypeError(
+                        f'the state "{name}" of {type(optimizer).__name__} is a '
+                        f"{type(value).__name__} of {value.dtype}, of which single entries cannot "
+                        "be set to 0. Use an optimizer with states in floating point."
+                    )
+
+
+def _states(optimizer: Any, parameter: Tensor) -> Iterator[Mapping[str, Any]]:
+    """Yield the state of `parameter`, and that of an optimizer inside `optimizer`."""
     # `state` is a defaultdict, so [] would add an entry.
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == entries.shape:
-            fill_(value, entries, 0.0)
+    yield optimizer.state.get(parameter, {})
+    inner = getattr(optimizer, "optimizer", None)
+    if inner is not None and getattr(inner, "state", None) is not optimizer.state:
+        yield from _states(inner, parameter)
+
+
+def _is_clearable(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
+    if _is_plain(value):
+        floating = value.is_floating_point() or value.is_complex()
+        return floating or value.dtype == torch.bool or _codes(name, value, state) is not None
+    return _codes(name, value, state) is not None
+
+
+def _codes(name: str, value: Any, state: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    """Return the codes of a quantized state and the code of 0, or None if it is not quantized."""
+    table = getattr(value, "qmap", None)  # torchao
+    codes = getattr(value, "codes", None)
+    if table is None and value.dtype == torch.uint8:
+        table, codes = state.get(f"qmap{name[-1]}"), value  # bitsandbytes: state1 and qmap1
+    if table is None or codes is None or codes.shape != value.shape:
+        return None
+    return codes, int(table.abs().argmin())
+
+
+def _is_copy(name: str, value: Tensor, parameter: Tensor) -> bool:
+    alike = value.dtype == parameter.dtype and value.device == parameter.device
+    return name in WEIGHT_COPIES or (alike and torch.equal(value, parameter))
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     """Return the momentum in the state of `optimizer` for `parameter`, or None.
 
-    It is `momentum_buffer`, or exp_avg / (sqrt(exp_avg_sq) + 1e-8), or `exp_avg` alone.
+    It is the first of `MOMENTA` that is there; exp_avg / (sqrt(exp_avg_sq) + 1e-8) with both.
 
     Reference: sparse_learning, `get_momentum_for_weight`.
     """
-    state = optimizer.state.get(parameter, {})
-    if state.get("momentum_buffer") is not None:
-        return state["momentum_buffer"]  # type: ignore[no-any-return]
-    if "exp_avg" not in state:
-        return None
-    average, squares = state["exp_avg"], state.get("exp_avg_sq")
-    if squares is None or squares.shape != average.shape:
-        return average  # type: ignore[no-any-return]
-    if average.is_complex():  # its squares are those of the real and the imaginary part
-        parts = torch.view_as_real(average) / (torch.view_as_real(squares).sqrt() + 1e-8)
-        return torch.view_as_complex(parts)
-    return average / (squares.sqrt() + 1e-8)  # type: ignore[no-any-return]
+    for state in _states(optimizer, parameter):
+        name = next((name for name in MOMENTA if isinstance(state.get(name), Tensor)), None)
+        if name is None or not _is_plain(state[name]):
+            continue
+        average, squares = state[name], state.get("exp_avg_sq")
+        if name != "exp_avg" or squares is None or squares.shape != average.shape:
+            return average  # type: ignore[no-any-return]
+        if average.is_complex():  # its squares are those of the real and the imaginary part
+            parts = torch.view_as_real(average) / (torch.view_as_real(squares).sqrt() + 1e-8)
+            return torch.view_as_complex(parts)
+        return average / (squares.sqrt() + 1e-8)  # type: ignore[no-any-return]
+    return None
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value) in PLAIN or is_dtensor(value)
+
+
+def has_stepped(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether `optimizer` has a state for `parameter`."""
+    return any(state for state in _states(optimizer, parameter))
 
 
 def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
@@ -84,6 +164,7 @@ def check_in_optimizer(
             f"`optimizer` must hold the parameters that are masked; {listed(names)} are not among "
             f"its {len(held)}. Build it with `model.parameters()` of the same model object."
         )
+    check_clearable(optimizer, [p for target in targets for p in parameters_of(target)])
 
 
 def parameters_of(target: Target) -> list[Tensor]:

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -206,3 +207,119 @@ def test_asking_for_momentum_makes_no_state():
     optimizer = torch.optim.Adam([weight])
     assert momentum_of(optimizer, weight) is None
     assert not optimizer.state
+
+
+class Averaging(torch.optim.SGD):
+    """Moves a copy of the weights, under a name of its own, and steps like SGD."""
+
+    copy_name = "slow"
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter][self.copy_name] = parameter.detach().clone()
+
+
+class Coded(torch.optim.SGD):
+    """Keeps its momentum in codes of a table, as bitsandbytes does, or without the table."""
+
+    table = True
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["state1"] = torch.full(parameter.shape, 7, dtype=torch.uint8)
+            if self.table:
+                state["qmap1"] = torch.linspace(-1, 1, 256).round(decimals=2)
+
+
+def stepped(kind):
+    layer = nn.Linear(4, 4, bias=False)
+    optimizer = kind(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    return layer, optimizer
+
+
+@pytest.mark.parametrize("name", ["z", "a name that nobody knows"])
+def test_a_copy_of_the_weight_becomes_what_the_weight_becomes(name):
+    layer, optimizer = stepped(type("Own", (Averaging,), {"copy_name": name}))
+    entries = torch.eye(4, dtype=torch.bool)
+    copied = optimizer.state[layer.weight][name].clone()
+    ps.optim.zero_entries(optimizer, layer.weight, entries)
+    assert torch.equal(optimizer.state[layer.weight][name], copied)
+    ps.optim.zero_entries(optimizer, layer.weight, entries, weights_too=True)
+    assert torch.equal(optimizer.state[layer.weight][name], copied.masked_fill(entries, 0))
+
+
+def test_codes_are_set_to_the_code_of_zero():
+    layer, optimizer = stepped(Coded)
+    entries = torch.eye(4, dtype=torch.bool)
+    ps.optim.zero_entries(optimizer, layer.weight, entries)
+    state = optimizer.state[layer.weight]
+    values = state["qmap1"][state["state1"].long()]
+    assert (values[entries] == 0).all()
+    assert (state["state1"][~entries] == 7).all()
+
+
+@pytest.mark.parametrize("make", [
+    lambda model, opt: ps.GradualPruning(model, 0.5, opt, schedule=lambda step: 1.0, every=1),
+    lambda model, opt: ps.rigl(model, 0.5, opt, stop=9, every=1),
+])  # fmt: skip
+def test_a_state_that_cannot_be_cleared_is_refused_before_masks_change(make):
+    kind = type("Coded", (Coded,), {"table": False})
+    layer, optimizer = stepped(kind)
+    with pytest.raises(TypeError, match='"state1" of Coded .*uint8'):
+        make(layer, optimizer)
+    layer = nn.Linear(4, 4, bias=False)
+    optimizer = kind(layer.parameters(), lr=0.1)
+    controller = make(layer, optimizer)
+    before = ps.mask_of(layer, "weight").clone()
+    layer(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(TypeError, match='"state1"'):
+        for _ in range(3):
+            controller.step()
+    assert torch.equal(ps.mask_of(layer, "weight"), before)
+    assert controller.history == []
+
+
+class Inside:
+    """Wraps an optimizer, as Lookahead does."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.state, self.param_groups = optimizer, {}, optimizer.param_groups
+
+
+def test_the_state_of_an_optimizer_inside_another_is_cleared():
+    layer, optimizer = stepped(partial(torch.optim.SGD, momentum=0.9))
+    wrapped, entries = Inside(optimizer), torch.ones(4, 4, dtype=torch.bool)
+    assert ps.optim.momentum_of(wrapped, layer.weight) is not None
+    ps.optim.zero_entries(wrapped, layer.weight, entries)
+    assert not optimizer.state[layer.weight]["momentum_buffer"].any()
+
+
+class Nameless(torch.optim.Optimizer):
+    """Has `betas`, and its momentum under a name that nobody knows."""
+
+    def __init__(self, params):
+        super().__init__(params, {"betas": (0.9, 0.9)})
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["trend"] = parameter.grad.clone()
+
+
+def test_a_momentum_of_an_unknown_name_is_told_of_and_can_be_named(monkeypatch):
+    layer = nn.Linear(4, 4, bias=False)
+    optimizer = Nameless(layer.parameters())
+    controller = ps.sparse_momentum(layer, 0.5, optimizer, stop=9, every=1)
+    layer(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="state of Nameless has none under a known name"):
+        controller.step()
+    monkeypatch.setattr(ps.optim, "MOMENTA", [*ps.optim.MOMENTA, "trend"])
+    controller.step()
+    assert len(controller.history) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parasparse.counts import check_sparsity
-from parasparse.optim import check_in_optimizer, parameters_of, zero_entries
+from parasparse.optim import check_clearable, check_in_optimizer, parameters_of, zero_entries
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.types import Rules
 from parasparse.schedules import as_every
@@ -106,14 +106,16 @@ class GradualPruning(Controller):
 
     def _update(self, step: int) -> None:
         before = copied(masks_of(self.model, self._names))
+        targets = [t for t in masked_targets(self.model) if t.name in before]
+        if self.optimizer is not None:
+            check_clearable(self.optimizer, [p for t in targets for p in parameters_of(t)])
         sparsify(self.model, self._rules_at(step))
         after = masks_of(self.model, self._names)
         if self.optimizer is not None:
-            for target in masked_targets(self.model):
-                if target.name in after:
-                    changed = before[target.name] ^ after[target.name]
-                    for parameter in parameters_of(target):
-                        zero_entries(self.optimizer, parameter, changed)
+            for target in targets:
+                changed = before[target.name] ^ after[target.name]
+                for parameter in parameters_of(target):
+                    zero_entries(self.optimizer, parameter, changed)
         self.history.append(update_of(step, before, after, self._start))
 
     def _rules_at(self, step: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.optim import check_in_optimizer, momentum_of
+from parasparse.optim import check_clearable, check_in_optimizer, has_stepped, momentum_of
 from parasparse.patterns import n_of_m
 from parasparse.rules.types import Rules
 from parasparse.schedules import Constant, as_every
@@ -216,6 +216,9 @@ class DynamicSparsity(Controller):
         return self._is_due or (self.every is not None and bool(self.every(self.steps + 1)))
 
     def _update(self, step: int) -> None:
+        check_clearable(
+            self.optimizer, [p for layer in self._layers.values() for p in layer.parameters]
+        )
         for layer in self._layers.values():
             layer.zero_masked()
         rate = _rate(self.prune_rate(step), f"prune_rate({step})")
@@ -246,6 +249,12 @@ class DynamicSparsity(Controller):
         missing = "momentum" in self.moves.needs and all(
             momentum_of(self.optimizer, parameter) is None for parameter in parameters
         )
+        if missing and any(has_stepped(self.optimizer, parameter) for parameter in parameters):
+            raise RuntimeError(
+                f"the moves read a momentum, and the state of {type(self.optimizer).__name__} has "
+                "none under a known name. Add the name to parasparse.optim.MOMENTA, or choose "
+                "moves that read no momentum."
+            )
         probes: list[Tensor | None] = [None]
         if self._is_armed:
             assert self._gradients is not None

@@ -97,7 +97,8 @@ class Layer:
         changed = before ^ mask
         for parameter in self.parameters:
             fill_(parameter, changed, 0.0)
-            zero_entries(optimizer, parameter, changed & before if keep_state_of_grown else changed)
+            entries = changed & before if keep_state_of_grown else changed
+            zero_entries(optimizer, parameter, entries, weights_too=True)
 
 
 def view(
