@@ -3,7 +3,6 @@
 A unit is a tile. Tiles have equal sizes and start at index 0; those at the end may be smaller.
 """
 
-import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from numbers import Real
@@ -66,7 +65,8 @@ class _OfUnits(ABC):
 class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
     """Keep or drop whole blocks, such as the 16 x 16 blocks of a Linear.
 
-    Blocks start at index 0. Those at the end of a dimension may be smaller.
+    Blocks start at index 0. Those at the end of a dimension are cut off there, and so are blocks
+    that are larger than the tensor.
 
     Args:
         shape: size of a block along each dimension of the tensor; -1: the whole dimension.
@@ -74,7 +74,7 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
 
     Raises:
         ValueError: a size is 0 or below -1. On call: the tensor has a different number of
-            dimensions, or is smaller than a block.
+            dimensions.
 
     Examples:
         >>> block((1, 2))(torch.tensor([[1.0, 5.0, 4.0, 3.0]]), 0.5).tolist()
@@ -98,14 +98,13 @@ class block(_OfUnits):  # noqa: N801 - a pattern reads as a function
         _check_norm(self.norm)
 
     def _tiles(self, shape: torch.Size) -> tuple[list[int], list[int]]:
-        too_large = 0 not in shape and any(map(operator.gt, self.shape, shape))
-        if len(shape) != len(self.shape) or too_large:
+        if len(shape) != len(self.shape):
             raise ValueError(
-                f"{self} must have one size per dimension of the tensor, and fit into it; got "
-                f"shape {tuple(shape)}. A size of -1 is the whole dimension."
+                f"{self} must have one size per dimension of the tensor; got shape {tuple(shape)}. "
+                "A size of -1 is the whole dimension."
             )
         sizes = zip(self.shape, shape, strict=True)
-        return list(shape), [max(size, 1) if n == -1 else n for n, size in sizes]
+        return list(shape), [max(size if n == -1 else min(n, size), 1) for n, size in sizes]
 
 
 @dataclass(frozen=True)

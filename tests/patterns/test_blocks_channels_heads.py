@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+import parasparse as ps
 from parasparse.counts import num_kept
 from parasparse.patterns import block, channel, head, jointly
 from parasparse.patterns.blocks_channels_heads import has_units
@@ -248,3 +249,13 @@ def test_an_infinite_score_does_not_flatten_the_norms_of_the_others():
     assert channel(0, norm=50)(scores, 0.5)[:, 0].tolist() == [True, False, False, True]
     wide = torch.tensor([[math.inf], [1e160], [2e160], [4e160]], dtype=torch.float64)
     assert channel(0, norm=2)(wide, 0.5)[:, 0].tolist() == [True, False, False, True]
+
+
+def test_blocks_larger_than_a_tensor_are_cut():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 9.0, 1.0, 1.0]])
+    assert block((4, 3))(scores, 0.5).tolist() == [[False, False, False, True, True, True]]
+    assert block((4, 16)).pool(scores).shape == (1, 1)
+    model = ps.sparsify(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), ps.Prune(0.5, pattern=block((4, 4)))
+    )
+    assert [row.sparsity for row in ps.summary(model).rows] == [0.5, 0.5]

@@ -317,7 +317,6 @@ REFUSED = {
     "group_dimension": (lambda: n_of_m(2, 4)(torch.ones(4)), r"n_of_m\(n=2.*dimension 1; got"),
     "n_above_m": (lambda: n_of_m(5, 4), "n=5, m=4"),
     "remainder_word": (lambda: n_of_m(2, 4, remainder="drop"), 'got \'drop\''),
-    "block_too_large": (lambda: block((4, 16))(torch.ones(8, 8), 0.5), "fit into it; got shape"),
     "block_dimensions": (lambda: block((4, 4))(torch.ones(8, 8, 3, 3), 0.5), "one size per"),
     "block_of_nothing": (lambda: block((0, 4)), "sizes > 0"),
     "norm_word": (lambda: channel(0, norm=0), "> 0"),
