@@ -16,7 +16,16 @@ State = dict[str, dict[str, Any]]
 
 # State entries that hold a copy of the weight rather than a momentum. Add the names that your own
 # optimizer uses. An entry that equals the weight is taken for a copy whatever its name.
-WEIGHT_COPIES = {"z", "x0", "slow_params", "slow_param", "mov_avg_param", "ema", "master_param"}
+WEIGHT_COPIES = {
+    "z",
+    "x0",
+    "ax",
+    "slow_params",
+    "slow_param",
+    "mov_avg_param",
+    "ema",
+    "master_param",
+}
 # State entries that hold a momentum, most common first. Add the names that your own optimizer uses.
 MOMENTA = ["momentum_buffer", "exp_avg", "momentum", "mom", "exp_avg_slow"]
 
@@ -89,7 +98,8 @@ def _states(optimizer: Any, parameter: Tensor) -> Iterator[Mapping[str, Any]]:
 def _is_clearable(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
     if _is_plain(value):
         floating = value.is_floating_point() or value.is_complex()
-        return floating or value.dtype == torch.bool or _codes(name, value, state) is not None
+        is_count = not floating and value.dtype not in (torch.uint8, torch.int8)
+        return floating or is_count or _codes(name, value, state) is not None
     return _codes(name, value, state) is not None
 
 
@@ -106,7 +116,9 @@ def _codes(name: str, value: Any, state: Mapping[str, Any]) -> tuple[Tensor, int
 
 def _is_copy(name: str, value: Tensor, parameter: Tensor) -> bool:
     alike = value.dtype == parameter.dtype and value.device == parameter.device
-    return name in WEIGHT_COPIES or (alike and torch.equal(value, parameter))
+    return name in WEIGHT_COPIES or (
+        alike and name not in MOMENTA and torch.equal(value, parameter)
+    )
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:

@@ -309,7 +309,7 @@ class Nameless(torch.optim.Optimizer):
 
     def step(self, closure=None):
         for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["trend"] = parameter.grad.clone()
+            self.state[parameter]["drift"] = parameter.grad.clone()
 
 
 def test_a_momentum_of_an_unknown_name_is_told_of_and_can_be_named(monkeypatch):
@@ -320,6 +320,6 @@ def test_a_momentum_of_an_unknown_name_is_told_of_and_can_be_named(monkeypatch):
     optimizer.step()
     with pytest.raises(RuntimeError, match="state of Nameless has none under a known name"):
         controller.step()
-    monkeypatch.setattr(ps.optim, "MOMENTA", [*ps.optim.MOMENTA, "trend"])
+    monkeypatch.setattr(ps.optim, "MOMENTA", [*ps.optim.MOMENTA, "drift"])
     controller.step()
     assert len(controller.history) == 1

@@ -131,7 +131,7 @@ def _check_dim(treatment: Any, group: list[Target]) -> None:
                 raise ValueError(
                     f'"{target.name}" {tuple(target.shape)} is a stack of matrices, so `n_of_m` '
                     "needs the `dim` along which the product sums: -1 for F.linear(x, w[i]), -2 "
-                    "for x @ w[i]."
+                    "for x @ w[i], 1 for a convolution (out, in, k)."
                 )
 
 

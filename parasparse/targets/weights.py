@@ -9,6 +9,7 @@ the class of the module and the words in its name do.
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from parasparse.attach import reading
@@ -62,6 +63,8 @@ def _reason(target: Target, with_experts: set[str]) -> str | None:
     modules = [site.module for site in target.sites]
     words = set(_words(target))
     is_vector = sum(size > 1 for size in target.shape) < 2
+    if words & {"query", "queries"} and any(_has_key(module) for module in modules):
+        words -= {"query", "queries"}  # it projects, as its neighbours do
     if target.is_buffer:
         return "buffer"
     if any(isinstance(module, _LOOKED_UP) for module in modules):
@@ -73,15 +76,34 @@ def _reason(target: Target, with_experts: set[str]) -> str | None:
     if is_companion(target):
         return "bias" if "bias" in words else "scale"
     classes = " ".join(base.__name__ for module in modules for base in type(module).__mro__)
-    if re.search(r"Embedding\b", classes):
+    if re.search(r"Embedding\b", classes) and not any(_has_bias(module) for module in modules):
         return "embedding"
-    if re.search(r"Norm(?!al)|GRN", classes):
+    if re.search(r"(Norm|GRN)(\dd)?\b", classes):
         return "norm"
     if target.sites[0].attr in _STATE_SPACE:
         return "state space"
     if len(target.shape) < 2:
         return _kind(words) or "one dimension"
     return _kind(words) or ("gain" if is_vector else None)
+
+
+def _has_key(module: nn.Module) -> bool:
+    return any("key" in name.lower() for name in reading.tensor_names(module)[0])
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return "bias" in reading.tensor_names(module)[0]
+
+
+def _scales(small: torch.Size, shape: torch.Size) -> bool:
+    """Whether a tensor of shape `small` has one number per row, column or block of `shape`."""
+    if len(small) != len(shape):
+        return len(small) < len(shape)
+    others_are_1 = sum(size > 1 for size in small) == 1
+    return all(
+        size == 1 or (size < full and full % size == 0) or (size == full and others_are_1)
+        for size, full in zip(small, shape, strict=True)
+    )
 
 
 def _kind(words: set[str]) -> str | None:
@@ -94,6 +116,8 @@ def _words(target: Target) -> Iterator[str]:
         path, _, own = name.rpartition(".")
         if own.isdecimal():
             own = "_".join(path.split(".")[-2:])
+        if own.startswith("weight") or own.endswith("weight"):
+            continue  # whatever else the name says
         yield from re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", own).lower())
 
 
@@ -111,10 +135,12 @@ def _is_companion(site: Site) -> bool:
     if isinstance(site.module, _MULTIPLY[2:4]):  # weight_ih_l0 and weight_ih_l0_reverse
         return False
     own = site.stored().numel()
+    shape = site.stored().shape
     siblings = [name for name in reading.tensor_names(site.module)[0] if name != site.attr]
     stem = site.attr.removesuffix("_g")
     return any(
         (site.attr.startswith(f"{name}_") or (name == f"{stem}_v" and stem != site.attr))
         and own < reading.stored(site.module, name).numel()
+        and _scales(shape, reading.stored(site.module, name).shape)
         for name in siblings
     )

@@ -19,7 +19,7 @@ from parasparse.targets.reach import masked_targets
 from parasparse.training.controller import Controller
 from parasparse.training.history import copied, loaded, masks_of, saved, update_of
 from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
-from parasparse.verbs.sparsify import apply, sparsify
+from parasparse.verbs.sparsify import apply
 
 
 class GradualPruning(Controller):
@@ -87,29 +87,37 @@ class GradualPruning(Controller):
         if not self._is_over and self.every(step):
             reshard(self.model)
             self._update(step)
-            self._is_over = self._is_last(step)
+            self._is_over = step >= self._stop
         self.steps = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the controller's state; save those of the model (with masks) and optimizer too."""
-        return {"steps": self.steps, **saved(self.history, self._start)}
+        return {
+            "steps": self.steps,
+            "is_over": self._is_over,
+            "stop": self._stop,
+            **saved(self.history, self._start),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; raise ValueError if it is for other tensors."""
         history, start = loaded(state_dict, self._start)
-        self.steps, self.history, self._start = state_dict["steps"], history, start
-        # When it ends is for this schedule to say: the saved one may have ended before.
-        self._is_over = any(self._is_last(update.step) for update in history)
+        steps, is_over = state_dict["steps"], state_dict["is_over"]
+        # This schedule says when it ends; the saved run may have had another one, and have ended.
+        same = state_dict.get("stop", self._stop) == self._stop  # older states have no "stop"
+        self.steps, self._is_over = steps, is_over and same
+        self.history, self._start = history, start
 
-    def _is_last(self, step: int) -> bool:
-        return step >= getattr(self.schedule, "stop", math.inf)
+    @property
+    def _stop(self) -> float:
+        return getattr(self.schedule, "stop", math.inf)
 
     def _update(self, step: int) -> None:
         before = copied(masks_of(self.model, self._names))
         targets = [t for t in masked_targets(self.model) if t.name in before]
         if self.optimizer is not None:
             check_clearable(self.optimizer, [p for t in targets for p in parameters_of(t)])
-        sparsify(self.model, self._rules_at(step))
+        apply(self.model, assignments(self.model, self._rules_at(step), pairs=True))
         after = masks_of(self.model, self._names)
         if self.optimizer is not None:
             for target in targets:

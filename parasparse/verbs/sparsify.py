@@ -43,7 +43,6 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
         10
     """
     assigned = assignments(model, rules, pairs=pairs)
-    apply(model, assigned)
     if assigned and all(each.rule is None for each in assigned):
         missed = unexpectedly_dense(assigned.targets)
         if missed:
@@ -52,6 +51,7 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
                 "Write rules that name them, with a sparsity or None.",
                 stacklevel=2,
             )
+    apply(model, assigned)
     return model
 
 

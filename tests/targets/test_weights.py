@@ -98,6 +98,14 @@ REACHED = {
     "a quantized weight": module("FP8Linear", weight=(8, 8), weight_scale_inv=(8, 1)),
     "old weight_norm": module("Conv", weight_g=(8, 1, 1), weight_v=(8, 4, 3)),
     "one row": nn.Linear(8, 1),
+    "names that add to a weight": module(
+        "Own", weight=(8, 8), weight_out=(5, 8), weight_mean=(8, 8)
+    ),
+    "low rank": module("LoRA", weight=(32, 32), weight_down=(4, 32), weight_up=(32, 4)),
+    "query, key and value": module("Attention", query=(8, 8), key=(8, 8), value=(8, 8)),
+    "a query by name": module("Attention", query_weight=(8, 8), key_weight=(8, 8)),
+    "a projection": module("PatchEmbedding", weight=(8, 8), bias=(8,)),
+    "a layer with a norm in its name": module("NormLinear", weight=(8, 8)),
     "two directions": nn.LSTM(4, 8, bidirectional=True),
 }
 DENSE = {

@@ -170,3 +170,17 @@ def test_a_finished_run_is_resumed_by_a_longer_one():
     for _ in range(40):
         same.step()
     assert len(same.history) == len(first.history)
+
+
+def test_a_run_is_resumed_by_a_shorter_one():
+    model, again = nn.Linear(30, 30), nn.Linear(30, 30)
+    first = ps.GradualPruning(model, 0.9, schedule=Cubic(0.0, 1.0, stop=100), every=10)
+    for _ in range(60):
+        first.step()
+    shorter = ps.GradualPruning(again, 0.9, schedule=Cubic(0.0, 1.0, stop=50), every=10)
+    again.load_state_dict(model.state_dict())
+    shorter.load_state_dict(first.state_dict())
+    for _ in range(20):
+        shorter.step()
+    assert ps.summary(again).masked.sparsity == 0.9
+    assert shorter.history[-1].step == 70
