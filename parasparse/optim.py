@@ -17,15 +17,8 @@ State = dict[str, dict[str, Any]]
 # State entries that hold a copy of the weight rather than a momentum. Add the names that your own
 # optimizer uses. An entry that equals the weight is taken for a copy whatever its name.
 WEIGHT_COPIES = {
-    "z",
-    "x0",
-    "ax",
-    "slow_params",
-    "slow_param",
-    "mov_avg_param",
-    "ema",
-    "master_param",
-}
+    "z", "x0", "ax", "slow_params", "slow_param", "mov_avg_param", "ema", "master_param",
+}  # fmt: skip
 # State entries that hold a momentum, most common first. Add the names that your own optimizer uses.
 MOMENTA = ["momentum_buffer", "exp_avg", "momentum", "mom", "exp_avg_slow"]
 

@@ -35,19 +35,21 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
             # This mask belongs to the layer, but a pair loads its mask by its components' keys.
             mask = state.pop(key)
             state |= {f"{names.inside(name)}0.mask": mask for name in _components(target)}
-    by_name = {name: key for key, target in found.items() for name in target.names}
-    for target in masked_targets(model) if joint or single else ():
-        keys = [by_name[name] for name in target.names if name in by_name]
-        mask = target.masks()[0]
-        if isinstance(mask, Mask) and mask.mask is None and keys and keys[0] in state:
-            value = state[keys[0]]
-            if (
-                isinstance(value, Tensor)
-                and value.shape == target.shape
-                and not (value.is_meta or is_dtensor(value))
-            ):
-                mask.mask_(value)
+    if joint or single:
+        _set_values(model, {k: v for k, v in state.items() if k in found or names.is_own_mask(k)})
     return [*joint, *single]
+
+
+def _set_values(model: nn.Module, masks: Mapping[str, Any]) -> None:
+    """Set the unset masks of `model` that `masks` has; what does not fit is left to the load."""
+    by_name = {name: masks[key] for key in masks for name in names.masked_beside(key)}
+    for target in masked_targets(model):
+        mask = target.masks()[0]
+        value = next((by_name[name] for name in target.names if name in by_name), None)
+        if not isinstance(value, Tensor) or value.is_meta or is_dtensor(value):
+            continue
+        if isinstance(mask, Mask) and mask.mask is None and value.shape == target.shape:
+            mask.mask_(value)
 
 
 def _found_masks(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Target]:
@@ -86,5 +88,5 @@ def _pairs_apart(found: dict[str, Target], state: Mapping[str, Any]) -> dict[int
 
 def _components(target: Target) -> list[str]:
     """Return the first name of each component of a pair."""
-    ends = [f".{site.attr}".removeprefix(".") for site in target.firsts]
-    return [next(n for n in target.names[1:] if n.split(".")[-1] == end) for end in ends]
+    attrs = [site.attr for site in target.firsts]
+    return [next(n for n in target.names[1:] if n.split(".")[-1] == attr) for attr in attrs]

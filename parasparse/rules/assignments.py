@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from parasparse.attach.accelerated import check_not_accelerated
@@ -28,7 +29,6 @@ from parasparse.sharding.fsdp import is_sharded, reshard
 from parasparse.sharding.same_draws import same_draws
 from parasparse.targets.reach import Spec, group_by_rule
 from parasparse.targets.tensors import Site, Target, tensors_of
-from parasparse.targets.weights import is_convolution
 from parasparse.text import described, listed
 
 
@@ -127,7 +127,9 @@ def _check_dim(treatment: Any, group: list[Target]) -> None:
     patterns = pattern.patterns if isinstance(pattern, chain) else (pattern,)
     if any(isinstance(each, n_of_m) and each.dim is None for each in patterns):
         for target in group:
-            if len(target.shape) == 3 and not any(is_convolution(s.module) for s in target.sites):
+            if len(target.shape) == 3 and not any(
+                isinstance(s.module, _ConvNd) for s in target.sites
+            ):
                 raise ValueError(
                     f'"{target.name}" {tuple(target.shape)} is a stack of matrices, so `n_of_m` '
                     "needs the `dim` along which the product sums: -1 for F.linear(x, w[i]), -2 "

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from parasparse.targets.tensors import Target
-from parasparse.targets.weights import left_dense
+from parasparse.targets.weights import why_dense
 
 _UNEXPECTED = ("one dimension", "state space")  # dense though nobody would call them so
 
@@ -29,7 +29,7 @@ class DenseRow:
 
 def dense_rows(targets: list[Target], masked: Collection[str]) -> tuple[DenseRow, ...]:
     """Return the targets, except those called `masked`, with 1% of all entries or more each."""
-    reasons = left_dense(targets)
+    reasons = why_dense(targets)
     least = sum(target.shape.numel() for target in targets if not target.is_buffer) / 100
     rows = [
         DenseRow(target.name, tuple(target.shape), reasons.get(target, "no rule"))
@@ -44,7 +44,7 @@ def unexpectedly_dense(targets: list[Target]) -> list[str]:
 
     The list is empty if they hold less than a tenth of the entries of the weights.
     """
-    reasons = left_dense(targets)
+    reasons = why_dense(targets)
     missed = [target for target, reason in reasons.items() if reason in _UNEXPECTED]
     reached = sum(target.shape.numel() for target in targets if target not in reasons)
     entries = sum(target.shape.numel() for target in missed)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from parasparse.targets.tensors import Target, masked_tensors_of
-from parasparse.targets.weights import is_companion, left_dense
+from parasparse.targets.weights import is_companion, why_dense
 from parasparse.text import described, listed, nearest
 
 Predicate = Callable[[str, nn.Module, Tensor], bool]
@@ -39,7 +39,7 @@ def as_list(specs: Specs) -> list[Spec]:
 
 def reached_alone(targets: list[Target]) -> list[Target]:
     """Return the targets that a sparsity alone, without a left side, reaches."""
-    dense = left_dense(targets)
+    dense = why_dense(targets)
     return [target for target in targets if target not in dense]
 
 

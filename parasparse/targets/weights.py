@@ -15,10 +15,8 @@ from torch import nn
 from parasparse.attach import reading
 from parasparse.targets.tensors import Site, Target
 
-_MULTIPLY = (
-    nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
-    nn.modules.conv._ConvNd,
-)  # fmt: skip
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_MULTIPLY = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.modules.conv._ConvNd, *_RECURRENT)
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 # Words in the name of a tensor, and the kind of tensor they stand for.
 _KINDS = {
@@ -37,17 +35,12 @@ _STATE_SPACE = ("A", "D")  # in Mamba: decay rates, and a gain
 _ROUTERS = ("gate", "gating", "wg")  # modules beside "experts"
 
 
-def left_dense(targets: list[Target]) -> dict[Target, str]:
+def why_dense(targets: list[Target]) -> dict[Target, str]:
     """Return the targets that a sparsity alone does not reach, and why not."""
     names = [name for target in targets for name in target.names]
     with_experts = {m[1] for m in (re.match(r"(.*?)\bexperts\b", name) for name in names) if m}
     reasons = {target: _reason(target, with_experts) for target in targets}
     return {target: reason for target, reason in reasons.items() if reason is not None}
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the weight of `module` is that of a convolution, (out, in, ...)."""
-    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def is_companion(target: Target) -> bool:
@@ -132,15 +125,13 @@ def _is_router(target: Target, with_experts: set[str]) -> bool:
 
 
 def _is_companion(site: Site) -> bool:
-    if isinstance(site.module, _MULTIPLY[2:4]):  # weight_ih_l0 and weight_ih_l0_reverse
+    if isinstance(site.module, _RECURRENT):  # weight_ih_l0 and weight_ih_l0_reverse
         return False
-    own = site.stored().numel()
-    shape = site.stored().shape
-    siblings = [name for name in reading.tensor_names(site.module)[0] if name != site.attr]
-    stem = site.attr.removesuffix("_g")
-    return any(
-        (site.attr.startswith(f"{name}_") or (name == f"{stem}_v" and stem != site.attr))
-        and own < reading.stored(site.module, name).numel()
-        and _scales(shape, reading.stored(site.module, name).shape)
-        for name in siblings
-    )
+    own, gain_of = site.stored().shape, re.sub("_g$", "_v", site.attr)
+    for name in reading.tensor_names(site.module)[0]:
+        extends = site.attr.startswith(f"{name}_") or (name == gain_of and name != site.attr)
+        if extends:
+            shape = reading.stored(site.module, name).shape
+            if own.numel() < shape.numel() and _scales(own, shape):
+                return True
+    return False

@@ -153,34 +153,37 @@ def test_an_update_without_its_masks_is_refused_before_it_changes_others(take_of
     assert pruner.steps == 0
 
 
-def test_a_finished_run_is_resumed_by_a_longer_one():
+RESUMED = {  # stop and sparsity of the saved run, its steps; the schedule that goes on
+    "longer": (10, 0.5, 12, Cubic(0.5, 1.0, start=12, stop=30), 30),
+    "shorter": (100, 0.9, 60, Cubic(0.0, 1.0, stop=50), 65),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_goes_on_to_the_end_of_the_new_schedule(kind):
+    stop, sparsity, steps, schedule, last = RESUMED[kind]
     model, again = nn.Linear(30, 30), nn.Linear(30, 30)
-    first = ps.GradualPruning(model, 0.5, schedule=Cubic(0.0, 1.0, stop=10), every=5)
+    first = ps.GradualPruning(model, sparsity, schedule=Cubic(0.0, 1.0, stop=stop), every=5)
+    for _ in range(steps):
+        first.step()
+    other = ps.GradualPruning(again, 0.9, schedule=schedule, every=5)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(first.state_dict())
+    for _ in range(40):
+        other.step()
+    assert ps.summary(again).masked.sparsity == 0.9
+    assert other.history[-1].step == last
+
+
+def test_a_finished_run_that_is_resumed_stays_finished():
+    def build():
+        return ps.GradualPruning(nn.Linear(30, 30), 0.5, schedule=Cubic(0.0, 1.0, stop=10), every=5)
+
+    first, again = build(), build()
     for _ in range(12):
         first.step()
-    longer = ps.GradualPruning(again, 0.9, schedule=Cubic(0.5, 1.0, start=12, stop=30), every=5)
-    again.load_state_dict(model.state_dict())
-    longer.load_state_dict(first.state_dict())
+    again.model.load_state_dict(first.model.state_dict())
+    again.load_state_dict(first.state_dict())
     for _ in range(40):
-        longer.step()
-    assert ps.summary(again).masked.sparsity == 0.9
-    assert longer.history[-1].step == 30
-    same = ps.GradualPruning(again, 0.5, schedule=Cubic(0.0, 1.0, stop=10), every=5)
-    same.load_state_dict(first.state_dict())
-    for _ in range(40):
-        same.step()
-    assert len(same.history) == len(first.history)
-
-
-def test_a_run_is_resumed_by_a_shorter_one():
-    model, again = nn.Linear(30, 30), nn.Linear(30, 30)
-    first = ps.GradualPruning(model, 0.9, schedule=Cubic(0.0, 1.0, stop=100), every=10)
-    for _ in range(60):
-        first.step()
-    shorter = ps.GradualPruning(again, 0.9, schedule=Cubic(0.0, 1.0, stop=50), every=10)
-    again.load_state_dict(model.state_dict())
-    shorter.load_state_dict(first.state_dict())
-    for _ in range(20):
-        shorter.step()
-    assert ps.summary(again).masked.sparsity == 0.9
-    assert shorter.history[-1].step == 70
+        again.step()
+    assert len(again.history) == len(first.history)

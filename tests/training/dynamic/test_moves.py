@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import parasparse as ps
 from parasparse.training.dynamic import moves
 from parasparse.training.dynamic.moves import shared_out
 
@@ -150,3 +152,19 @@ def test_random_growth_is_uniform():
     counts = sum(moves.random_growth(None, "w", mask, 2, mask).double() for _ in range(3_000))
     assert counts[0] == 3_000
     assert ((counts[1:] - 1_200).abs() < 150).all()
+
+
+def test_the_mean_of_a_layer_in_half_precision_does_not_overflow():
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8)).half()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)  # 262,144 entries: the sum of |w| is more than float16 holds
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    controller = ps.DynamicSparsity(
+        model, 0.1, optimizer, growth="random", redistribution="magnitude", every=1
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    controller.step()
+    assert len(controller.history) == 1
