@@ -8,13 +8,20 @@
 
 torch.nn.utils.prune writes `_orig` and `_mask`, torch's parametrizations and parasparse write
 `parametrizations`, and cplxmodule writes `layer.mask` and pairs of `.real` and `.imag`.
+
+torch.compile, FSDP, activation checkpointing and DDP put a prefix before the names of the module
+that they wrap. A plain name has none of these.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 # The endings of the real and the imaginary name of a pair.
 PAIR_ENDINGS = (("_re", "_im"), ("_real", "_imag"), (".real", ".imag"))
+# The submodule in which torch.compile, FSDP and activation checkpointing keep what they wrap. DDP
+# calls it "module", as any module may call a submodule.
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _INSIDE = re.compile(r"((?:.+\.)?)parametrizations\.([^.]+)\.(.+)")
 
 
@@ -22,6 +29,67 @@ def ancestors(name: str) -> list[str]:
     """Return `name` and the names of the modules around it: a.b.c -> [a.b.c, a.b, a]."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def plain(key: str, depth: int = 0) -> str:
+    """Return `key` without the prefixes of wrappers, `depth` of which are "module"."""
+    parts = [part for part in key.split(".") if part not in WRAPPED]
+    return ".".join(parts[depth:])
+
+
+def depth_of(keys: Iterable[str]) -> int:
+    """Return the number of "module" with which all `keys` start, as those of DDP do."""
+    starts = [re.match(r"(module\.)*", plain(key)) for key in keys]
+    return min((start[0].count(".") for start in starts if start), default=0)
+
+
+def spelled_like(keys: Collection[str], like: Collection[str]) -> dict[str, str]:
+    """Return for each of `keys` how a model with the keys `like` spells it: with its wrappers.
+
+    If no name matches, "module" is removed or added where all keys start with it.
+    """
+    spelling: dict[str, str] = {}
+    for key in like:
+        for path in ancestors(key):
+            spelling.setdefault(plain(path), path)
+    known = {dense_name(plain(key)) for key in like}
+    named = {key: plain(key) for key in keys}
+    if not any(dense_name(name) in known for name in named.values()):
+        more = depth_of(like) - depth_of(keys)
+        named = {key: "module." * more + plain(key, max(0, -more)) for key in keys}
+    found = {}
+    for key, name in named.items():
+        place = next((path for path in (*ancestors(name), "") if path in spelling), None)
+        if place is not None:
+            name = join(spelling[place], name.removeprefix(place).removeprefix("."))
+        found[key] = name
+    return found if len(set(found.values())) == len(found) else {key: key for key in keys}
+
+
+def join(prefix: str, name: str) -> str:
+    """Return `name` in the module `prefix`, which may be ""."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def flat(masks: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested masks by one name each: {"a": {"weight": x}} -> {"a.weight": x}.
+
+    NNI writes such masks, with None for a bias that has none, which is left out.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for name, held in masks.items():
+        inner = {name: held}
+        if isinstance(held, Mapping):
+            own = {k: v for k, v in held.items() if k != "bias" or v is not None}
+            inner = {join(name, key): value for key, value in flat(own).items()}
+        twice = [key for key in inner if key in found]
+        if twice:
+            raise ValueError(f'each mask must have one name; "{twice[0]}" comes twice.')
+        found |= inner
+    return found
 
 
 def inside(name: str) -> str:

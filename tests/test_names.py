@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DataParallel
 from torch.nn.utils import parametrizations
 
 import parasparse as ps
@@ -181,3 +185,135 @@ def test_components_with_masks_of_their_own_keep_them(kind, masked):
     folded = ps.squash(model).state_dict()
     assert torch.equal(folded[keys[0]], VALUES * FULL)
     assert torch.equal(folded[keys[1]], OTHER * (1 - FULL))
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.Linear(4, 3)))
+
+
+class Around(nn.Module):
+    def __init__(self, name, module):
+        super().__init__()
+        self.add_module(name, module)
+
+
+def inside(wrap):
+    def wrapped(model):
+        model[1] = wrap(model[1])
+        return model
+
+    return wrapped
+
+
+WRAPPERS = {
+    "none": lambda model: model,
+    "compile": torch.compile,
+    "DDP": DataParallel,
+    "DDP of compile": lambda model: DataParallel(torch.compile(model)),
+    "compile of DDP": lambda model: torch.compile(DataParallel(model)),
+    "DDP twice": lambda model: DataParallel(DataParallel(model)),
+    "compile inside": inside(torch.compile),
+    "checkpointing": checkpoint_wrapper,
+    "checkpointing inside": inside(checkpoint_wrapper),
+    "FSDP": lambda model: Around("_fsdp_wrapped_module", model),
+}
+
+
+@pytest.mark.parametrize("to", WRAPPERS)
+@pytest.mark.parametrize("of", WRAPPERS)
+def test_checkpoints_load_whatever_is_wrapped_around_the_models(of, to):
+    for source, target in ((0.5, None), (0.5, 0.0), (None, 0.0), (None, None)):
+        one, two = net(), net()
+        for model, share in ((one, source), (two, target)):
+            if share is not None:
+                ps.sparsify(model, {"0": share, "1.0": share})
+        want = ps.dense_state_dict(one).values()
+        state = WRAPPERS[of](one).state_dict()
+        keys = list(state)
+        assert not any(ps.load_state_dict(WRAPPERS[to](two), state))
+        assert list(state) == keys
+        got = ps.dense_state_dict(two).values()
+        assert all(map(torch.equal, got, want))
+        assert ps.is_sparse(two) is (source is not None or target is not None)
+
+
+def test_a_submodule_called_module_stays_where_it_is():
+    for model in (Around("module", nn.Linear(6, 2)), nn.ModuleDict({"module": net(), "b": net()})):
+        masked = ps.sparsify(model, 0.5)
+        names_before = [name for name, _ in ps.named_masks(masked)]
+        state = masked.state_dict()
+        assert not any(ps.load_state_dict(ps.unsparsify(model), state))
+        assert [name for name, _ in ps.named_masks(model)] == names_before
+        part = {key: value for key, value in state.items() if key.startswith("module.")}
+        found = ps.load_state_dict(ps.unsparsify(model), part, strict=False)
+        assert not found.unexpected_keys
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ps.load_state_dict(net(), {"other.0.weight": torch.ones(4, 6)})
+
+
+def test_one_tensor_under_two_spellings_is_refused():
+    state = net().state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ps.load_state_dict(net(), state | {"_orig_mod.0.weight": torch.ones(4, 6)})
+
+
+@given(st.lists(st.sampled_from(["a", "b", "module", *names.WRAPPED]), min_size=1, max_size=5))
+def test_plain_names_have_no_wrappers_and_stay_as_they_are(parts):
+    key = ".".join([*parts, "weight"])
+    short = names.plain(key)
+    assert short == names.plain(short)
+    assert not set(short.split(".")) & set(names.WRAPPED)
+    assert names.spelled_like([key], [key]) == {key: key}
+    assert names.spelled_like([short], [key]) == {short: key}
+    assert names.depth_of([key]) == names.depth_of([short])
+
+
+NESTED = {
+    "as NNI": {"0": {"weight": torch.eye(4, 6), "bias": None}},
+    "with a bias": {"0": {"weight": torch.eye(4, 6), "bias": torch.ones(4)}},
+    "at two depths": {"1": {"0": {"weight": torch.ones(3, 4)}}, "0.weight": torch.eye(4, 6)},
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_nested_masks_are_the_same_as_flat_ones(kind):
+    nested, flat = NESTED[kind], names.flat(NESTED[kind])
+    assert all(isinstance(mask, torch.Tensor) for mask in flat.values())
+    one, two = ps.sparsify(net(), nested), ps.sparsify(net(), flat)
+    assert {name for name, _ in ps.named_masks(one)} == set(flat)
+    for model in (one, two):
+        ps.deploy_masks(model, {name: torch.ones_like(mask) for name, mask in flat.items()})
+    ps.deploy_masks(one, nested)
+    for name, mask in flat.items():
+        assert torch.equal(ps.mask_of(one, name), mask.bool())
+    state = net().state_dict()
+    for got, want in zip(
+        ps.binarize_masks(state, nested), ps.binarize_masks(state, flat), strict=True
+    ):
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in got)
+    assert [row.name for row in ps.plan(net(), {"0": {"weight": 0.5}})] == ["0.weight"]
+
+
+def test_a_nested_mask_that_names_nothing_or_something_twice_is_refused():
+    with pytest.raises(ValueError, match="0.wieght"):
+        ps.sparsify(net(), {"0": {"wieght": torch.eye(4, 6)}})
+    with pytest.raises(ValueError, match="twice"):
+        ps.binarize_masks(net().state_dict(), {"0": {"weight": [1.0]}, "0.weight": [1.0]})
+    with pytest.raises(ValueError, match="earlier"):
+        ps.sparsify(net(), {"0": {"weight": torch.eye(4, 6)}, "0.weight": 0.5})
+
+
+@pytest.mark.parametrize("of", ["compile", "DDP", "compile of DDP"])
+def test_masks_by_the_names_of_a_wrapped_model_fit_the_bare_one(of):
+    masks = {"0.weight": torch.eye(4, 6), "1.0.weight": torch.eye(3, 4)}
+    raw = [name for name, tensor in WRAPPERS[of](net()).named_parameters() if tensor.ndim > 1]
+    renamed = dict(zip(raw, masks.values(), strict=True))
+    model = ps.sparsify(net(), {"*": 0.0})
+    ps.deploy_masks(model, renamed)
+    assert all(torch.equal(ps.mask_of(model, name), mask.bool()) for name, mask in masks.items())
+    wrapped = WRAPPERS[of](net())
+    state, _ = ps.binarize_masks(wrapped.state_dict(), masks)
+    assert all(int((state[name] != 0).sum()) <= min(state[name].shape) for name in raw)
+    state, _ = ps.binarize_masks(net().state_dict(), renamed)
+    assert int((state["0.weight"] != 0).sum()) <= 4

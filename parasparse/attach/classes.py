@@ -121,7 +121,8 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
     # The class may want arguments of its subclasses, which this one does not have.
     is_asked = getattr(base.__init_subclass__, "__func__", None) is not None
     bases = (_NotAsked, base) if is_asked else (base,)
-    shared: type = metaclass(f"Masked{base.__name__}", bases, namespace)
+    kind = "Masked" if masked else "Parametrized"
+    shared: type = metaclass(f"{kind}{base.__name__}", bases, namespace)
     return shared
 
 

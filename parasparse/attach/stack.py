@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from parasparse.attach.any_names import AnyNames
+from parasparse.attach.inverses import right_inverse
 from parasparse.masks import protocol
 from parasparse.masks.apply import is_recorded, is_tracing
 
@@ -189,7 +190,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     def originals_of(self, value: Any) -> dict[str, Any]:
         """Return the tensors to store, by name, so that `stored()` returns `value`."""
         for module in reversed(self.below()):
-            value = module.right_inverse(value)  # type: ignore[operator]
+            value = right_inverse(module, value)
         return dict(zip(original_names(self), [value] if self.is_tensor else value, strict=True))
 
     def retie(self, parameter: nn.Parameter) -> None:

@@ -22,9 +22,9 @@ def binarize_masks(
     Args:
         state_dict: dense (`layer.weight`), with components (`layer.weight.real` and `.imag`), or of
             a masked model (`layer.parametrizations.weight.original`), whose masks become bool.
-        masks: masks by name, as in `deploy_masks`; each broadcasts to its weight. None is ignored.
-            If another parametrization lies under a mask, the mask must be 0 or 1, and stored values
-            do not change.
+        masks: masks by name, as in `deploy_masks`, also nested; each broadcasts to its weight. None
+            is ignored. If another parametrization lies under a mask, the mask must be 0 or 1, and
+            stored values do not change.
 
     Raises:
         ValueError: a key of `masks` names no weight of `state_dict`, or one that another key names;
@@ -39,7 +39,13 @@ def binarize_masks(
 
     Reference: cplxmodule, `nn.masked.binarize_masks`. Differs: negative entries count as kept.
     """
-    weights = {key: _weights_of(key, state_dict) for key, m in masks.items() if m is not None}
+    masks = names.flat(masks)
+    spelled = names.spelled_like(masks, state_dict)
+    weights = {
+        key: _weights_of(key, state_dict) or _weights_of(spelled[key], state_dict)
+        for key, mask in masks.items()
+        if mask is not None
+    }
     unknown = [key for key, found in weights.items() if not found]
     if unknown:
         raise ValueError(

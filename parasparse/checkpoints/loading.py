@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parasparse import names
 from parasparse.checkpoints.found_masks import attach_found
 from parasparse.files.headers import FORMAT
 from parasparse.sharding.dtensors import is_dtensor
@@ -18,7 +19,9 @@ def load_state_dict(
     """Attach the masks of `state_dict` and load it; return the missing and unexpected keys.
 
     Reads dense and masked checkpoints, also of torch.nn.utils.prune (`weight_orig`, `weight_mask`)
-    and cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets).
+    and cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets). The
+    prefixes of torch.compile, FSDP and activation checkpointing do not matter, and neither does
+    DDP's `module.` if all keys, of the checkpoint or of the model, start with it.
 
     Args:
         model: dense or with masks; changed in place.
@@ -53,6 +56,8 @@ def load_state_dict(
             "torch.distributed.checkpoint.state_dict.set_model_state_dict with "
             "StateDictOptions(full_state_dict=True), after `sparsify`."
         )
+    spelled = names.spelled_like(state, model.state_dict())
+    state = {spelled[key]: value for key, value in state.items()}
     attached = attach_found(model, state)
     try:
         return model.load_state_dict(state, strict=strict, assign=assign)

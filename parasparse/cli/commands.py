@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parasparse.cli import held_masks
-from parasparse.cli.output import copy, left_out, output
+from parasparse.cli.output import copy, left_out, others, output
 from parasparse.cli.progress import progress
 from parasparse.files import packed_files
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -59,10 +59,11 @@ def _fold(
 
 def masks(args: Namespace) -> str:
     """Write only the masks of IN, bool, under the names of the dense tensors."""
-    source = open_checkpoint(args.input)
+    source = open_checkpoint(args.input, args.key)
     check_file(args.output, force=args.force)
     if args.zeros:
-        names = {n: n for n, t in source.tensors() if _has_zeros(t)}
+        found = [name for name, tensor in source.tensors() if _has_zeros(tensor)]
+        names = {source.plain(name): name for name in found}
         if not names:
             raise CheckpointError(f'"{args.input}" has no zeros in its weights.')
     else:
@@ -72,12 +73,12 @@ def masks(args: Namespace) -> str:
         for name, key in names.items():
             put(name, pieces(source.read(key) != 0))
             advance(source.infos[key].nbytes)
-    return f"{args.output}: {len(names)} masks."
+    return f"{args.output}: {len(names)} masks.{others(source)}"
 
 
 def pack(args: Namespace) -> str:
     """Write IN without its zeros."""
-    source = open_checkpoint(args.input)
+    source = open_checkpoint(args.input, args.key)
     check_file(args.output, force=args.force)
     like = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in source.infos.items()}
     state = {**like, **source.not_tensors}
@@ -116,7 +117,7 @@ def unpack(args: Namespace) -> str:
 
 
 def _masked(args: Namespace) -> tuple[Checkpoint, list[held_masks.MaskedKey]]:
-    source = open_checkpoint(args.input)
+    source = open_checkpoint(args.input, args.key)
     check_target(args.output, source, force=args.force)
     return source, held_masks.masked_keys(source)
 

@@ -48,8 +48,11 @@ def masked_keys(source: Checkpoint) -> list[MaskedKey]:
 
 
 def mask_names(source: Checkpoint) -> dict[str, str]:
-    """Return the key of each mask by the name that `sparsify` takes; ties and pairs once."""
-    masked = {one.name: one for one in masked_keys(source)}
+    """Return the key of each mask by the name that `sparsify` takes; ties and pairs once.
+
+    Names have no prefixes of wrappers, so they are those of the bare model.
+    """
+    masked = {source.plain(one.name): one for one in masked_keys(source)}
     first: dict[tuple[str, str], str] = {}
     found: dict[str, str] = {}
     read = source.read

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from parasparse.cli.output import others
 from parasparse.cli.progress import progress
 from parasparse.dtypes import signed
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.files.opening import open_checkpoint
+from parasparse.files.state_dicts import NothingToChooseError
 from parasparse.patterns.recognise import recognised
 from parasparse.report.plot_bars import sparsity_bars
 from parasparse.text import as_text, needs
@@ -37,7 +39,7 @@ class Row:
 
 def inspect(args: Namespace) -> tuple[str, int]:
     """Return a table of the tensors of a checkpoint, and the exit code."""
-    source = open_checkpoint(args.input)
+    source = open_checkpoint(args.input, args.key)
     rows = list(_rows(source))
     if args.plot and os.path.lexists(args.plot):
         raise CheckpointError(f'"{args.plot}" exists already. Name another file.')
@@ -60,7 +62,8 @@ def inspect(args: Namespace) -> tuple[str, int]:
     ]  # fmt: skip
     total = ("", "", f"{zeros:,}", _share(zeros, numel), "", f"{nbytes:,}")
     cells.append((f"{len(rows)} tensors", *total))
-    return as_text(("tensor", "shape", "dtype", "zeros", "sparsity", "pattern", "bytes"), cells), 0
+    head = ("tensor", "shape", "dtype", "zeros", "sparsity", "pattern", "bytes")
+    return f"{as_text(head, cells)}\n{others(source).strip()}".rstrip(), 0
 
 
 def _rows(source: Checkpoint) -> Iterator[Row]:
@@ -84,15 +87,15 @@ def _rows(source: Checkpoint) -> Iterator[Row]:
 
 def diff(args: Namespace) -> tuple[str, int]:
     """Return the differences between two checkpoints, and the exit code: 0 if there are none."""
-    one, two = open_checkpoint(args.one), open_checkpoint(args.two)
-    lines = [f"only in {args.one}: {name}" for name in one.infos if name not in two.infos]
-    lines += [f"only in {args.two}: {name}" for name in two.infos if name not in one.infos]
+    one, two = _both(args)
+    named = [{source.plain(name): name for name in source.infos} for source in (one, two)]
+    lines = [f"only in {args.one}: {named[0][name]}" for name in named[0] if name not in named[1]]
+    lines += [f"only in {args.two}: {named[1][name]}" for name in named[1] if name not in named[0]]
     same = 0
     with progress("diff", one.nbytes) as advance:
-        for name, info in one.infos.items():
-            if name not in two.infos:
-                continue
-            line = _difference(name, one, two)
+        for name in [name for name in named[0] if name in named[1]]:
+            info = one.infos[named[0][name]]
+            line = _difference(one, named[0][name], two, named[1][name])
             lines += [line] if line else []
             same += not line
             advance(info.nbytes)
@@ -105,13 +108,27 @@ def diff(args: Namespace) -> tuple[str, int]:
     return "\n".join(lines), 1
 
 
-def _difference(name: str, one: Checkpoint, two: Checkpoint) -> str:
-    infos = one.infos[name], two.infos[name]
+def _both(args: Namespace) -> list[Checkpoint]:
+    """Open A and B; `--key` may be for one of them only, if the other is a single state dict."""
+    found, refused = [], []
+    for path in (args.one, args.two):
+        try:
+            found.append(open_checkpoint(path, args.key))
+        except NothingToChooseError as error:
+            refused.append(error)
+            found.append(open_checkpoint(path))
+    if len(refused) == len(found):
+        raise refused[0]
+    return found
+
+
+def _difference(one: Checkpoint, name: str, two: Checkpoint, other_name: str) -> str:
+    infos = one.infos[name], two.infos[other_name]
     if infos[0] != infos[1]:
         texts = [f"{str(i.dtype).removeprefix('torch.')} {_shape(i.shape)}" for i in infos]
         return f"{name}: {texts[0]} and {texts[1]}"
     different, by, zeros = 0, 0.0, [0, 0]
-    flat = (one.read(name).flatten(), two.read(name).flatten())
+    flat = (one.read(name).flatten(), two.read(other_name).flatten())
     for a, b in zip(*(tensor.split(_PIECE) for tensor in flat), strict=True):
         other = _differ(a, b)
         number = int(other.count_nonzero())

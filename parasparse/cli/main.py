@@ -10,21 +10,30 @@ from parasparse.cli import commands, inspect_and_diff, prune
 from parasparse.files.checkpoint import CheckpointError
 
 _Argument = tuple[str, dict[str, Any]]
-_IN_OUT: list[_Argument] = [
+_KEY: _Argument = (
+    "--key",
+    {
+        "help": "the state dict to read, of a torch file that holds several: ema, or ema.module",
+    },
+)
+_PATHS: list[_Argument] = [
     ("input", {"metavar": "IN"}),
     ("output", {"metavar": "OUT"}),
     ("--force", {"action": "store_true", "help": "replace OUT if it exists"}),
 ]
+_IN_OUT = [*_PATHS, _KEY]
 # Each command returns its text, and an exit code or nothing (0).
 _COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, list[_Argument]]] = {
     "inspect": (inspect_and_diff.inspect, "list the tensors: zeros, patterns, bytes", [
         ("input", {"metavar": "FILE"}),
+        _KEY,
         ("--json", {"action": "store_true", "help": "print JSON"}),
         ("--plot", {"metavar": "PNG", "help": "draw the sparsity of each weight"}),
     ]),
     "diff": (inspect_and_diff.diff, "list the differences; exit code 1 if there are any", [
         ("one", {"metavar": "A"}),
         ("two", {"metavar": "B"}),
+        _KEY,
     ]),
     "prune": (prune.prune, "prune by rules", [
         *_IN_OUT,
@@ -47,7 +56,7 @@ _COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, li
         ("--zeros", {"action": "store_true", "help": "the nonzero entries of a dense one"}),
     ]),
     "pack": (commands.pack, "write the checkpoint without its zeros", _IN_OUT),
-    "unpack": (commands.unpack, "write a packed checkpoint dense", _IN_OUT),
+    "unpack": (commands.unpack, "write a packed checkpoint dense", _PATHS),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from parasparse.cli.progress import Advance, progress
 from parasparse.files.checkpoint import Checkpoint
 from parasparse.files.layout import Layout, Put, pieces
 from parasparse.files.writing import TORCH, writing
+from parasparse.text import listed
 
 
 @contextmanager
@@ -25,7 +26,13 @@ def copy(source: Checkpoint, key: str, put: Put, advance: Advance) -> None:
 
 
 def left_out(source: Checkpoint, path: str) -> str:
-    """Return a sentence on the `beside_state_dict` entries if a file at `path` lacks them."""
-    if path.lower().endswith(TORCH) or not source.beside_state_dict:
-        return ""
-    return f" Left out: {', '.join(source.beside_state_dict)}."
+    """Return sentences on what a file at `path` lacks, and on other state dicts of `source`."""
+    if not path.lower().endswith(TORCH) and source.beside_state_dict:
+        return f" Left out: {', '.join(source.beside_state_dict)}.{others(source)}"
+    return others(source)
+
+
+def others(source: Checkpoint) -> str:
+    """Return a sentence on the state dicts of `source` that were not read."""
+    names = listed(source.other_state_dicts)
+    return f" Not read: {names}; choose with --key." if names else ""

@@ -25,7 +25,7 @@ from parasparse.text import as_text
 def prune(args: Namespace) -> str:
     """Choose masks by rules, and write IN with them folded in."""
     rules, seed = _rules(args)
-    source = open_checkpoint(args.input)
+    source = open_checkpoint(args.input, args.key)
     if not args.dry_run:
         _check_outputs(args, source)
     groups = reached(source, rules)

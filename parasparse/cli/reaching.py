@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from parasparse.cli.held_masks import computed
 from parasparse.cli.rules import Rule
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
-from parasparse.names import ancestors
+from parasparse.names import ancestors, plain
 from parasparse.targets.reach import group_by_rule
-from parasparse.targets.tensors import tensors_of
+from parasparse.targets.tensors import Wrapper, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,8 @@ def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
 def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
     """Raise CheckpointError if a rule prunes a masked or parametrized tensor."""
     for name, keys in computed(source).items():
-        rule = next((r for r in rules if any(_is_in(key, r.target) for key in (name, *keys))), None)
+        found = (r for r in rules if any(_is_in(k, r.target, source) for k in (name, *keys)))
+        rule = next(found, None)
         if rule is not None and rule.prune is not None:
             raise CheckpointError(
                 f'a pruned tensor must be plain; "{name}" is masked or parametrized. Fold masks '
@@ -67,9 +68,10 @@ def _check_plain(source: Checkpoint, rules: list[Rule]) -> None:
             )
 
 
-def _is_in(name: str, glob: str) -> bool:
-    """Whether `glob` matches `name` or a module that contains it."""
-    return any(fnmatchcase(place, glob) for place in ancestors(name))
+def _is_in(name: str, glob: str, source: Checkpoint) -> bool:
+    """Whether `glob` matches `name` or a module that contains it, with or without wrappers."""
+    places = (*ancestors(name), *ancestors(source.plain(name)))
+    return any(fnmatchcase(place, glob) for place in places)
 
 
 def _is_idle(rule: Rule, source: Checkpoint) -> bool:
@@ -78,9 +80,10 @@ def _is_idle(rule: Rule, source: Checkpoint) -> bool:
         return False
     left = computed(source)
     inside = {key for keys in left.values() for key in keys}
-    found = [name for name in source.infos if name not in inside and _is_in(name, rule.target)]
-    dims = [len(source.infos[name].shape) for name in found]
-    return bool(dims or any(_is_in(n, rule.target) for n in left)) and max(dims, default=0) < 2
+    dense = [name for name in source.infos if name not in inside]
+    dims = [len(source.infos[n].shape) for n in dense if _is_in(n, rule.target, source)]
+    excludes = bool(dims) or any(_is_in(name, rule.target, source) for name in left)
+    return excludes and max(dims, default=0) < 2
 
 
 def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]]:
@@ -108,6 +111,9 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
         else:
             module._buffers[attr] = held[first]
         names[id(module), attr] = first
+    around = {".".join(["module"] * number) for number in range(source.depth)}
+    for path in [path for path in modules if plain(path) in around]:
+        modules[path].__class__ = _Around
     return model, names
 
 
@@ -121,6 +127,10 @@ class _Place(nn.Module):
                 if name in held.get(kind, ()):
                     return held[kind][name]
         return super().__getattribute__(name)
+
+
+class _Around(_Place, Wrapper):
+    """A module that DDP has put around the module that it calls "module"."""
 
 
 def _module_at(path: str, modules: dict[str, nn.Module], make: type[nn.Module]) -> nn.Module:

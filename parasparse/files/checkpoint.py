@@ -4,10 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from parasparse.names import depth_of, plain
 
 FRESH = 1 << 26  # bytes read through one mapping of a file before it is mapped again
 
@@ -49,6 +52,7 @@ class Checkpoint(ABC):
     modules: Mapping[str, Any] | None = None  # `state_dict._metadata`: versions of the modules
     not_tensors: dict[Any, Any] = field(default_factory=dict)  # other entries of the state dict
     beside_state_dict: list[str] = field(default_factory=list)  # other entries of the file: "epoch"
+    other_state_dicts: list[str] = field(default_factory=list)  # keys of those that are not read
     _read_bytes: int = 0
 
     def read(self, name: str) -> Tensor:
@@ -61,6 +65,16 @@ class Checkpoint(ABC):
         for name in self.infos:
             if name not in self.ties:
                 yield name, self.read(name)
+
+    @cached_property
+    def depth(self) -> int:
+        """Number of "module" before all names, as those of DDP have."""
+        return depth_of(self.infos)
+
+    def plain(self, name: str) -> str:
+        """Return `name` without the prefixes of wrappers, unless another tensor has this name."""
+        short = plain(name, self.depth)
+        return name if short in self.infos else short
 
     @property
     def nbytes(self) -> int:

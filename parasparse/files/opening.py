@@ -9,6 +9,7 @@ from parasparse.files import packed_files
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.headers import FORMAT, is_safetensors
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
+from parasparse.files.state_dicts import NothingToChooseError, nothing_to_choose
 from parasparse.files.torch_files import TorchFile, content_of
 
 
@@ -38,10 +39,21 @@ class PackedFile(Checkpoint):
             raise CheckpointError(str(error)) from error
 
 
-def open_checkpoint(path: str) -> Checkpoint:
-    """Return the checkpoint at `path`; raise CheckpointError if none can be read there."""
+def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
+    """Return the checkpoint at `path`; `key` chooses among the state dicts of a torch file.
+
+    Raises:
+        CheckpointError: no checkpoint can be read there, or `key` is needed or unknown.
+    """
     if not os.path.exists(path):
         raise CheckpointError(f'"{path}" does not exist.')
+    checkpoint = _opened(path, key)
+    if key is not None and not isinstance(checkpoint, TorchFile):
+        raise NothingToChooseError(nothing_to_choose(path))
+    return checkpoint
+
+
+def _opened(path: str, key: str | None) -> Checkpoint:
     if is_folder(path):
         return SafetensorsFolder(path)
     if is_safetensors(path):
@@ -49,4 +61,4 @@ def open_checkpoint(path: str) -> Checkpoint:
         return PackedFile(path) if plain.metadata.get("format") == FORMAT else plain
     content = content_of(path)
     is_packed = isinstance(content, dict) and content.get("format") == FORMAT
-    return PackedFile(path) if is_packed else TorchFile(path, content)
+    return PackedFile(path) if is_packed else TorchFile(path, content, key)

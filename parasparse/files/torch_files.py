@@ -9,18 +9,17 @@ from torch import Tensor
 
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.nested import check_dense, tensors_in
+from parasparse.files.state_dicts import at, beside, names_beside, state_dict_place
 from parasparse.files.ties import first_names
-
-_STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net")
 
 
 class TorchFile(Checkpoint):
-    """A file of torch.save that holds a state dict, alone or under one of its usual keys."""
+    """A file of torch.save that holds a state dict, alone or under a key."""
 
-    def __init__(self, path: str, content: Any) -> None:
+    def __init__(self, path: str, content: Any, key: str | None = None) -> None:
         super().__init__(path)
         self.content = content  # see `content_of`
-        self.key = _state_key(self.content, path)  # None: the content is the state dict
+        self.place, self.other_state_dicts = state_dict_place(content, path, key)
         state = self._state()
         self.modules = getattr(state, "_metadata", None)
         for name, value in state.items():
@@ -30,11 +29,10 @@ class TorchFile(Checkpoint):
             check_dense(value, f'"{name}" of "{path}"')
             self.infos[name] = TensorInfo(value.dtype, tuple(value.shape))
         self.ties = first_names({name: state[name] for name in self.infos})
-        if self.key is not None:
-            self.beside_state_dict = [str(key) for key in self.content if key != self.key]
+        self.beside_state_dict = names_beside(content, self.place)
 
     def _state(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = self.content if self.key is None else self.content[self.key]
+        state: Mapping[str, Any] = at(self.content, self.place)
         return state
 
     def _read(self, name: str) -> Tensor:
@@ -44,9 +42,8 @@ class TorchFile(Checkpoint):
     def rest(self, content: Any = None) -> Any:
         """Return the `beside_state_dict` and `not_tensors` entries of `content` or this file."""
         content = self.content if content is None else content
-        state = content if self.key is None else content[self.key]
-        beside = {} if self.key is None else {k: v for k, v in content.items() if k != self.key}
-        return beside, {key: state[key] for key in self.not_tensors}
+        state = at(content, self.place)
+        return beside(content, self.place), {key: state[key] for key in self.not_tensors}
 
     def tensor_of_rest(self, number: int) -> Tensor:
         """Return one of the tensors in `rest()`."""
@@ -77,19 +74,3 @@ def content_of(path: str) -> Any:
             f'"{path}" is not an intact checkpoint of torch.save: it was cut off, or is another '
             "kind of file."
         ) from error
-
-
-def _state_key(content: Any, path: str) -> str | None:
-    if isinstance(content, Mapping):
-        if any(isinstance(v, Tensor) and "." in str(name) for name, v in content.items()):
-            return None
-        for key in _STATE_KEYS:  # first, because a tensor may lie beside it: the best accuracy
-            held = content.get(key)
-            if isinstance(held, Mapping) and any(isinstance(v, Tensor) for v in held.values()):
-                return key
-        if any(isinstance(value, Tensor) for value in content.values()):
-            return None
-    raise CheckpointError(
-        f'"{path}" must hold a state dict, alone or as one of {", ".join(_STATE_KEYS)}; it holds '
-        f"{type(content).__name__}. Save only the state dict."
-    )

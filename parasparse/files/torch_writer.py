@@ -20,6 +20,7 @@ from parasparse.files.checkpoint import Checkpoint
 from parasparse.files.layout import Layout, Put, pieces
 from parasparse.files.nested import renewed, tensors_in
 from parasparse.files.replacing import replacing_path, reserve
+from parasparse.files.state_dicts import Place, at
 from parasparse.files.torch_files import TorchFile
 from parasparse.names import ancestors
 
@@ -28,14 +29,14 @@ from parasparse.names import ancestors
 def torch_writer(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
     """Yield a function that takes each tensor of a torch file at `path`; see `writing`."""
     whole = source if isinstance(source, TorchFile) and layout.is_whole else None
-    key = None if whole is None else whole.key
+    place = () if whole is None else whole.place
     made = _content(source, layout, whole)
     with replacing_path(path) as beside:
         writer = _TorchWriter(os.fspath(beside), made)
         del made
 
         def write(name: str, pieces: Iterable[Tensor]) -> None:
-            writer.put(lambda content: (content if key is None else content[key])[name], pieces)
+            writer.put(lambda content: at(content, place)[name], pieces)
 
         yield write
         if whole is not None:
@@ -54,12 +55,18 @@ def _content(source: Checkpoint, layout: Layout, whole: TorchFile | None) -> Any
     made: dict[tuple[Any, ...], Tensor] = {}
     state.update({key: renewed(value, made) for key, value in source.not_tensors.items()})
     state._metadata = _modules_of(source, layout)  # type: ignore[attr-defined]
-    if whole is None or whole.key is None:
+    return state if whole is None else _around(state, whole.content, whole.place, made)
+
+
+def _around(state: Any, content: Any, place: Place, made: dict[tuple[Any, ...], Tensor]) -> Any:
+    """Return `content` with unfilled tensors, and `state` at `place`."""
+    if not place:
         return state
-    content = copy.copy(whole.content)
-    for key, value in whole.content.items():
-        content[key] = state if key == whole.key else renewed(value, made)
-    return content
+    new = copy.copy(content)
+    for key, value in content.items():
+        own = key == place[0]
+        new[key] = _around(state, value, place[1:], made) if own else renewed(value, made)
+    return new
 
 
 def _modules_of(source: Checkpoint, layout: Layout) -> OrderedDict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from parasparse import names
 from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.attach.classes import base_class
 from parasparse.attach.offloading import check_not_offloaded
@@ -112,6 +113,8 @@ def as_pairs(rules: Rules) -> list[tuple[Spec | None, Any]]:
         )
     if isinstance(rules, (Mapping, list, tuple)):
         pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+        # A mapping has the names inside a module: {"conv": {"weight": mask}}, as of NNI.
+        pairs = [each for pair in pairs for each in _flat(*pair)]
         if any(spec is None for spec, _ in pairs):
             raise TypeError("a rule's target must not be None. Pass the treatment alone.")
     else:
@@ -119,6 +122,11 @@ def as_pairs(rules: Rules) -> list[tuple[Spec | None, Any]]:
     if not pairs:
         raise ValueError(f"`rules` must contain at least one rule; got {rules!r}.")
     return pairs
+
+
+def _flat(spec: Any, treatment: Any) -> list[tuple[Any, Any]]:
+    nested = isinstance(spec, str) and isinstance(treatment, Mapping)
+    return list(names.flat({spec: treatment}).items()) if nested else [(spec, treatment)]
 
 
 def _check_dim(treatment: Any, group: list[Target]) -> None:

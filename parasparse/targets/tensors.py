@@ -16,11 +16,16 @@ from parasparse.attach.pair_stack import joined
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.masks.mask import Mask
 from parasparse.masks.protocol import has_mask
-from parasparse.names import PAIR_ENDINGS, ancestors
+from parasparse.names import PAIR_ENDINGS, WRAPPED, ancestors, join
 
 _Modules: TypeAlias = Iterator[tuple[str, str, nn.Module, nn.Module | None]]
-_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
-_WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class Wrapper(nn.Module):
+    """A module whose submodule `module` is the model that it wraps."""
+
+
+_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel, Wrapper)
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,9 @@ def named_modules(model: nn.Module) -> _Modules:
         for key, child in module._modules.items():
             if child is None or (key == "parametrizations" and is_parametrized(module)):
                 continue
-            wrapped = key in _WRAPPED_NAMES or (key == "module" and isinstance(module, _WRAPPERS))
-            below = plain if wrapped else _join(plain, key)
-            yield from walk(below, _join(name, key), child, module)
+            wrapped = key in WRAPPED or (key == "module" and isinstance(module, _WRAPPERS))
+            below = plain if wrapped else join(plain, key)
+            yield from walk(below, join(name, key), child, module)
 
     return walk("", "", model, None)
 
@@ -198,8 +203,8 @@ def _entries(model: nn.Module, *, by_mask: bool = False) -> list[_Entry]:
             if by_mask:
                 key += (id(reading.mask_module(module, attr)),)
             entry = entries.setdefault(key, _Entry(is_buffer=attr in buffers))
-            entry.names.append(_join(plain, attr))
-            entry.raw.append(_join(name, attr))
+            entry.names.append(join(plain, attr))
+            entry.raw.append(join(name, attr))
             # The tensors of a ParameterDict also belong to the layer that has it.
             owners = [parent] if isinstance(module, nn.ParameterDict) and parent else []
             entry.owners += [(entry.names[-1], owner) for owner in (*owners, module)]
@@ -271,7 +276,3 @@ def _share_a_mask(real: _Entry, imaginary: _Entry) -> bool:
     if not any(masks):
         return _alike(real, imaginary)
     return len(masks[0]) == len(masks[1]) == 1 and masks[0][0] is masks[1][0]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -31,7 +31,9 @@ def deploy_masks(
         model: a model with masks; changed in place.
         masks: masks by name, as from `named_masks`. The mask of `layer.weight` may also be called
             `layer`, `layer.mask`, `layer.weight_mask`, `layer.weight.mask` or
-            `layer.parametrizations.weight.0.mask`. Values as in `Mask.mask_`; None unsets.
+            `layer.parametrizations.weight.0.mask`, and masks may be nested as NNI writes them,
+            `{layer: {"weight": mask}}`. Prefixes of wrappers do not matter, as in
+            `load_state_dict`. Values as in `Mask.mask_`; None unsets.
         state_dict: the same as `masks`.
         prefix: use only keys that start with it and a dot, which are removed.
         reset: unset all other masks.
@@ -55,6 +57,7 @@ def deploy_masks(
     check_not_accelerated(model)
     reshard(model)
     targets = masked_targets(model)
+    given = names.flat(given)
     if prefix:
         start = f"{prefix}."
         given = {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
@@ -74,7 +77,8 @@ def _chosen(
     """Return the new value of each mask that `given` names."""
     keys = _keys(targets)
     own = {key: names.dense_name(key) if names.is_own_mask(key) else key for key in given}
-    named = {key: keys.get(own[key]) for key in given}
+    spelled = names.spelled_like(set(own.values()), [target.name for target in targets])
+    named = {key: keys.get(own[key]) or keys.get(spelled[own[key]]) for key in given}
     unknown = [key for key, target in named.items() if target is None]
     if unknown and strict:
         raise ValueError(

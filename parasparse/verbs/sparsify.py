@@ -30,7 +30,8 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
             single treatment for every weight. Target: name, glob, compiled regex, module type or
             tuple of types, predicate `(name, module, tensor) -> bool`. Treatment: a sparsity in
             [0, 1], "zeros", a mask, `Prune`, `Fixed`, `Gate`, None, or a callable
-            `dict[name, Tensor] -> dict[name, mask or nn.Module]`.
+            `dict[name, Tensor] -> dict[name, mask or nn.Module]`. Rules under the name of a module
+            may be nested, `{"conv": {"weight": mask}}`.
         pairs: give the real and the imaginary tensor of a module (`x_re`/`x_im`, `x_real`/`x_imag`,
             a ParameterDict with `real` and `imag`) one mask.
 

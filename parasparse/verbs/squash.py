@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parasparse.attach import attaching
 from parasparse.attach.accelerated import check_not_accelerated
+from parasparse.attach.inverses import gives_back
 from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.undo import restored_on_error
 from parasparse.masks.protocol import fold_
@@ -18,7 +19,9 @@ from parasparse.text import listed
 from parasparse.verbs.writable import check_writable
 
 
-def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
+def squash(
+    model: nn.Module, targets: Specs | None = None, *, keep_parametrizations: bool = False
+) -> nn.Module:
     """Fold masks into plain weights and remove them; return the model.
 
     Afterwards the model has the classes, `state_dict` keys, parameter order and Parameter objects
@@ -28,6 +31,10 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     Args:
         model: any module; changed in place. Without masks, it does not change.
         targets: masked tensors, one target of a rule or a list of them; None: all.
+        keep_parametrizations: keep the parametrizations under a mask that can compute the masked
+            weight. `weight_norm` can: its zeros are exact, and other entries may differ in the last
+            bits (relatively by at most 8 times `torch.finfo(dtype).eps`). `spectral_norm` and
+            `orthogonal` cannot, so they are replaced.
 
     Raises:
         RuntimeError: a mask is not set, a weight is not writable, tied weights have different
@@ -57,7 +64,7 @@ def squash(model: nn.Module, targets: Specs | None = None) -> nn.Module:
             with torch.no_grad():  # all before any write: each component may depend on both
                 values = [[site.effective() for site in part] for part in target.components]
             for component, masked in zip(target.components, values, strict=True):
-                _fold(component, masked)
+                _fold(component, masked, keep_parametrizations)
             # A tied use outside `model` may share it, and must not scale again
             # (test_squashing_a_part_scales_a_tie_that_lies_outside_once).
             fold_(mask)
@@ -106,14 +113,18 @@ def _check_foldable(model: nn.Module, chosen: list[Target]) -> None:
         check_writable(target, "squash")
 
 
-def _fold(sites: tuple[Site, ...], values: list[Tensor]) -> None:
+def _fold(sites: tuple[Site, ...], values: list[Tensor], keep_parametrizations: bool) -> None:
     """Store the masked values of a tensor, used at `sites`, and remove its mask."""
+    kept = keep_parametrizations and all(
+        torch.equal(value, values[0]) and gives_back(site.stack(), value)
+        for site, value in zip(sites, values, strict=True)
+    )
     baked: Tensor | None = None
     for site, value in zip(sites, values, strict=True):
         stack = site.stack()
-        if len(stack) == 1:
+        if len(stack) == 1 or kept:
             with torch.no_grad():
-                stack.original.copy_(value)
+                stack.store(value)
             attaching.detach(site.module, site.attr)
             continue
         if baked is None:
