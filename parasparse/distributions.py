@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
-from parasparse.counts import check_sparsity, num_kept
+from parasparse.counts import check_floors, check_sparsity, least_kept, num_kept
 from parasparse.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,7 +23,8 @@ def uniform(shapes: Shapes, sparsity: float, *, max_sparsity: Floors = 1.0) -> d
         shapes: shape of each tensor, by name.
         sparsity: share of zeros of all tensors together, in [0, 1].
         max_sparsity: upper bound for each tensor: a number, or numbers by name (1 for the others).
-            Bind it with `functools.partial(uniform, max_sparsity=0.99)`.
+            Below 1, each tensor keeps at least one entry. Bind it with
+            `functools.partial(uniform, max_sparsity=0.99)`.
 
     Raises:
         ValueError: a share is outside [0, 1], `max_sparsity` has an unknown name, or it keeps more
@@ -85,13 +86,7 @@ def _shared_out(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = num_kept(sum(sizes.values()), check_sparsity(sparsity))
     floors = _floors(sizes, max_sparsity)
-    least = sum(floors.values())
-    if least > total:
-        raise ValueError(
-            f"`max_sparsity` must not keep more entries than `sparsity`; it keeps {least:,} of "
-            f"{sum(sizes.values()):,}, and a sparsity of {sparsity} keeps {total:,}. Raise "
-            "`max_sparsity`, or lower `sparsity`."
-        )
+    check_floors(floors.values(), sum(sizes.values()), sparsity)
     weights = {name: weigh(tuple(shape)) if sizes[name] else 0 for name, shape in shapes.items()}
     kept = _rounded(_proportional(weights, floors, sizes, total), total)
     return {name: 1 - kept[name] / size if size else 0.0 for name, size in sizes.items()}
@@ -101,7 +96,7 @@ def _floors(sizes: Mapping[str, int], max_sparsity: Floors) -> dict[str, int]:
     """Return how many entries each tensor must keep at least."""
     if not isinstance(max_sparsity, Mapping):
         most = check_sparsity(max_sparsity, "max_sparsity")
-        return {name: num_kept(size, most) for name, size in sizes.items()}
+        return {name: least_kept(size, most) for name, size in sizes.items()}
     unknown = max_sparsity.keys() - sizes.keys()
     if unknown:
         raise ValueError(
@@ -109,7 +104,7 @@ def _floors(sizes: Mapping[str, int], max_sparsity: Floors) -> dict[str, int]:
             f"{listed(sorted(unknown))}."
         )
     shares = {n: check_sparsity(s, f"max_sparsity of {n}") for n, s in max_sparsity.items()}
-    return {name: num_kept(size, shares.get(name, 1.0)) for name, size in sizes.items()}
+    return {name: least_kept(size, shares.get(name, 1.0)) for name, size in sizes.items()}
 
 
 def _proportional(

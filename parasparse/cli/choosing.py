@@ -8,12 +8,12 @@ from torch import Tensor
 
 from parasparse.attach.pair_stack import joined
 from parasparse.cli.reaching import Reached
-from parasparse.counts import num_kept
+from parasparse.counts import bounded
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.patterns import jointly, unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
-from parasparse.patterns.selection.kth import highest_masks
 from parasparse.patterns.selection.scores import Scores, chunk_size
+from parasparse.patterns.selection.together import ranked_together
 from parasparse.rules.prune import Prune
 from parasparse.scores.piecewise import magnitudes
 from parasparse.scores.weights_alone import magnitude
@@ -40,6 +40,9 @@ def masks(
         for each in group:
             own = replace(prune, sparsity=shares[each.name], distribution=None)
             if own.pattern is unstructured:  # in chunks that fit the cache
+                assert own.sparsity is not None
+                numel = source.infos[each.parts[0]].numel
+                own = replace(own, sparsity=bounded(numel, own.sparsity, own.max_sparsity))
                 yield from _ranked_together(source, [each], own, see)
                 continue
             yield each, own({each.name: _tensor(source, each)})[each.name]
@@ -58,7 +61,7 @@ def _ranked_together(
             each.name: prune.pattern.pool(one.whole())
             for each, one in zip(group, scored, strict=True)
         }
-        kept = jointly(units, prune.sparsity)
+        kept = jointly(units, prune.sparsity, max_sparsity=prune.max_sparsity)
         for each in group:
             shape = torch.Size(source.infos[each.parts[0]].shape)
             yield each, prune.pattern.spread(kept[each.name], shape)
@@ -66,8 +69,8 @@ def _ranked_together(
     if prune.pattern is not unstructured:
         raise ValueError(f'`scope` must be "local" with {prune.pattern}.')
     sources = [one.source() for one in scored]
-    number = num_kept(sum(one.numel for one in sources), prune.sparsity)
-    for each, mask in zip(group, highest_masks(sources, number), strict=True):
+    found = ranked_together(sources, prune.sparsity, max_sparsity=prune.max_sparsity)
+    for each, mask in zip(group, found, strict=True):
         yield each, mask.view(source.infos[each.parts[0]].shape)
 
 

@@ -45,6 +45,8 @@ _COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, li
         ("--scope", {"help": "local (default), or global: rank the tensors of a rule jointly"}),
         ("--score", {"help": "magnitude (default) or random"}),
         ("--distribution", {"help": "uniform (default), erk or erdos-renyi"}),
+        ("--max-sparsity", {"type": float, "help": "the highest sparsity that any tensor gets; "
+                            "below 1, each keeps at least one entry"}),
         ("--masks", {"metavar": "FILE", "help": "also write the masks, by name"}),
         ("--seed", {"type": int, "help": "seed of random scores"}),
         ("--dry-run", {"action": "store_true", "help": "list what would be masked"}),

@@ -19,7 +19,7 @@ from parasparse.files.opening import open_checkpoint
 from parasparse.files.writing import check_file, check_target, writing
 from parasparse.patterns import unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
-from parasparse.text import as_text
+from parasparse.text import as_text, listed
 
 
 def prune(args: Namespace) -> str:
@@ -42,7 +42,7 @@ def _rules(args: Namespace) -> tuple[list[Rule], int | None]:
     options, rules = read_config(args.config) if args.config else ({}, {})
     if args.rule and rules:
         raise CheckpointError("rules must come from --rule or from --config, not from both.")
-    names = ("pattern", "scope", "score", "distribution", "seed")
+    names = ("pattern", "scope", "score", "distribution", "max_sparsity", "seed")
     given = {name: getattr(args, name) for name in names}
     options |= {key: value for key, value in given.items() if value is not None}
     return as_rules(rules or split_rules(args.rule), options), options.get("seed")
@@ -97,9 +97,10 @@ def _of_masks(source: Checkpoint, every: list[Reached]) -> Layout:
 def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace) -> str:
     numels = [source.infos[each.parts[0]].numel for each, _ in rows]
     kept, total = sum(kept for _, kept in rows), sum(numels)
+    emptied = _emptied(source, rows)
     line = f"{1 - kept / max(1, total):.2%} of {total:,} entries in {len(rows)} tensors are masked"
     if not args.dry_run:
-        return f"{args.output}: {line}.{left_out(source, args.output)}"
+        return f"{args.output}: {line}.{emptied}{left_out(source, args.output)}"
     table = as_text(
         ("tensor", "shape", "rule", "kept", "sparsity"),
         [
@@ -108,7 +109,22 @@ def _pruned(source: Checkpoint, rows: list[tuple[Reached, int]], args: Namespace
             for (each, kept), numel in zip(rows, numels, strict=True)
         ],
     )  # fmt: skip
-    return f"{table}\n{line.replace('are masked', 'would be masked')}; nothing was written."
+    return (
+        f"{table}\n{line.replace('are masked', 'would be masked')}; nothing was written.{emptied}"
+    )
+
+
+def _emptied(source: Checkpoint, rows: list[tuple[Reached, int]]) -> str:
+    """Return a sentence on the tensors that a sparsity below 1 makes all zeros."""
+    names = []
+    for each, kept in rows:
+        prune = each.rule.prune
+        full = prune is None or prune.sparsity in (None, 1.0)
+        if not kept and not full and source.infos[each.parts[0]].numel:
+            names.append(each.name)
+    if not names:
+        return ""
+    return f" No entry is left of {listed(names)}; --max-sparsity keeps some of each tensor."
 
 
 def _passes(each: Reached) -> int:
@@ -116,7 +132,9 @@ def _passes(each: Reached) -> int:
     prune = each.rule.prune
     assert prune is not None
     alone = prune.scope == "local" and prune.pattern is not unstructured
-    return 0 if alone else 1 if has_units(prune.pattern) else 2
+    if alone or has_units(prune.pattern):
+        return 0 if alone else 1
+    return 4 if prune.scope == "global" and prune.max_sparsity < 1 else 2
 
 
 def _nbytes(source: Checkpoint, each: Reached) -> int:

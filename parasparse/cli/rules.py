@@ -19,7 +19,7 @@ _CHOICES: dict[str, dict[str, Any]] = {
         "uniform": None, "erk": distributions.erk, "erdos-renyi": distributions.erdos_renyi,
     },
 }  # fmt: skip
-_OPTIONS = ("pattern", *_CHOICES)
+_OPTIONS = ("pattern", *_CHOICES, "max_sparsity")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def _prune(target: str, value: Any, options: Mapping[str, Any]) -> Prune | None:
             )
         sparsity = None
     chosen = {option: _chosen(option, options.get(option)) for option in _CHOICES}
+    bound = options.get("max_sparsity", 1.0)
     try:
-        return Prune(sparsity, pattern=pattern, **chosen)
+        return Prune(sparsity, pattern=pattern, max_sparsity=bound, **chosen)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'the rule of "{target}": {error}') from error
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parasparse.counts import check_sparsity, num_kept
+from parasparse.counts import check_sparsity
 from parasparse.dtypes import widened_dtype
 from parasparse.patterns.blocks_channels_heads import Units, block, channel, has_units, head
 from parasparse.patterns.n_of_m_and_bands import n_of_m
-from parasparse.patterns.selection.kth import highest
+from parasparse.patterns.selection.kth import shaped
+from parasparse.patterns.selection.scores import as_scores
+from parasparse.patterns.selection.together import ranked_together
 from parasparse.sharding.dtensors import (
     full_tensor,
     is_dtensor,
@@ -27,6 +29,22 @@ _Scores = Mapping[str, Tensor]
 def takes_sparsity(pattern: Pattern) -> bool:
     """Whether `pattern` is called with a sparsity."""
     return getattr(pattern, "takes_sparsity", True)
+
+
+def number_of(pattern: Pattern, shape: torch.Size) -> int:
+    """Return how many units, or entries, of a tensor of `shape` there are for `pattern`."""
+    if not has_units(pattern):
+        return shape.numel()
+    return pattern.pool(torch.zeros((), device="cpu").expand(shape)).numel()
+
+
+def check_can_bound(pattern: Pattern) -> None:
+    """Raise ValueError if `pattern` cannot keep `max_sparsity` for each tensor."""
+    if pattern is not unstructured and not has_units(pattern):
+        raise ValueError(
+            "`max_sparsity` must be omitted with patterns other than `unstructured` and those of "
+            f"units (`block`, `channel`, `head`); got {pattern}."
+        )
 
 
 def unstructured(scores: Tensor, sparsity: float) -> Tensor:
@@ -47,7 +65,11 @@ def unstructured(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def jointly(
-    scores: Mapping[str, Tensor], sparsity: float, *, pattern: Pattern = unstructured
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    pattern: Pattern = unstructured,
+    max_sparsity: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return a mask for each of `scores`, ranked together: they have the sparsity as a whole.
 
@@ -58,10 +80,13 @@ def jointly(
         sparsity: share of zeros among all of them, in [0, 1].
         pattern: a pattern that takes a sparsity. A custom one without `pool` and `spread` is called
             once, with all scores as one flat tensor.
+        max_sparsity: upper bound for each tensor, in [0, 1], with `unstructured` or a pattern of
+            units. Below 1, each tensor keeps at least one entry or unit.
 
     Raises:
         ValueError: the pattern takes no sparsity, or does not fit a shape; the scores contain NaN;
-            or the sparsity is outside [0, 1].
+            a sparsity is outside [0, 1]; or `max_sparsity` keeps more than `sparsity` does, or is
+            below 1 with another pattern.
 
     Examples:
         >>> masks = jointly({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}, 0.5)
@@ -71,6 +96,8 @@ def jointly(
     check_sparsity(sparsity)
     if not takes_sparsity(pattern):
         raise ValueError(f"`pattern` must take a sparsity to rank jointly; {pattern} takes none.")
+    if check_sparsity(max_sparsity, "max_sparsity") < 1:
+        check_can_bound(pattern)
     if not scores:
         return {}
     if isinstance(pattern, chain):
@@ -78,11 +105,11 @@ def jointly(
     if any(score.is_meta for score in scores.values()):
         return _on_meta(scores, sparsity, pattern)
     if pattern is unstructured:
-        return _of_entries(scores, sparsity)
+        return _of_entries(scores, sparsity, max_sparsity)
     if any(is_dtensor(score) for score in scores.values()):
-        return _of_full_tensors(scores, sparsity, pattern)
+        return _of_full_tensors(scores, sparsity, pattern, max_sparsity)
     if has_units(pattern):
-        return _of_units(scores, sparsity, pattern)
+        return _of_units(scores, sparsity, pattern, max_sparsity)
     return _of_one_flat_tensor(scores, sparsity, pattern)
 
 
@@ -92,20 +119,25 @@ def _on_meta(scores: _Scores, sparsity: float, pattern: Pattern) -> dict[str, Te
     return {name: torch.empty_like(score, dtype=torch.bool) for name, score in scores.items()}
 
 
-def _of_entries(scores: _Scores, sparsity: float) -> dict[str, Tensor]:
-    total = sum(score.numel() for score in scores.values())
-    masks = highest(list(scores.values()), num_kept(total, sparsity))
-    return dict(zip(scores, masks, strict=True))
+def _of_entries(scores: _Scores, sparsity: float, max_sparsity: float) -> dict[str, Tensor]:
+    sources = [as_scores(score) for score in scores.values()]
+    masks = ranked_together(sources, sparsity, max_sparsity=max_sparsity)
+    return dict(zip(scores, shaped(masks, list(scores.values())), strict=True))
 
 
-def _of_full_tensors(scores: _Scores, sparsity: float, pattern: Pattern) -> dict[str, Tensor]:
+def _of_full_tensors(
+    scores: _Scores, sparsity: float, pattern: Pattern, max_sparsity: float
+) -> dict[str, Tensor]:
     full = {name: full_tensor(score) for name, score in scores.items()}
-    masks = jointly(full, sparsity, pattern=pattern)
+    masks = jointly(full, sparsity, pattern=pattern, max_sparsity=max_sparsity)
     return {name: laid_out_like(mask, scores[name]) for name, mask in masks.items()}
 
 
-def _of_units(scores: _Scores, sparsity: float, pattern: Units) -> dict[str, Tensor]:
-    kept = jointly({name: pattern.pool(score) for name, score in scores.items()}, sparsity)
+def _of_units(
+    scores: _Scores, sparsity: float, pattern: Units, max_sparsity: float
+) -> dict[str, Tensor]:
+    units = {name: pattern.pool(score) for name, score in scores.items()}
+    kept = jointly(units, sparsity, max_sparsity=max_sparsity)
     return {name: pattern.spread(kept[name], score.shape) for name, score in scores.items()}
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from parasparse import patterns
-from parasparse.counts import check_sparsity, num_kept
+from parasparse.counts import bounded, check_sparsity
 from parasparse.patterns import Pattern, jointly, takes_sparsity
-from parasparse.patterns.ranked import mask_for
+from parasparse.patterns.ranked import check_can_bound, mask_for, number_of
 from parasparse.scores.piecewise import highest_by_entry
 from parasparse.scores.weights_alone import Score, is_entrywise, magnitude
 from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
@@ -30,9 +30,13 @@ class Prune:
         scope: "local" gives every tensor this sparsity; "global" ranks the entries (or units) of
             all tensors of the rule together, and this is the sparsity of all of them combined.
         distribution: `(shapes by name, sparsity) -> sparsity by name`, for scope "local" only.
+        max_sparsity: the highest sparsity that any tensor gets, in [0, 1]. Below 1, each tensor
+            keeps at least one entry (or unit). With scope "global", the other tensors make up for
+            this, and the sparsity of all of them is the same.
 
     Raises:
-        ValueError: a value is out of range, or two arguments exclude each other.
+        ValueError: a value is out of range, or two arguments exclude each other. On call: with
+            scope "global", `max_sparsity` keeps more entries than `sparsity` does.
         TypeError: `sparsity` is not a number, or another argument is not callable.
 
     Examples:
@@ -45,6 +49,7 @@ class Prune:
     pattern: Pattern = field(default=patterns.unstructured, kw_only=True)
     scope: Literal["local", "global"] = field(default="local", kw_only=True)
     distribution: Distribution | None = field(default=None, kw_only=True)
+    max_sparsity: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, type):
@@ -63,17 +68,37 @@ class Prune:
             raise ValueError("`sparsity` must be given, a share of zeros in [0, 1]; got None.")
         if self.scope == "global" and self.distribution is not None:
             raise ValueError('`scope` must be "local" with a `distribution`; got "global".')
+        if check_sparsity(self.max_sparsity, "max_sparsity") < 1:
+            self._check_bound()
 
     def _check_alone(self) -> None:
         """Raise ValueError for arguments that make sense only together with a sparsity."""
         scope = None if self.scope == "local" else self.scope
-        given = {"sparsity": self.sparsity, "scope": scope, "distribution": self.distribution}
+        bound = None if self.max_sparsity == 1 else self.max_sparsity
+        given = {
+            "sparsity": self.sparsity, "scope": scope, "distribution": self.distribution,
+            "max_sparsity": bound,
+        }  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
                     f"`{name}` must be omitted with {self.pattern}, which decides for each tensor "
                     f"how much to keep; got {value!r}."
                 )
+
+    def _check_bound(self) -> None:
+        """Raise ValueError if `max_sparsity` does not go with the other arguments."""
+        check_can_bound(self.pattern)
+        if self.distribution is not None:
+            raise ValueError(
+                "`max_sparsity` must be omitted with a `distribution`, which decides the sparsity "
+                "of each tensor. Bind it there, as in functools.partial(erk, max_sparsity=0.99)."
+            )
+        if self.sparsity is not None and self.max_sparsity < self.sparsity:
+            raise ValueError(
+                "`max_sparsity` must be at least `sparsity`, or the tensors cannot have that "
+                f"sparsity; got {self.max_sparsity} and {self.sparsity}."
+            )
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a bool mask for each of `tensors`."""
@@ -89,9 +114,11 @@ class Prune:
         by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
         if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
             return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
-        total = sum(tensor.numel() for tensor in tensors.values())
         score = magnitude if self.score is magnitude else self._score
-        return highest_by_entry(tensors, score, num_kept(total, sparsity))
+        if self.scope == "local":
+            total = sum(tensor.numel() for tensor in tensors.values())
+            sparsity = bounded(total, sparsity, self.max_sparsity)
+        return highest_by_entry(tensors, score, sparsity, max_sparsity=self.max_sparsity)
 
     def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
         """Return the sparsity of each of `tensors`."""
@@ -124,9 +151,10 @@ class Prune:
         """Return the masks of the pattern; with scope "global", rank all tensors together."""
         try:
             if self.scope == "global":
-                masks = jointly(scores, *sparsity, pattern=self.pattern)
+                most = self.max_sparsity
+                masks = jointly(scores, *sparsity, pattern=self.pattern, max_sparsity=most)
             else:
-                masks = {n: mask_for(self.pattern, s, *sparsity) for n, s in scores.items()}
+                masks = {n: self._of_one(s, *sparsity) for n, s in scores.items()}
         except (TypeError, ValueError) as error:
             nan = [n for n, s in scores.items() if s.is_floating_point() and s.isnan().any()]
             error.add_note(f"while pruning {listed(nan or scores)}")
@@ -139,6 +167,12 @@ class Prune:
                     f"got {_kind(mask)}."
                 )
         return masks
+
+    def _of_one(self, scores: Tensor, *sparsity: float) -> Tensor:
+        if self.max_sparsity < 1 and not scores.is_meta:  # which comes with a sparsity
+            number = number_of(self.pattern, scores.shape)
+            sparsity = (bounded(number, sparsity[0], self.max_sparsity),)
+        return mask_for(self.pattern, scores, *sparsity)
 
 
 def _kind(value: object) -> str:

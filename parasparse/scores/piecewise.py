@@ -7,21 +7,27 @@ import torch
 from torch import Tensor
 
 from parasparse.dtypes import widened_dtype
-from parasparse.patterns.selection.kth import highest_masks, shaped
+from parasparse.patterns.selection.kth import shaped
 from parasparse.patterns.selection.scores import Scores, Scratch, chunk_size
+from parasparse.patterns.selection.together import ranked_together
 from parasparse.scores.weights_alone import magnitude
 from parasparse.sharding.dtensors import is_dtensor, to_local
 
 
 def highest_by_entry(
-    tensors: Mapping[str, Tensor], score: Callable[..., Tensor], kept: int
+    tensors: Mapping[str, Tensor],
+    score: Callable[..., Tensor],
+    sparsity: float,
+    *,
+    max_sparsity: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return the masks of `highest` for entrywise scores of `tensors`, by name.
+    """Return the masks of `ranked_together` for entrywise scores of `tensors`, by name.
 
     `score` is called as `(chunk, name)`. Each process scores its own parts of sharded tensors.
     """
     sources = [_scored(tensor, score, name) for name, tensor in tensors.items()]
-    masks = shaped(highest_masks(sources, kept), list(tensors.values()))
+    found = ranked_together(sources, sparsity, max_sparsity=max_sparsity)
+    masks = shaped(found, list(tensors.values()))
     return dict(zip(tensors, masks, strict=True))
 
 

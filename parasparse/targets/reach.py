@@ -107,6 +107,9 @@ def _misses(spec: Spec | None, targets: list[Target], must: str) -> str:
         globs = [glob for glob in globs if any(reaches(glob, target) for target in targets)]
         near = nearest(spec, dict.fromkeys([*globs, *modules, *names]))
         near = near or (f" (there are: {listed(names, most=4)})" if names else "")
+    if spec is None:
+        dense = [f"{t.name} ({reason})" for t, reason in why_dense(targets).items()]
+        near = f", which it leaves dense: {listed(dense, most=4)}" if dense else ""
     what = "a sparsity alone" if spec is None else f'"{described(spec)}"'
     return (
         f"{must}; {what} reaches none of {len(targets)} tensors{near}. Globs, regexes and types "

@@ -2,8 +2,9 @@
 
 These are the parameters with two or more dimensions, except those that a model looks up, adds or
 scales with: embeddings and other tables, norms, biases, gains, scales, routers, positions and
-learned tokens. The class of torch's own layers says what a tensor is. In other modules, its shape,
-the class of the module and the words in its name do.
+learned tokens. The class of torch's own layers says what a tensor is. In other modules, the last
+word of its name does if that is a word for a matrix. Otherwise, its shape, the class of the module,
+the bias beside it and all words in its name do.
 """
 
 import re
@@ -31,7 +32,18 @@ _KINDS = {
     }.items()
     for word in words.split()
 }
-_STATE_SPACE = ("A", "D")  # in Mamba: decay rates, and a gain
+# "scale_proj" is a projection, "proj_scale" a scale.
+_MATRICES = {
+    "proj", "projection", "kernel", "matrix", "linear", "dense", "fc", "conv", "mixing", "mixer",
+    "down", "up",
+}  # fmt: skip
+# What the name of a scale adds to that of its weight: "weight_scale_inv", "weight_g".
+_SCALES = {
+    "scale", "scales", "inv", "zero", "zeros", "point", "points", "zp", "absmax", "amax", "gain",
+    "g", "s", "magnitude", "bias",
+}  # fmt: skip
+# In a state space model, the decay rates and a gain; a module with A and B alone is low-rank.
+_STATE_SPACE = {"A": {"C", "D"}, "D": {"A", "A_log"}}
 _ROUTERS = ("gate", "gating", "wg")  # modules beside "experts"
 
 
@@ -69,23 +81,46 @@ def _reason(target: Target, with_experts: set[str]) -> str | None:
     if is_companion(target):
         return "bias" if "bias" in words else "scale"
     classes = " ".join(base.__name__ for module in modules for base in type(module).__mro__)
-    if re.search(r"Embedding\b", classes) and not any(_has_bias(module) for module in modules):
-        return "embedding"
-    if re.search(r"(Norm|GRN)(\dd)?\b", classes):
-        return "norm"
-    if target.sites[0].attr in _STATE_SPACE:
+    if not _is_matrix(target):
+        if re.search(r"Embedding\b", classes):
+            return "embedding"
+        if re.search(r"(Norm|GRN)(\dd)?\b", classes):
+            return "norm"
+    if _is_of_state_space(target.sites[0]):
         return "state space"
     if len(target.shape) < 2:
         return _kind(words) or "one dimension"
-    return _kind(words) or ("gain" if is_vector else None)
+    # A matrix of means or deviations belongs to a random weight.
+    return _kind(words - {"mean", "std"}) or ("gain" if is_vector else None)
+
+
+def _is_matrix(target: Target) -> bool:
+    """Whether its name or the bias beside it says that it is a matrix, whatever its class says."""
+    if len(target.shape) < 2:
+        return False
+    own = [re.findall("[a-z]+", _spaced(name.rpartition(".")[2])) for name in target.names]
+    named = any(words and words[-1] in _MATRICES for words in own)
+    return named or any(_has_bias_of_outputs(site) for site in target.sites)
+
+
+def _has_bias_of_outputs(site: Site) -> bool:
+    """Whether a bias beside a matrix has one number for each of its rows or columns.
+
+    The bias of a norm has the shape of its gain.
+    """
+    if "bias" not in reading.tensor_names(site.module)[0]:
+        return False
+    bias, shape = reading.stored(site.module, "bias").shape, site.stored().shape
+    return len(bias) == 1 and bias[0] in (*shape[:2], shape[-1])
+
+
+def _is_of_state_space(site: Site) -> bool:
+    beside = reading.tensor_names(site.module)[0]
+    return not _STATE_SPACE.get(site.attr, set()).isdisjoint(beside)
 
 
 def _has_key(module: nn.Module) -> bool:
     return any("key" in name.lower() for name in reading.tensor_names(module)[0])
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return "bias" in reading.tensor_names(module)[0]
 
 
 def _scales(small: torch.Size, shape: torch.Size) -> bool:
@@ -109,9 +144,16 @@ def _words(target: Target) -> Iterator[str]:
         path, _, own = name.rpartition(".")
         if own.isdecimal():
             own = "_".join(path.split(".")[-2:])
-        if own.startswith("weight") or own.endswith("weight"):
+        words = re.findall("[a-z]+", _spaced(own))
+        is_weight = own.startswith("weight") or own.lower().endswith("weight")
+        if is_weight or (words and words[-1] in _MATRICES):
             continue  # whatever else the name says
-        yield from re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", own).lower())
+        yield from words
+
+
+def _spaced(name: str) -> str:
+    """Return a name in lower case, with _ between the words of camel case."""
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _is_router(target: Target, with_experts: set[str]) -> bool:
@@ -132,6 +174,8 @@ def _is_companion(site: Site) -> bool:
         extends = site.attr.startswith(f"{name}_") or (name == gain_of and name != site.attr)
         if extends:
             shape = reading.stored(site.module, name).shape
-            if own.numel() < shape.numel() and _scales(own, shape):
+            added = set(re.findall("[a-z]+", site.attr.removeprefix(name)))
+            is_scale = bool(added & _SCALES) or sum(size > 1 for size in own) < 2
+            if is_scale and own.numel() < shape.numel() and _scales(own, shape):
                 return True
     return False

@@ -15,6 +15,7 @@ from parasparse.masks.gate_kinds import Sigmoid
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import assignments
 from parasparse.rules.types import Rules
+from parasparse.rules.warn import warn_left_dense
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
@@ -86,6 +87,7 @@ class ContinuousSparsification(Controller):
         self.model, self.final_temperature, self.steps = model, final_temperature, steps
         self.step_in_round, self.rounds = 0, 0
         self._names = [each.target.name for each in assigned]
+        warn_left_dense(assigned, stacklevel=2)
         apply(model, assigned)
         self._last = self._hard()
         self._start, self.history = copied(self._last), []

@@ -13,12 +13,18 @@ from parasparse.counts import check_sparsity
 from parasparse.optim import check_clearable, check_in_optimizer, parameters_of, zero_entries
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.types import Rules
+from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.schedules import as_every
 from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
 from parasparse.training.controller import Controller
 from parasparse.training.history import copied, loaded, masks_of, saved, update_of
-from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
+from parasparse.training.scaled_rules import (
+    as_rules,
+    check_floors_at_the_end,
+    scaled,
+    with_sparsity,
+)
 from parasparse.verbs.sparsify import apply
 
 
@@ -70,9 +76,12 @@ class GradualPruning(Controller):
         self.steps, self._is_over = 0, False
         self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         assigned = assignments(model, self._rules_at(0), pairs=True)
+        check_floors_at_the_end(assigned, self._rules)
         if optimizer is not None:
             check_in_optimizer(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
+        warn_left_dense(assigned, stacklevel=2)
+        warn_emptied(assigned, stacklevel=2)
         apply(model, assigned)
         self._start, self.history = copied(masks_of(model, self._names)), []
 
@@ -117,7 +126,9 @@ class GradualPruning(Controller):
         targets = [t for t in masked_targets(self.model) if t.name in before]
         if self.optimizer is not None:
             check_clearable(self.optimizer, [p for t in targets for p in parameters_of(t)])
-        apply(self.model, assignments(self.model, self._rules_at(step), pairs=True))
+        assigned = assignments(self.model, self._rules_at(step), pairs=True)
+        warn_emptied(assigned, stacklevel=3)
+        apply(self.model, assigned)
         after = masks_of(self.model, self._names)
         if self.optimizer is not None:
             for target in targets:

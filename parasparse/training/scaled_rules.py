@@ -3,6 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from parasparse.counts import check_floors, least_kept
+from parasparse.patterns.ranked import number_of
+from parasparse.rules.assignments import Assignment
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import as_treatment
 from parasparse.scores.weights_alone import magnitude
@@ -21,6 +24,22 @@ def scaled(prune: Prune | None, share: float) -> Prune | None:
     if share == 0:  # nothing is ranked: at the start the score may have no data yet
         return replace(prune, sparsity=0.0, score=magnitude)
     return replace(prune, sparsity=share * prune.sparsity)
+
+
+def check_floors_at_the_end(
+    assigned: list[Assignment], rules: list[tuple[Any, Prune | None]]
+) -> None:
+    """Raise ValueError if floors of `rules` keep too much at their full sparsity.
+
+    `assigned` are the assignments of `rules`, scaled.
+    """
+    for spec, prune in rules:
+        if prune is None or prune.max_sparsity == 1 or prune.scope == "local":
+            continue
+        shapes = [each.target.shape for each in assigned if each.rule is spec]
+        sizes = [number_of(prune.pattern, shape) for shape in shapes]
+        floors = [least_kept(size, prune.max_sparsity) for size in sizes]
+        check_floors(floors, sum(sizes), prune.sparsity or 0.0)
 
 
 def with_sparsity(treatment: Any) -> Prune | None:

@@ -15,11 +15,17 @@ from parasparse.optim import check_in_optimizer
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Rules
+from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.scores.weights_alone import Score
 from parasparse.training.controller import Controller
 from parasparse.training.history import copied, loaded, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
-from parasparse.training.scaled_rules import as_rules, scaled, with_sparsity
+from parasparse.training.scaled_rules import (
+    as_rules,
+    check_floors_at_the_end,
+    scaled,
+    with_sparsity,
+)
 from parasparse.verbs.sparsify import apply
 
 
@@ -86,9 +92,11 @@ class LotteryTicket(Controller):
         self.steps, self.round = 0, 0
         self._rules = [(spec, with_sparsity(rule)) for spec, rule in as_pairs(rules)]
         assigned = assignments(model, self._rules_at(0, {}), pairs=True)
+        check_floors_at_the_end(assigned, self._rules)
         if optimizer is not None:
             check_in_optimizer(optimizer, [each.target for each in assigned])
         self._names = {each.target.name for each in assigned}
+        warn_left_dense(assigned, stacklevel=2)
         apply(model, assigned)
         self._start, self.history = copied(masks_of(model, self._names)), []
         self._checkpoint: dict[str, Any] | None = None
@@ -118,8 +126,9 @@ class LotteryTicket(Controller):
                 f"`step()` has been called {self.steps} times."
             )
         before = copied(masks_of(self.model, self._names))
-        rules = self._rules_at(self.round + 1, before)
-        apply(self.model, assignments(self.model, rules, pairs=True))
+        assigned = assignments(self.model, self._rules_at(self.round + 1, before), pairs=True)
+        warn_emptied(assigned, stacklevel=2)
+        apply(self.model, assigned)
         self.round += 1
         after = masks_of(self.model, self._names)
         self.history.append(update_of(self.steps, before, after, self._start))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from parasparse.attach import attaching
@@ -13,9 +11,8 @@ from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import Assignment, assignments
 from parasparse.rules.types import Rules
+from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.sharding.fsdp import follow
-from parasparse.targets.left_dense import unexpectedly_dense
-from parasparse.text import listed
 
 
 def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
@@ -38,20 +35,18 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
     Raises:
         TypeError, ValueError, RuntimeError: a rule cannot be applied. The model is unchanged.
 
+    Warns:
+        UserWarning: a sparsity below 1 leaves no entry of a tensor; or a treatment without a target
+            may have missed a tenth of the weights.
+
     Examples:
         >>> model = sparsify(nn.Linear(10, 10), 0.9)
         >>> int((model.weight != 0).sum())
         10
     """
     assigned = assignments(model, rules, pairs=pairs)
-    if assigned and all(each.rule is None for each in assigned):
-        missed = unexpectedly_dense(assigned.targets)
-        if missed:
-            warnings.warn(
-                f"a sparsity alone leaves {listed(missed)} dense, a tenth of the weights or more. "
-                "Write rules that name them, with a sparsity or None.",
-                stacklevel=2,
-            )
+    warn_left_dense(assigned, stacklevel=2)
+    warn_emptied(assigned, stacklevel=2)
     apply(model, assigned)
     return model
 

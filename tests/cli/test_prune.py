@@ -54,10 +54,20 @@ CASES = {
                {"layer*": Prune(0.5, score=ps.scores.random)}),
     "random globally": (["layer*=0.5"], ["--score", "random", "--seed", "7", "--scope", "global"],
                         {"layer*": Prune(0.5, score=ps.scores.random, scope="global")}),
+    "a floor": (["layer*=0.9"], ["--scope", "global", "--max-sparsity", "0.901"],
+                {"layer*": Prune(0.9, scope="global", max_sparsity=0.901)}),
+    "a floor of channels": (
+        ["layer*=0.9"],
+        ["--pattern", "channel:0", "--scope", "global", "--max-sparsity", "0.95"],
+        {"layer*": Prune(0.9, pattern=patterns.channel(0), scope="global", max_sparsity=0.95)},
+    ),
+    "a floor of each tensor": (["layer*=0.999"], ["--max-sparsity", "0.999"],
+                               {"layer*": Prune(0.999, max_sparsity=0.999)}),
     "all": (["layer*=1.0"], ["--scope", "global"], {"layer*": Prune(1.0, scope="global")}),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:no entry is left")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @all_formats
 def test_prune_is_sparsify_and_squash(tmp_path, kind, case):
@@ -190,6 +200,7 @@ def test_torch_files_can_be_written_where_maps_cannot_be_shared(tmp_path, monkey
     check_same(loaded(tmp_path / "b.pt"), loaded(tmp_path / "a.pt"))
 
 
+@pytest.mark.filterwarnings("ignore:no entry is left")
 def test_large_tensors_come_by_in_fresh_maps(tmp_path, monkeypatch):
     from parasparse.files import checkpoint
 
@@ -208,3 +219,13 @@ def test_old_torch_files_are_read(tmp_path):
     assert run("prune", tmp_path / "in.pt", tmp_path / "out.pt", "--rule", "layer*=0.9") == 0
     assert (loaded(tmp_path / "out.pt")["layer1.weight"] == 0).sum() == round(0.9 * 1152)
     assert partial(run, "inspect")(tmp_path / "out.pt") == 0
+
+
+def test_tensors_that_are_emptied_are_named(tmp_path, capsys):
+    source, out = written(tmp_path, "pt", state()), out_of(tmp_path, "pt")
+    flags = ("--rule", "layer*=0.9", "--scope", "global")
+    for more, named in ((), True), (("--max-sparsity", "0.95"), False):
+        for last in ("--dry-run", "--force"):
+            assert run("prune", source, out, *flags, *more, last) == 0
+            said = capsys.readouterr().out
+            assert ('No entry is left of "layer1.weight"; --max-sparsity' in said) == named

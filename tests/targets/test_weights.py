@@ -107,6 +107,28 @@ REACHED = {
     "a projection": module("PatchEmbedding", weight=(8, 8), bias=(8,)),
     "a layer with a norm in its name": module("NormLinear", weight=(8, 8)),
     "two directions": nn.LSTM(4, 8, bidirectional=True),
+    "a Linear called a norm": type("NormalizedLinearNorm", (nn.Linear,), {})(8, 8),
+    "a Linear called an embedding": type("PatchEmbedding", (nn.Linear,), {})(8, 8),
+    "a convolution called a norm": module("ConvBatchNorm", weight=(8, 4, 3, 3), bias=(8,)),
+    "an own weight_norm": module("WeightNorm", weight_v=(8, 4), weight_g=(8, 1), bias=(8,)),
+    "a modulation": module("AdaptiveNorm", weight=(16, 8), bias=(16,)),
+    "a layer in a norm": module("HyperNorm", fc=(8, 8)),
+    "a kernel in an embedding": module("InputEmbedding", kernel=(16, 8)),
+    "attention scaled": module("ScaledDotAttention", w_query=(8, 8), w_key=(8, 8)),
+    "query and key and value": module("CrossAttention", query_proj=(8, 8), kv_proj=(8, 16)),
+    "feed-forward": module("PositionwiseFeedForward", w1=(16, 8), w2=(8, 16)),
+    "projections of what is looked up": module(
+        "EmbeddingProjection", emb_proj=(8, 16), position_proj=(8, 8), table_projection=(8, 4)
+    ),
+    "mixers": module("TokenMixer", token_mixing=(8, 8), channel_mixing=(8, 8)),
+    "norm and convolution": module("GroupNormConv", weight=(8, 8, 3, 3)),
+    "latent attention": module("MultiLatentAttention", latent_down=(4, 16), latent_up=(16, 4)),
+    "means of random weights": module("BayesianLinear", w_mean=(8, 8), w_std=(8, 8)),
+    "low rank by letters": module("LoRA", A=(2, 16), B=(16, 2)),
+    "words without a line": module("Own", embedWeight=(8, 8), queryKernel=(8, 8)),
+    "numbered": module("MLP", w=(32, 16), w_2=(16, 8)),
+    "separable": module("Separable", kernel=(8, 8, 3, 3), kernel_pointwise=(8, 8)),
+    "a shared expert": module("Experts", weight=(4, 8, 8), weight_shared=(8, 8)),
 }
 DENSE = {
     "norm": module("ComplexBatchNorm2d", weight=(2, 2, 8)),
@@ -117,8 +139,10 @@ DENSE = {
     "scale": module("Block", layer_scale=(8, 8)),
     "bias": module("Attention", rel_bias=(8, 8)),
     "embedding of torch": nn.Embedding(9, 8),
+    "state space": module("Mixer", A=(1, 6), D=(1, 1)),
     "router": nn.ModuleDict({"gate": nn.Linear(8, 4), "experts": module(w=(4, 8, 8))}),
 }
+# Dense beside them.
 ALSO = {"up_bias", "weight_scale_inv", "weight_g", "bias", "bias_ih_l0", "bias_hh_l0",
         "bias_ih_l0_reverse", "bias_hh_l0_reverse"}  # fmt: skip
 
@@ -138,6 +162,23 @@ def test_what_is_no_weight_stays_dense_and_the_table_says_why(kind):
     assert reasons == {kind.removesuffix(" of torch")}
     assert ps.summary(ps.sparsify(model, 0.5)).dense == plan.dense
     assert f"({kind.removesuffix(' of torch')})" in str(plan)
+
+
+def test_the_last_word_of_a_name_says_what_it_is():
+    model = module(
+        "Own", scale_proj=(8, 8), proj_scale=(8, 8), bias_kernel=(8, 8), down_bias=(8, 8)
+    )
+    plan = ps.plan(model, 0.5)
+    assert [row.name for row in plan] == ["scale_proj", "bias_kernel"]
+    assert [(row.name, row.reason) for row in plan.dense] == [
+        ("proj_scale", "scale"), ("down_bias", "bias"),
+    ]  # fmt: skip
+
+
+def test_a_model_of_which_nothing_is_reached_says_why():
+    model = module("ConvNorm", weight=(8, 8))
+    with pytest.raises(ValueError, match=r'which it leaves dense: "weight \(norm\)"'):
+        ps.sparsify(model, 0.5)
 
 
 def test_scales_are_reached_by_their_exact_name_only():

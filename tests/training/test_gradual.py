@@ -15,6 +15,7 @@ def build():
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
+@pytest.mark.filterwarnings("ignore:no entry is left")
 @given(
     st.floats(0, 1),
     st.integers(1, 20),

@@ -159,6 +159,7 @@ def test_a_failed_round_changes_nothing_and_one_too_early_is_refused():
     assert all(mask.all() for _, mask in ps.named_masks(model))
 
 
+@pytest.mark.filterwarnings("ignore:no entry is left")
 @pytest.mark.parametrize(
     "pattern", [ps.patterns.channel(0, norm=2), ps.patterns.block((2, 3), norm=math.inf)], ids=str
 )

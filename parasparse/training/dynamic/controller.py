@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parasparse.optim import check_clearable, check_in_optimizer, has_stepped, momentum_of
 from parasparse.patterns import n_of_m
 from parasparse.rules.types import Rules
+from parasparse.rules.warn import warn_left_dense
 from parasparse.schedules import Constant, as_every
 from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
@@ -111,6 +112,7 @@ class DynamicSparsity(Controller):
         check_in_optimizer(optimizer, [each.target for each in assigned], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
         self._is_next()  # if `every` raises, it does so before anything has changed
+        warn_left_dense(assigned, stacklevel=2)
         apply(model, assigned)
         self._begin()
 

@@ -16,7 +16,7 @@ from parasparse.masks.mask import Mask
 from parasparse.optim import keeps_momentum
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
-from parasparse.rules.assignments import Assignment, as_pairs, assignments
+from parasparse.rules.assignments import Assignment, Assignments, as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import as_treatment, is_array, keep_nonzero
 from parasparse.rules.types import Rules
@@ -36,7 +36,7 @@ _DRAWN: dict[str, dict[str, Any]] = {
 Init = str | Mapping[str, Any]
 
 
-def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[list[Assignment], list[Layer]]:
+def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments, list[Layer]]:
     """Return the assignments of the first masks and their layers, without changing `model`.
 
     `init` and errors are those of `DynamicSparsity`.
