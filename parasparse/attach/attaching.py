@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from parasparse.attach.classes import base_class, is_masked_class, is_stock_class, masked_class
-from parasparse.attach.dense_keys import accept_dense_keys
+from parasparse.attach.container import Parametrizations, put_stack
+from parasparse.attach.dense_keys import accept_dense_keys_of, refuse_dense_keys_of
 from parasparse.attach.older_hooks import pruned_names, undo_prune
 from parasparse.attach.pair_stack import PairParametrizationList
 from parasparse.attach.reading import in_order, masked_stacks, stacks_of, tensor_names
-from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_of
+from parasparse.attach.stack import MaskedParametrizationList, stack_of
 
 
 def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
     """Mask tensor `name` of `module`, which has no mask yet, with `mask`."""
     if name in pruned_names(module):
         undo_prune(module, name)
-    if "_dense_order" not in module.__dict__:
-        module.__dict__["_dense_order"] = tensor_names(module)
+    keep_order(module)
     stack = stack_of(module, name)
     if stack is not None:  # such as weight_norm, which stays below the mask
         stack._modules[str(len(stack))] = mask
@@ -42,9 +42,7 @@ def attach(module: nn.Module, name: str, mask: nn.Module) -> None:
         stack = MaskedParametrizationList(tensor, mask, persistent=persistent)
         put_stack(module, name, stack)
     stack.train(module.training)
-    if not any(_is_key_hook(hook) for hook in module._load_state_dict_pre_hooks.values()):
-        module.register_load_state_dict_pre_hook(accept_dense_keys)
-    _reclass(module)
+    reclass(module)
 
 
 def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
@@ -59,15 +57,16 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
     if baked is None and len(stack) > 1:
         del stack._modules[str(len(stack) - 1)]
         stack.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]
-        _reclass(module)
+        reclass(module)
         return
     tensor = stack.original if baked is None else baked
     persistent = "original" not in stack._non_persistent_buffers_set
-    del stacks_of(module)[name]
-    if not stacks_of(module):
+    container: Any = module._modules["parametrizations"]
+    del container._modules[name]
+    if not container._modules:
         del module._modules["parametrizations"]
     parameters, buffers = module.__dict__["_dense_order"]
-    _reclass(module)
+    reclass(module)
     # `register_parameter` fails in modules whose `__getattr__` finds the name elsewhere.
     if isinstance(tensor, nn.Parameter):
         module._parameters[name] = tensor
@@ -81,18 +80,21 @@ def detach(module: nn.Module, name: str, baked: Tensor | None = None) -> None:
         module._init_flat_weights()
 
 
-def _reclass(module: nn.Module) -> None:
+def reclass(module: nn.Module) -> None:
     """Give `module` the class for its masked tensors, and drop the state that only masks need."""
     masked = frozenset(name for name, _ in masked_stacks(module))
-    if not masked:
-        module.__dict__.pop("_dense_order", None)
-        hooks = module._load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if _is_key_hook(hook)]:
-            del hooks[key]
-    elif isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)  # computed at each read from now on
-    base = base_class(module)
     names = frozenset(stacks_of(module))
+    if names:
+        container: Any = module._modules["parametrizations"]
+        container.__class__ = Parametrizations if masked else nn.ModuleDict
+    if masked:
+        accept_dense_keys_of(module)
+        if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("_flat_weights", None)  # computed at each read from now on
+    else:
+        refuse_dense_keys_of(module)
+        module.__dict__.pop("_dense_order", None)
+    base = base_class(module)
     new = masked_class(base, masked, names) if names else base
     old = type(module)
     if not (old is base or is_masked_class(old) or is_stock_class(old)):
@@ -117,8 +119,10 @@ def _on_top(old: type, base: type, new: type) -> type:
 _ON_TOP: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()
 
 
-def _is_key_hook(hook: Any) -> bool:
-    return getattr(hook, "hook", None) is accept_dense_keys
+def keep_order(module: nn.Module) -> None:
+    """Remember the order of the tensors of `module`, which masks change."""
+    if "_dense_order" not in module.__dict__:
+        module.__dict__["_dense_order"] = tensor_names(module)
 
 
 def _reorder(held: dict[str, Any], first: list[str]) -> None:

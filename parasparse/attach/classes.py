@@ -6,14 +6,17 @@ compile in as many frames as when dense, and a copy, pickle or removal does not 
 """
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 from torch.nn.utils._named_member_accessor import swap_tensor
 
+from parasparse.attach.graph_modules import graph_methods
 from parasparse.attach.stack import MaskedParametrizationList, originals_in, stack_of
 from parasparse.masks.hooks import is_hooked
 
@@ -63,11 +66,6 @@ class _SharedClass(type):
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
-        if name in getattr(cls, "_masked", ()):
-            raise RuntimeError(
-                f"torch's remove_parametrizations cannot remove the mask of {name!r}. Use "
-                "parasparse.squash(module) or parasparse.unsparsify(module)."
-            )
         getter = getattr(vars(cls).get(name), "fget", None)
         if getattr(getter, "__module__", None) != __name__:  # ours falls back to the plain tensor
             super().__delattr__(name)
@@ -107,14 +105,17 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "_base": base,
-        "_masked": masked,
     }
+    if masked:
+        namespace["__delattr__"] = _del_over(base.__delattr__, masked | {"parametrizations"})
     if issubclass(base, nn.RNNBase) and masked:
         namespace |= _RNN
         if base.check_input is nn.RNNBase.check_input:
             namespace["check_input"] = _check_input
     if issubclass(base, nn.ParameterDict):
-        namespace["__delitem__"] = _delitem_over(base, masked)
+        namespace["__delitem__"] = _del_over(base.__delitem__, masked)
+    if issubclass(base, GraphModule):
+        namespace |= graph_methods(base, partial(masked_class, masked=masked, names=names))
     metaclass: Any = _SharedClass
     if type(base) is not type:  # such as ABCMeta
         metaclass = type("_SharedClass", (_SharedClass, type(base)), {})
@@ -123,6 +124,8 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
     bases = (_NotAsked, base) if is_asked else (base,)
     kind = "Masked" if masked else "Parametrized"
     shared: type = metaclass(f"{kind}{base.__name__}", bases, namespace)
+    if is_asked:
+        shared.__bases__ = (base,)  # torch's `type_before_parametrizations` reads the first
     return shared
 
 
@@ -132,16 +135,17 @@ class _NotAsked:
     def __init_subclass__(cls) -> None: ...
 
 
-def _delitem_over(base: Any, masked: frozenset[str]) -> Any:
-    def __delitem__(self: nn.ParameterDict, key: str) -> None:  # noqa: N807
-        if key in masked:
+def _del_over(delete: Any, masked: frozenset[str]) -> Any:
+    def refuse_or_delete(self: nn.Module, name: str) -> None:
+        if name in masked:
+            state = "holds masks" if name == "parametrizations" else "is masked"
             raise RuntimeError(
-                f'"{key}" is masked and cannot be deleted. Call parasparse.squash or '
+                f'"{name}" {state} and cannot be deleted. Call parasparse.squash or '
                 "parasparse.unsparsify first."
             )
-        base.__delitem__(self, key)
+        delete(self, name)
 
-    return __delitem__
+    return refuse_or_delete
 
 
 def _setattr_over(base: Any, masked: frozenset[str]) -> Any:

@@ -10,6 +10,24 @@ from parasparse.attach.reading import masked_stacks, stacks_of
 from parasparse.masks import protocol
 
 
+def accept_dense_keys_of(module: nn.Module) -> None:
+    """Let `module` load dense checkpoints from now on."""
+    hooks = module._load_state_dict_pre_hooks
+    if not any(_is_ours(hook) for hook in hooks.values()):
+        module.register_load_state_dict_pre_hook(accept_dense_keys)
+
+
+def refuse_dense_keys_of(module: nn.Module) -> None:
+    """Undo `accept_dense_keys_of`."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+        del hooks[key]
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is accept_dense_keys
+
+
 def accept_dense_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: object
 ) -> None:

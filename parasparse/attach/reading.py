@@ -1,5 +1,6 @@
 """Reads the tensors of a module: stored and effective values, masks, names."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,6 @@ def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizatio
     for name, stack in stacks_of(module).items():
         if isinstance(stack, MaskedParametrizationList):
             yield name, stack
-
-
-def all_masked_stacks(model: nn.Module) -> list[MaskedParametrizationList]:
-    """Return the stacks of all masked tensors of `model`, tied ones once for each use."""
-    return [stack for module in model.modules() for _, stack in masked_stacks(module)]
 
 
 def mask_module(module: nn.Module, name: str) -> nn.Module | None:
@@ -74,10 +70,30 @@ def tensor_names(module: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def stacks_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """Return the parametrizations of each tensor of `module` itself, with or without a mask."""
+    """Return the parametrizations of each tensor of `module` itself, with or without a mask.
+
+    Raises:
+        ValueError: a program that was exported or traced has masks there, which are plain tensors.
+    """
     if "parametrizations" not in module._modules:
         return {}
-    return module._modules["parametrizations"]._modules  # type: ignore[union-attr, return-value]
+    container: Any = module._modules["parametrizations"]
+    if not isinstance(container, nn.ModuleDict):
+        _check_without_masks(container)
+    held = container._modules.items()
+    return {n: stack for n, stack in held if isinstance(stack, parametrize.ParametrizationList)}
+
+
+def _check_without_masks(container: nn.Module) -> None:
+    """Raise ValueError if a program has a mask, or the logits of a gate, in `container`."""
+    for name, _ in (*container.named_buffers(), *container.named_parameters()):
+        found = re.fullmatch(r"([^.]+)\.\d+\.(mask|logits)", name)
+        if found:
+            raise ValueError(
+                f'the mask of "{found[1]}" is part of an exported or traced program, where it can '
+                "be neither read nor changed. Use the model that the program was made from, or "
+                "`squash` that model before you export or trace it."
+            )
 
 
 def in_order(names: list[str], first: tuple[str, ...] | list[str]) -> list[str]:

@@ -1,13 +1,14 @@
 """The list at `module.parametrizations.weight` if its last module is a mask."""
 
 import copy
+import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from parasparse.attach.any_names import AnyNames
 from parasparse.attach.inverses import right_inverse
 from parasparse.masks import protocol
 from parasparse.masks.apply import is_recorded, is_tracing
@@ -17,7 +18,9 @@ def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | 
     """Return the parametrizations of tensor `name` of `module`, with or without a mask, or None."""
     modules = module._modules  # a ScriptModule has no `get` here
     stacks = modules["parametrizations"] if "parametrizations" in modules else None  # noqa: SIM401
-    found = None if stacks is None else stacks._modules.get(name)
+    if not isinstance(stacks, nn.ModuleDict):  # programs that were exported have a plain module
+        return None
+    found = stacks._modules.get(name)
     return found if isinstance(found, parametrize.ParametrizationList) else None
 
 
@@ -29,17 +32,6 @@ def original_names(stack: parametrize.ParametrizationList) -> list[str]:
 def originals_in(stack: parametrize.ParametrizationList) -> tuple[Any, ...]:
     """Return the stored tensors of `stack`."""
     return tuple(getattr(stack, name) for name in original_names(stack))
-
-
-def put_stack(module: nn.Module, name: str, stack: parametrize.ParametrizationList) -> None:
-    """Register `stack` as the parametrizations of tensor `name` of `module`."""
-    if "parametrizations" not in module._modules:
-        module.add_module("parametrizations", nn.ModuleDict())
-    stacks = module._modules["parametrizations"]
-    assert stacks is not None
-    if hasattr(nn.ModuleDict, name):
-        stacks.__class__ = AnyNames  # ModuleDict refuses such a name
-    stacks._modules[name] = stack
 
 
 class MaskedParametrizationList(parametrize.ParametrizationList):
@@ -60,7 +52,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
         # Not ParametrizationList's `__init__`: it reads the tensor, which fails without a mask, and
         # calls `set_`, which replaces the AccumulateGrad node (ddp_wrapped_before_sparsify).
-        nn.ModuleList.__init__(self, [mask])
+        nn.ModuleList.__init__(self)
+        self.add_module("0", mask)
         self.is_tensor = True
         self.ntensors = 1
         self.unsafe = False
@@ -213,10 +206,33 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
 
     def append(self, module: nn.Module) -> NoReturn:
         """Refuse, because another parametrization after the mask would fill its zeros."""
+        self._refuse(type(module).__name__)
+
+    def extend(self, modules: Iterable[nn.Module]) -> NoReturn:
+        """Refuse, as `append` does."""
+        self._refuse(", ".join(type(module).__name__ for module in modules))
+
+    @property
+    def parametrizations(self) -> NoReturn:
+        """Refuse to be asked by torch's `register_parametrization`; else there is none."""
+        # torch asks `is_parametrized` before it changes anything.
+        caller = sys._getframe(1).f_back
+        if caller and caller.f_code is parametrize.register_parametrization.__code__:
+            self._refuse("a parametrization of the stored tensor")
+        raise AttributeError
+
+    def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(
-            f"{type(module).__name__} cannot be registered on a masked tensor, because the mask "
-            "must stay last. Remove the mask with parasparse.unsparsify (or parasparse.squash), "
-            "register, and call parasparse.sparsify again."
+            f"{what} cannot be registered on a masked tensor, because the mask must stay last. "
+            "Remove the mask with parasparse.unsparsify (or parasparse.squash), register, and call "
+            "parasparse.sparsify again."
+        )
+
+    def __delitem__(self, key: int | slice) -> None:
+        """Refuse, because the mask must stay."""
+        raise RuntimeError(
+            "a parametrization of a masked tensor cannot be deleted. Call parasparse.squash or "
+            "parasparse.unsparsify first."
         )
 
     def _feeds_alone(self, value: Tensor) -> bool:

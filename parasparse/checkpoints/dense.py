@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from parasparse import names
 from parasparse.attach import reading
@@ -57,8 +56,14 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 def _dense_order(model: nn.Module) -> Iterable[str]:
     for plain, name, module, _ in named_modules(model):
         parameters, buffers = reading.tensor_names(module)
-        held = [*parameters, *module._parameters, *buffers, *module._buffers, "_extra_state"]
-        if is_parametrized(module):  # other parametrizations are a submodule like any other
+        held = [
+            *parameters,
+            *module._parameters.keys(),
+            *buffers,
+            *module._buffers.keys(),
+            "_extra_state",
+        ]
+        if reading.stacks_of(module):  # other parametrizations are a submodule like any other
             inside = module.get_submodule("parametrizations").state_dict()
             held += [f"parametrizations.{own}" for own in inside]
         for own in held:

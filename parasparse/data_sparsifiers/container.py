@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.attach.stack import MaskedParametrizationList, put_stack, stack_of
+from parasparse.attach.container import put_stack
+from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.masks.apply import apply_mask
 from parasparse.names import inside
 

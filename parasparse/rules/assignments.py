@@ -17,6 +17,7 @@ from parasparse.attach.accelerated import check_not_accelerated
 from parasparse.attach.classes import base_class
 from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
+from parasparse.attach.reading import stacks_of
 from parasparse.attach.stack import stack_of
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
@@ -195,10 +196,10 @@ def _check_site(site: Site, name: str) -> None:
             "weight in place when it is called, which a mask would lose. Set `max_norm` to None."
         )
     check_not_offloaded(site.module, site.attr, name)
-    if not isinstance(site.module._modules.get("parametrizations", nn.ModuleDict()), nn.ModuleDict):
+    if "parametrizations" in site.module._modules and not stacks_of(site.module):
         raise ValueError(
             f'the module of "{name}" has a submodule "parametrizations", the name that torch uses '
-            "for its own. Rename it."
+            "for its own. Rename it, or call `sparsify` before you export the model."
         )
 
 

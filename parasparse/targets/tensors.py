@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
-from parasparse.attach import reading
+from parasparse.attach import finding, reading
 from parasparse.attach.pair_stack import joined
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.masks.mask import Mask
@@ -159,9 +158,10 @@ def named_modules(model: nn.Module) -> _Modules:
     """
 
     def walk(plain: str, name: str, module: nn.Module, parent: nn.Module | None) -> _Modules:
+        finding.take_over(module)
         yield plain, name, module, parent
         for key, child in module._modules.items():
-            if child is None or (key == "parametrizations" and is_parametrized(module)):
+            if child is None or (key == "parametrizations" and reading.stacks_of(module)):
                 continue
             wrapped = key in WRAPPED or (key == "module" and isinstance(module, _WRAPPERS))
             below = plain if wrapped else join(plain, key)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse.attach import reading
+from parasparse.attach.finding import all_masked_stacks
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def snapshot_keys(model: nn.Module) -> set[str]:
     """Return the keys of a `snapshot` of `model`."""
-    masks = {id(stack.mask) for stack in reading.all_masked_stacks(model)}
+    masks = {id(stack.mask) for stack in all_masked_stacks(model)}
     modules = model.named_modules(remove_duplicate=False)
     prefixes = tuple(f"{name}." for name, module in modules if id(module) in masks)
     return {key for key in model.state_dict() if not key.startswith(prefixes)}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from parasparse.attach.finding import all_masked_stacks
 from parasparse.attach.fsdp_gradients import reduced
 from parasparse.attach.probes import probed
-from parasparse.attach.reading import all_masked_stacks
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.sharding.dtensors import on_local
 from parasparse.sharding.fsdp import managed_parameters, reshard

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from parasparse.attach.reading import all_masked_stacks
+from parasparse.attach.finding import all_masked_stacks
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.attach import reading
+from parasparse.attach import finding, reading
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.targets.reach import Specs, masked_targets
@@ -39,11 +39,14 @@ def named_masks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
 def is_sparse(model: nn.Module) -> bool:
     """Whether any tensor of `model` has a mask.
 
+    Raises:
+        ValueError: masks are part of an exported or traced program, where no verb reaches them.
+
     Examples:
         >>> is_sparse(nn.Linear(2, 2))
         False
     """
-    return bool(reading.all_masked_stacks(model))
+    return bool(finding.all_masked_stacks(model))
 
 
 def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
@@ -64,7 +67,7 @@ def penalty(model: nn.Module, targets: Specs | None = None) -> Tensor:
         6.0
     """
     if targets is None:  # torch.compile can trace this branch
-        stacks = reading.all_masked_stacks(model)
+        stacks = finding.all_masked_stacks(model)
     else:
         stacks = [site.stack() for t in masked_targets(model, targets) for site in t.sites]
     sums, seen = [], set()
@@ -129,8 +132,13 @@ def _at(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     path, _, attr = name.rpartition(".")
     module: nn.Module | None = model
     for key in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(key)
-    if module is None or not any(attr in names for names in reading.tensor_names(module)):
+        if module is None or key not in module._modules:
+            return None
+        module = module._modules[key]
+    if module is None:
+        return None
+    finding.take_over(module)
+    if not any(attr in names for names in reading.tensor_names(module)):
         return None
     return module, attr
 

@@ -62,6 +62,17 @@ def test_accumulate_grad_nodes_hooks_and_optimizers_survive():
     assert optimizer.state[model.weight]
 
 
+def test_a_hook_on_a_masked_weight_belongs_on_the_stored_tensor():
+    layer = ps.sparsify(nn.Linear(4, 3), 0.5)
+    calls = []
+    layer.weight.register_hook(lambda gradient: calls.append("lost"))
+    stored = layer.parametrizations.weight.original
+    stored.register_hook(lambda gradient: calls.append(gradient))
+    layer(torch.ones(2, 4)).sum().backward()
+    (gradient,) = calls
+    assert torch.equal(gradient, 2.0 * ps.mask_of(layer, "weight"))
+
+
 def test_positional_optimizer_checkpoints_resume_after_squash():
     def train(model, optimizer, steps):
         for _ in range(steps):

@@ -56,6 +56,111 @@ def test_stock_registration_beside_ours_leaves_siblings_whole(other):
     assert [n for n, _ in one.named_parameters()] == ["weight", "bias"]
 
 
+def delete_entry(layer):
+    del layer.parametrizations["weight"]
+
+
+def delete_mask(layer):
+    del layer.parametrizations.weight[0]
+
+
+def delete_container(layer):
+    del layer.parametrizations
+
+
+REFUSED = {
+    "register": lambda layer: parametrize.register_parametrization(layer, "weight", Half()),
+    "register below": lambda layer: parametrize.register_parametrization(
+        layer.parametrizations.weight, "original", Half()
+    ),
+    "weight_norm below": lambda layer: parametrizations.weight_norm(
+        layer.parametrizations.weight, "original"
+    ),
+    "orthogonal below": lambda layer: parametrizations.orthogonal(
+        layer.parametrizations.weight, "original"
+    ),
+    "remove": lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+    "remove, leave original": lambda layer: parametrize.remove_parametrizations(
+        layer, "weight", leave_parametrized=False
+    ),
+    "append": lambda layer: layer.parametrizations.weight.append(Half()),
+    "extend": lambda layer: layer.parametrizations.weight.extend([Half()]),
+    "pop": lambda layer: layer.parametrizations.weight.pop(0),
+    "pop entry": lambda layer: layer.parametrizations.pop("weight"),
+    "del entry": delete_entry,
+    "del mask": delete_mask,
+    "del container": delete_container,
+    "del attribute": lambda layer: delattr(layer, "weight"),
+}
+
+
+@pytest.mark.parametrize("act", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("beside", [False, True], ids=["", "beside a stock one"])
+def test_stock_functions_that_a_mask_refuses_change_nothing(act, beside):
+    layer = nn.Linear(4, 4)
+    if beside:
+        parametrize.register_parametrization(layer, "bias", Half())
+    ps.sparsify(layer, {"weight": 0.5})
+    stored = ps.stored(layer, "weight")
+    node = stored.expand_as(stored).grad_fn.next_functions[0][0]
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="parasparse.unsparsify"):
+        act(layer)
+    assert {key: value.tolist() for key, value in layer.state_dict().items()} == {
+        key: value.tolist() for key, value in before.items()
+    }
+    assert stored.expand_as(stored).grad_fn.next_functions[0][0] is node
+    assert ps.stored(layer, "weight") is stored
+    assert int((layer.weight != 0).sum()) == 8
+    assert not parametrize.is_parametrized(layer.parametrizations.weight)
+    ps.squash(layer)
+    if beside:
+        parametrize.remove_parametrizations(layer, "bias")
+    assert type(layer) is nn.Linear
+
+
+class ReadsItsList(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.parametrizations["weight"].original.sum()
+
+
+def test_a_module_that_reads_its_list_compiles():
+    layer, x = ps.sparsify(ReadsItsList(4, 4), 0.5), torch.randn(2, 4)
+    assert not hasattr(layer.parametrizations.weight, "parametrizations")
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+class AsksSubclasses(nn.Linear):
+    def __init_subclass__(cls, *, kind):
+        super().__init_subclass__()
+
+
+@pytest.mark.parametrize("build", [nn.Linear, AsksSubclasses])
+def test_the_type_before_parametrizations_is_that_of_the_dense_module(build):
+    layer = ps.sparsify(build(4, 4), 0.5)
+    assert parametrize.type_before_parametrizations(layer) is build
+    assert type(layer).__mro__[1] is build
+
+
+def test_the_logits_of_a_gate_can_be_parametrized():
+    layer = ps.sparsify(nn.Linear(4, 4), ps.Gate(init=1.0))
+    gate = layer.parametrizations.weight[0]
+    parametrize.register_parametrization(gate, "logits", Half())
+    weight = layer.weight.detach().clone()
+    assert ps.penalty(layer) > 8
+    assert torch.equal(ps.squash(layer).weight, weight)
+
+
+def test_a_stored_tensor_that_is_swapped_is_read():
+    layer = ps.sparsify(nn.Linear(4, 4), 0.5)
+    mask = ps.mask_of(layer, "weight")
+    torch.utils.swap_tensors(
+        layer.parametrizations.weight.original, nn.Parameter(torch.full((4, 4), 7.0))
+    )
+    assert torch.equal(layer.weight, 7.0 * mask)
+
+
 def test_a_stock_parametrization_of_the_bias_stays_when_ours_goes():
     model = nn.Linear(4, 3)
     parametrize.register_parametrization(model, "bias", Half())

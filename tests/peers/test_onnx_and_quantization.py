@@ -126,6 +126,28 @@ def test_zeros_stay_zero_when_torch_quantizes():
     torch.testing.assert_close(quantized(x).detach(), expected, rtol=0.05, atol=0.02)
 
 
+def test_zeros_stay_zero_in_quantization_aware_training():
+    """Fuse, prepare, and then attach masks: torch does not fuse layers that have masks."""
+    quantization = torch.ao.quantization
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(quantization.QuantStub(), *body, nn.Linear(32, 4))
+    model.append(quantization.DeQuantStub())
+    model = quantization.fuse_modules_qat(model, [["1", "2", "3"]])
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    model = ps.sparsify(quantization.prepare_qat(model), 0.75)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    dropped = {name: ~mask for name, mask in ps.named_masks(model)}
+    assert dropped.keys() == {"1.weight", "5.weight"}
+    quantized = quantization.convert(ps.squash(model).eval())
+    for name, mask in dropped.items():
+        weight = quantized.get_submodule(name[0]).weight().dequantize()
+        assert not weight[mask].any()
+
+
 def test_the_other_order_is_refused():
     """Masks first, squash, then quantize: a masked layer is no plain one, a quantized no float."""
     model, _ = linear()
