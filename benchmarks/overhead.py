@@ -1,6 +1,6 @@
 """What do masks cost, compared with dense weights and with other ways to mask?
 
-    python -m benchmarks.overhead [weights] [networks] [reading]
+    python -m benchmarks.overhead [weights] [networks] [reading] [experts]
 
 Peers: torch.nn.utils.prune and the FakeSparsity of torch.ao.pruning store float masks, 4 bytes per
 entry, and multiply, so NaN stays NaN. Stock parametrizations use `where`, or a product, with a bool
@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.ao.pruning import FakeSparsity
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18, vit_b_16
 
@@ -104,6 +105,38 @@ def reading() -> Results:
             yield "reading one 64 x 64 weight, evaluation", compare(more, repeats=5_000)
 
 
+class Experts(nn.Module):
+    """Fused experts in a loop, as in transformers: 8 experts, at most half of them, a token."""
+
+    def __init__(self, number: int, tokens: int, size: int = 128, inner: int = 64) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(number, 2 * inner, size) / size**0.5)
+        self.down = nn.Parameter(torch.randn(number, size, inner) / inner**0.5)
+        self.chosen = torch.rand(tokens, number).topk(min(8, number // 2)).indices
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in self.chosen.unique().tolist():
+            token = (self.chosen == expert).any(1).nonzero().squeeze(1)
+            gate, up = F.linear(x[token], self.gate_up[expert]).chunk(2, dim=-1)
+            out.index_add_(0, token, F.linear(F.silu(gate) * up, self.down[expert]))
+        return out
+
+
+def experts() -> Results:
+    """Modules that read a slice of a stack for each expert, with 64 tokens, compared with dense."""
+    x = torch.randn(64, 128)
+    for number, repeats in ((8, 60), (32, 30), (128, 15)):
+        dense = Experts(number, len(x))
+        masked = ps.sparsify(copy.deepcopy(dense), {"*": 0.8})
+        with threads(1):
+            pair = {"dense": partial(dense, x), "masked": partial(masked, x)}
+            with torch.no_grad():
+                yield f"{number} experts, evaluation", compare(pair, repeats=repeats)
+            steps = {"dense": step(dense, x), "masked": step(masked, x)}
+            yield f"{number} experts, training step", compare(steps, repeats=repeats)
+
+
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """Return a function that does one training step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
@@ -152,7 +185,7 @@ def networks() -> Results:
                 dense.eval(), masked.eval()
 
 
-QUESTIONS = {"weights": weights, "reading": reading, "networks": networks}
+QUESTIONS = {"weights": weights, "reading": reading, "networks": networks, "experts": experts}
 
 
 def main(asked: list[str]) -> None:

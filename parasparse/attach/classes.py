@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 from torch.nn.utils._named_member_accessor import swap_tensor
 
+from parasparse.attach import call_scope
 from parasparse.attach.graph_modules import graph_methods
 from parasparse.attach.stack import MaskedParametrizationList, originals_in, stack_of
 from parasparse.masks.hooks import is_hooked
@@ -71,8 +72,11 @@ class _SharedClass(type):
             super().__delattr__(name)
 
 
-def _tensor_property(name: str) -> property:
-    """Return a property that reads tensor `name` through its parametrizations, if it has any."""
+def _tensor_property(name: str, *, keeps: bool = False) -> property:
+    """Return a property that reads tensor `name` through its parametrizations, if it has any.
+
+    If `keeps`, what is read is kept during a call of the module.
+    """
 
     def read(self: nn.Module) -> Tensor:
         stack = stack_of(self, name)
@@ -80,8 +84,9 @@ def _tensor_property(name: str) -> property:
             plain = self.__dict__
             return plain[name] if name in plain else nn.Module.__getattr__(self, name)  # type: ignore[return-value]
         if not parametrize._cache_enabled:
-            ours = isinstance(stack, MaskedParametrizationList) and not is_hooked(stack)
-            return stack.forward() if ours else stack()
+            if not isinstance(stack, MaskedParametrizationList) or is_hooked(stack):
+                return stack()  # type: ignore[no-any-return]
+            return call_scope.read(self, stack) if keeps else stack.forward()
         key = (id(self), name)  # torch's own key, so that `cached()` works
         if parametrize._cache.get(key) is None:
             parametrize._cache[key] = stack()
@@ -98,7 +103,8 @@ def _tensor_property(name: str) -> property:
 
 
 def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
-    namespace: dict[str, Any] = {name: _tensor_property(name) for name in names}
+    keeps = bool(masked) and call_scope.may_read_twice(base)
+    namespace: dict[str, Any] = {name: _tensor_property(name, keeps=keeps) for name in names}
     namespace |= {
         "__setattr__": _setattr_over(base, masked),
         "__reduce_ex__": _reduce_ex_over(base, masked, names),
@@ -112,6 +118,8 @@ def _make(base: Any, masked: frozenset[str], names: frozenset[str]) -> type:
         namespace |= _RNN
         if base.check_input is nn.RNNBase.check_input:
             namespace["check_input"] = _check_input
+    if keeps:
+        namespace["__call__"] = call_scope.call_over(base)
     if issubclass(base, nn.ParameterDict):
         namespace["__delitem__"] = _del_over(base.__delitem__, masked)
     if issubclass(base, GraphModule):
