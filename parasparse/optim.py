@@ -1,8 +1,8 @@
 """Keeps the state of torch optimizers in step with masks and parameter names."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed, nearest
 
 State = dict[str, dict[str, Any]]
+Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 # State entries that hold a copy of the weight rather than a momentum. Add the names that your own
@@ -24,7 +25,7 @@ MOMENTA = ["momentum_buffer", "exp_avg", "momentum", "mom", "exp_avg_slow"]
 
 
 def zero_entries(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     parameter: Tensor,
     entries: Tensor,
     *,
@@ -36,8 +37,8 @@ def zero_entries(
     8-bit optimizers (bitsandbytes, torchao) are set to the code of 0. Copies of the weight stay.
 
     Args:
-        optimizer: any torch optimizer, or one that wraps another; does nothing if it has no state
-            for `parameter`.
+        optimizer: any torch optimizer, one that wraps another, or a sequence of optimizers; does
+            nothing if there is no state for `parameter`.
         parameter: a parameter of the optimizer.
         entries: bool, of the parameter's shape; True sets the state to 0.
         weights_too: whether the weights of these entries are set to 0, and so their copies.
@@ -65,7 +66,7 @@ def zero_entries(
                 fill_(value, entries, 0.0)
 
 
-def check_clearable(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+def check_clearable(optimizer: Optimizers, parameters: list[Tensor]) -> None:
     """Raise TypeError if `zero_entries` cannot clear the state of one of `parameters`."""
     for parameter in parameters:
         for state in _states(optimizer, parameter):
@@ -73,19 +74,41 @@ def check_clearable(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) 
                 alike = isinstance(value, Tensor) and value.shape == parameter.shape
                 if alike and not _is_clearable(name, value, state):
                     raise TypeError(
-                        f'the state "{name}" of {type(optimizer).__name__} is a '
+                        f'the state "{name}" of {kind_of(optimizer)} is a '
                         f"{type(value).__name__} of {value.dtype}, of which single entries cannot "
                         "be set to 0. Use an optimizer with states in floating point."
                     )
 
 
+def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """Return one or several optimizers as a tuple; raise TypeError if they are something else."""
+    found = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    other = [each for each in found if not hasattr(each, "param_groups")]
+    if other:
+        raise TypeError(
+            f"`optimizer` must be a torch optimizer; got {other[0]!r:.60}. Several optimizers are "
+            "passed as a list."
+        )
+    return found
+
+
+def kind_of(optimizer: Optimizers) -> str:
+    """Return the names of the classes of one or several optimizers."""
+    return " and ".join(type(each).__name__ for each in each_optimizer(optimizer))
+
+
 def _states(optimizer: Any, parameter: Tensor) -> Iterator[Mapping[str, Any]]:
-    """Yield the state of `parameter`, and that of an optimizer inside `optimizer`."""
-    # `state` is a defaultdict, so [] would add an entry.
-    yield optimizer.state.get(parameter, {})
-    inner = getattr(optimizer, "optimizer", None)
-    if inner is not None and getattr(inner, "state", None) is not optimizer.state:
-        yield from _states(inner, parameter)
+    """Yield the states of `parameter`, including those of optimizers inside `optimizer`."""
+    for each in each_optimizer(optimizer):
+        # `state` is a defaultdict, so [] would add an entry.
+        yield each.state.get(parameter, {})
+        inner = getattr(each, "optimizer", None)
+        if inner is not None and getattr(inner, "state", None) is not each.state:
+            yield from _states(inner, parameter)
+
+
+def _groups(optimizer: Optimizers) -> list[dict[str, Any]]:
+    return [group for each in each_optimizer(optimizer) for group in each.param_groups]
 
 
 def _is_clearable(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
@@ -114,7 +137,7 @@ def _is_copy(name: str, value: Tensor, parameter: Tensor) -> bool:
     )
 
 
-def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+def momentum_of(optimizer: Optimizers, parameter: Tensor) -> Tensor | None:
     """Return the momentum in the state of `optimizer` for `parameter`, or None.
 
     It is the first of `MOMENTA` that is there; exp_avg / (sqrt(exp_avg_sq) + 1e-8) with both.
@@ -139,25 +162,25 @@ def _is_plain(value: Tensor) -> bool:
     return type(value) in PLAIN or is_dtensor(value)
 
 
-def has_stepped(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+def has_stepped(optimizer: Optimizers, parameter: Tensor) -> bool:
     """Whether `optimizer` has a state for `parameter`."""
     return any(state for state in _states(optimizer, parameter))
 
 
-def keeps_momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+def keeps_momentum(optimizer: Optimizers, parameter: Tensor) -> bool:
     """Whether `optimizer` uses momentum for `parameter`, one of its own."""
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    group = next(g for g in _groups(optimizer) if any(p is parameter for p in g["params"]))
     return "betas" in group or bool(group.get("momentum"))
 
 
 def check_in_optimizer(
-    optimizer: torch.optim.Optimizer, targets: list[Target], *, even_frozen: bool = False
+    optimizer: Optimizers, targets: list[Target], *, even_frozen: bool = False
 ) -> None:
     """Raise ValueError if a parameter of `targets` is not in `optimizer`, as in one of a copy.
 
     Parameters that are not trained may be missing, unless `even_frozen`.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
     names = {
         target.name: None
         for target in targets

@@ -1,7 +1,11 @@
 """A callback for Lightning's Trainer."""
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from parasparse.text import needs
 
@@ -12,6 +16,7 @@ except ImportError as error:
     raise
 
 from parasparse.integrations import resuming
+from parasparse.integrations.end_of_training import Sparsest, warn_if_unfinished
 from parasparse.integrations.metrics import metrics_of
 
 # They copy the module before it has masks, and match tensors of module and copy by position.
@@ -32,11 +37,19 @@ class Sparsity(Callback):
     `parasparse.load_state_dict(model, checkpoint["state_dict"])`. Another `fit` of the same module
     continues with its masks; a different module gets a new controller.
 
+    Whenever an update makes the network sparser, checkpoints that a `ModelCheckpoint` has saved so
+    far count as its worst, so its best one is as sparse as the last. A warning says if there is
+    none, and if training ends before the schedule of the controller.
+
+    Several callbacks can be used together, each for other tensors. The second one logs
+    `sparsity-1/total` and so on. To resume, pass them in the same order.
+
     Strategies that spawn or fork ("ddp_spawn", "ddp_notebook") train copies, and Lightning does not
     return the masked layers to the main process. Load a checkpoint there.
 
     Args:
-        factory: `(module, *optimizers) -> controller`, called when fitting starts. Strategies such
+        factory: `(module, *optimizers) -> controller`, called when fitting starts. Controllers take
+            one of the optimizers, or several: `lambda module, *optimizers: ...`. Strategies such
             as "ddp" pass the wrapped module, which the controller needs. If an optimizer must hold
             the controller's gates, create the controller in the module's `__init__` and return it
             here.
@@ -71,6 +84,19 @@ class Sparsity(Callback):
         self._module: LightningModule | None = None
         self._hook: Any = None
         self._seen = 0
+        self._position: int | None = None
+        self._sparsest: Any = None
+        self._outdated: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Return the key of its state in checkpoints: by its position among those of a Trainer."""
+        kind = type(self).__qualname__
+        # A Trainer wants different keys before `setup`, where callbacks learn of each other.
+        return f"{kind}-{id(self)}" if self._position is None else self._numbered(kind)
+
+    def _numbered(self, name: str) -> str:
+        return f"{name}-{self._position}" if self._position else name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module load masks, because checkpoints come before optimizers."""
@@ -81,6 +107,7 @@ class Sparsity(Callback):
                 "average dense weights. Use torch.optim.swa_utils.AveragedModel in your own "
                 "training loop."
             )
+        self._position = _all_of(trainer).index(self)
         self._hook = resuming.accept_masks(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,15 +130,18 @@ class Sparsity(Callback):
         state = self._loaded
         if state is None and resuming.is_of(self.controller, pl_module):
             state = resuming.state_of(self.controller, pl_module, ())
-        self.controller = make() if state is None else resuming.resumed(pl_module, make, state)
+        self.controller = make() if state is None else resuming.resumed(pl_module, make, [state])
+        self._sparsest, self._outdated = Sparsest(self.controller), set()
         self._module, self._optimizers = pl_module, trainer.optimizers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reorder the optimizers' states, which are loaded by now."""
-        if self._loaded is not None:
-            for optimizer, order in zip(trainer.optimizers, self._loaded["order"], strict=True):
-                resuming.reorder(pl_module, optimizer, order)
-        self._loaded = None
+        """Reorder the optimizers' states, which are loaded by now; the first one does for all."""
+        loaded = [each for each in _all_of(trainer) if each._loaded is not None]
+        orders = loaded[0]._loaded["order"] if loaded else []  # type: ignore[index]
+        for optimizer, order in zip(trainer.optimizers, orders, strict=bool(loaded)):
+            resuming.reorder(pl_module, optimizer, order)
+        for each in loaded:
+            each._loaded = None
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -119,8 +149,28 @@ class Sparsity(Callback):
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
             self.controller.step()
+        if self._sparsest.has_risen():
+            for checkpoints in _with_best(trainer):
+                self._outdated |= checkpoints.best_k_models.keys()
+                _make_worst(checkpoints)
         if self.controller.history:
-            pl_module.log_dict(metrics_of(self.controller.history[-1]))
+            name = self._numbered("sparsity")
+            metrics = metrics_of(self.controller.history[-1])
+            pl_module.log_dict({key.replace("sparsity", name): metrics[key] for key in metrics})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the schedule of the controller has not ended."""
+        warn_if_unfinished(self.controller)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the best checkpoint is less sparse than the last one."""
+        best = [checkpoints.best_model_path for checkpoints in _with_best(trainer)]
+        for path in self._outdated.intersection(best):
+            warnings.warn(
+                f"the best checkpoint, {path}, is less sparse than the model. Validate and save "
+                "after the last update of the masks.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the controller, digests of its masks, and parameter names."""
@@ -133,3 +183,21 @@ class Sparsity(Callback):
         self._loaded = state_dict or None
         if self._loaded is None:
             self.controller = None
+
+
+def _all_of(trainer: Trainer) -> list[Sparsity]:
+    return [each for each in trainer.callbacks if isinstance(each, Sparsity)]  # type: ignore[attr-defined]
+
+
+def _with_best(trainer: Trainer) -> list[callbacks.ModelCheckpoint]:
+    """Return the callbacks that save the best checkpoints by a metric."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, callbacks.ModelCheckpoint)]
+    return [each for each in found if each.monitor is not None]
+
+
+def _make_worst(checkpoints: callbacks.ModelCheckpoint) -> None:
+    """Let any later checkpoint be better than those so far, which are still counted."""
+    worst = torch.tensor(math.inf if checkpoints.mode == "min" else -math.inf)
+    checkpoints.best_k_models = dict.fromkeys(checkpoints.best_k_models, worst)
+    if checkpoints.best_k_models:
+        checkpoints.best_model_score = checkpoints.kth_value = worst

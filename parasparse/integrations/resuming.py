@@ -51,14 +51,16 @@ def is_of(controller: Controller | None, model: nn.Module) -> bool:
 
 
 def resumed(
-    model: nn.Module, make: Callable[[], Controller], state: Mapping[str, Any]
+    model: nn.Module, make: Callable[[], Controller], states: Sequence[Mapping[str, Any]]
 ) -> Controller:
-    """Return a controller from `make` that continues from `state`; `model` stays as it is.
+    """Return a controller from `make` that continues from its state; `model` stays as it is.
+
+    `states` are of controllers of one run; its own is the one for the same tensors.
 
     Raises RuntimeError if `model` has other masks, or `make` makes a controller of another class.
     """
     ours = _digests(model)
-    other = [name for name, found in state["masks"].items() if ours.get(name) != found]
+    other = [name for name, found in states[0]["masks"].items() if ours.get(name) != found]
     if other:
         raise RuntimeError(
             "the state of a controller must be loaded together with its masks; the masks of "
@@ -67,6 +69,8 @@ def resumed(
         )
     kept = copy.deepcopy(model.state_dict())
     controller = make()
+    names = list(controller.state_dict()["start"])
+    state = next((each for each in states if tensors_in(each) == names), states[0])
     if type(controller).__name__ != state["class"]:
         raise RuntimeError(
             f"the factory must make the saved kind of controller, {state['class']}; it made "
@@ -75,6 +79,11 @@ def resumed(
     model.load_state_dict(kept)
     controller.load_state_dict(state["controller"])
     return controller
+
+
+def tensors_in(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tensors of a controller whose state `state_of` has returned."""
+    return list(state["controller"]["start"])
 
 
 def reorder(

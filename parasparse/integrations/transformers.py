@@ -16,9 +16,12 @@ except ImportError as error:
     raise
 
 from parasparse.integrations import resuming
+from parasparse.integrations.end_of_training import Sparsest, warn_if_unfinished
 from parasparse.targets.reach import masked_targets
 
 FILE = "parasparse.pt"
+# Set on the Trainer's state once the optimizer's state is in order, for all callbacks of a run.
+_REORDERED = "_parasparse_reordered"
 
 
 class SparsityCallback(TrainerCallback):
@@ -28,6 +31,13 @@ class SparsityCallback(TrainerCallback):
     bit. Another `train()` continues with the masks of the model. After training, call
     `parasparse.squash(model)` and then `model.save_pretrained(...)`, which saves a dense model with
     zeros for `from_pretrained`.
+
+    Whenever an update makes the network sparser, the Trainer forgets its best metric. The best
+    checkpoint (`load_best_model_at_end=True`) is therefore the best of those that are as sparse as
+    the last one. If there is none, the last weights stay. A warning says if training ends before
+    the schedule of the controller.
+
+    Several callbacks can be used together, each for other tensors.
 
     Args:
         factory: `(model, optimizer) -> controller`, called when training starts.
@@ -46,6 +56,7 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, factory: Callable[..., Any], *, trainer: Trainer | None = None) -> None:
         self.factory, self.trainer = factory, trainer
         self.controller: Any = None
+        self._sparsest: Any = None
         if trainer is not None and trainer.model is not None:  # `on_init_end` is over
             resuming.accept_masks(trainer.model)
 
@@ -72,29 +83,42 @@ class SparsityCallback(TrainerCallback):
         def make() -> Any:
             return self.factory(wrapped, optimizer)
 
-        saved = _saved(args, state) if state.global_step else None
-        if saved is None and resuming.is_of(self.controller, model):
-            saved = resuming.state_of(self.controller, model, ())
-        self.controller = make() if saved is None else resuming.resumed(model, make, saved)
-        if saved is not None and saved["order"]:
-            resuming.reorder(model, optimizer, saved["order"][0])
+        saved = _saved(args, state) if state.global_step else []
+        if not saved and resuming.is_of(self.controller, model):
+            saved = [resuming.state_of(self.controller, model, ())]
+        self.controller = resuming.resumed(model, make, saved) if saved else make()
+        self._sparsest = Sparsest(self.controller)
+        if saved and saved[0]["order"] and not hasattr(state, _REORDERED):
+            resuming.reorder(model, optimizer, saved[0]["order"][0])
+            setattr(state, _REORDERED, True)
         _declare_ties(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Step the controller; the optimizer has stepped."""
         self.controller.step()
+        if self._sparsest.has_risen():
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove the hooks of the controller."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Remove the hooks of the controller, and warn if its schedule has not ended."""
         if self.controller is not None:
             self.controller.close()
+            warn_if_unfinished(self.controller)
+            self._sparsest.warn_if_less(given["model"])
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write the controller's state into the checkpoint."""
         if args.should_save:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            content = resuming.state_of(self.controller, given["model"], [given["optimizer"]])
-            torch.save({"step": state.global_step, **content}, folder / FILE)
+            own = resuming.state_of(self.controller, given["model"], [given["optimizer"]])
+            # Other callbacks have written theirs; what an earlier run has left has other masks.
+            others = [
+                each
+                for each in _states_in(folder, state.global_step)
+                if each["masks"] == own["masks"]
+                and resuming.tensors_in(each) != resuming.tensors_in(own)
+            ]
+            torch.save({"step": state.global_step, "states": [*others, own]}, folder / FILE)
 
 
 def _declare_ties(model: nn.Module) -> None:
@@ -110,17 +134,24 @@ def _declare_ties(model: nn.Module) -> None:
                 site.stack()._tied_weights_keys = keys  # type: ignore[assignment]
 
 
-def _saved(args: Any, state: Any) -> dict[str, Any]:
-    """Return the controller's state in the checkpoint that training resumes from."""
+def _saved(args: Any, state: Any) -> list[dict[str, Any]]:
+    """Return the controllers' states in the checkpoint that training resumes from."""
     named = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
     folders = [*named, Path(args.output_dir, f"checkpoint-{state.global_step}")]
     for folder in folders:
-        if (folder / FILE).is_file():
-            saved: dict[str, Any] = torch.load(folder / FILE, weights_only=True)
-            if saved["step"] == state.global_step:
-                return saved
+        states = _states_in(folder, state.global_step)
+        if states:
+            return states
     raise FileNotFoundError(
         f"the controller's state at step {state.global_step} is not in "
         f"{' or '.join(str(f / FILE) for f in folders)}. If the checkpoint is in another folder, "
         "pass this to TrainingArguments too: resume_from_checkpoint=folder."
     )
+
+
+def _states_in(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Return the states of the controllers in a checkpoint of this step."""
+    if not (folder / FILE).is_file():
+        return []
+    saved: dict[str, Any] = torch.load(folder / FILE, weights_only=True)
+    return saved["states"] if saved["step"] == step else []

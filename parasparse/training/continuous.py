@@ -181,6 +181,16 @@ class ContinuousSparsification(Controller):
         share = min(1.0, self.step_in_round / (self.steps - 1))
         self.temperature = self.final_temperature**share
 
+    def unfinished(self) -> str:
+        """Say what is missing if training ends now, in the middle of a round; "" if nothing is."""
+        if self.ticket or not 0 < self.step_in_round < self.steps - 1:
+            return ""
+        return (
+            f"the temperature is {self.temperature:.3g} after {self.step_in_round} steps of the "
+            f"round; it reaches {self.final_temperature:.3g} at step {self.steps - 1}. Train "
+            "longer, or lower `steps`."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the controller's state; save the model (with logits) and optimizer too."""
         return {

@@ -30,6 +30,10 @@ class Controller(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; check all of it before changing anything."""
 
+    def unfinished(self) -> str:
+        """Say what is missing if training ends now, for a warning; "" if nothing is."""
+        return ""
+
     def close(self) -> None:
         """Remove everything except masks from the model, such as hooks."""
         return

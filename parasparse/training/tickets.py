@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.optim import check_in_optimizer
+from parasparse.optim import Optimizers, check_in_optimizer, each_optimizer
 from parasparse.rules.assignments import as_pairs, assignments
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Rules
@@ -41,7 +41,8 @@ class LotteryTicket(Controller):
     Args:
         model: is changed in place; all entries are kept at first.
         rules: as in `sparsify`; each treatment is a sparsity s, a `Prune` with one, or None.
-        optimizer: is rewound with the model; None: no optimizer is rewound.
+        optimizer: is rewound with the model; a sequence of optimizers: all of them are; None: no
+            optimizer is rewound.
         rounds: R, the number of rounds, >= 1.
         rewind_step: number of `step()` calls after which the state is saved, >= 0; 0: now.
 
@@ -77,7 +78,7 @@ class LotteryTicket(Controller):
         self,
         model: nn.Module,
         rules: Rules,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         *,
         rounds: int,
         rewind_step: int = 0,
@@ -134,7 +135,9 @@ class LotteryTicket(Controller):
         self.history.append(update_of(self.steps, before, after, self._start))
         rewind(self.model, self._checkpoint["model"])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(self._checkpoint["optimizer"]))
+            saved = copy.deepcopy(self._checkpoint["optimizer"])
+            for each, state in zip(each_optimizer(self.optimizer), saved, strict=True):
+                each.load_state_dict(state)
         self.steps = self.rewind_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,24 +151,27 @@ class LotteryTicket(Controller):
         """Continue from a saved state.
 
         Raises:
-            ValueError: the state is for other tensors or more rounds, or only one of the two
-                controllers has an optimizer.
+            ValueError: the state is for other tensors, more rounds, or another number of
+                optimizers.
         """
         (history, start), checkpoint = loaded(state_dict, self._start), state_dict["checkpoint"]
-        rewinds = None if checkpoint is None else checkpoint["optimizer"] is not None
-        if state_dict["round"] > self.rounds or rewinds == (self.optimizer is None):
+        ours = 0 if self.optimizer is None else len(each_optimizer(self.optimizer))
+        theirs = ours if checkpoint is None else len(checkpoint["optimizer"] or ())
+        if state_dict["round"] > self.rounds or theirs != ours:
             raise ValueError(
                 f"`state_dict` must be from at most {self.rounds} rounds, and with an optimizer if "
-                f"this controller has one; it is from round {state_dict['round']}, with an "
-                f"optimizer: {rewinds}."
+                f"this controller has one (it has {ours}); it is from round {state_dict['round']}, "
+                f"with {theirs} optimizers."
             )
         self.steps, self.round = state_dict["steps"], state_dict["round"]
         self.history, self._start, self._checkpoint = history, start, checkpoint
 
     def _remember(self) -> None:
         if self._checkpoint is None and self.steps == self.rewind_step:
-            state = None if self.optimizer is None else self.optimizer.state_dict()
-            self._checkpoint = {"model": snapshot(self.model), "optimizer": copy.deepcopy(state)}
+            states = None
+            if self.optimizer is not None:
+                states = tuple(each.state_dict() for each in each_optimizer(self.optimizer))
+            self._checkpoint = {"model": snapshot(self.model), "optimizer": copy.deepcopy(states)}
 
     def _rules_at(self, number: int, masks: Mapping[str, Tensor]) -> Any:
         return as_rules([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])

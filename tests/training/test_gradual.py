@@ -1,8 +1,9 @@
 import math
+import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -188,3 +189,151 @@ def test_a_finished_run_that_is_resumed_stays_finished():
     for _ in range(40):
         again.step()
     assert len(again.history) == len(first.history)
+
+
+def masked(model, rules):
+    return ps.sparsify(model, rules)
+
+
+def with_zeros(model, rules):
+    return ps.squash(ps.sparsify(model, rules))
+
+
+@pytest.mark.filterwarnings("ignore:no entry is left")
+@given(
+    st.floats(0, 1), st.floats(0, 1), st.integers(1, 12), st.integers(0, 3),
+    st.sampled_from([masked, with_zeros]), st.sampled_from(["local", "global"]),
+)  # fmt: skip
+def test_what_is_sparse_is_never_opened(present, asked, stop, start, sparse, scope):
+    model = sparse(build(), {"*": ps.Prune(present, scope=scope)})
+    before = {n: mask.clone() for n, mask in ps.named_masks(ps.sparsify(model, {"*": "zeros"}))}
+    assume(all(mask.any() for mask in before.values()))  # a tensor of zeros is a new one
+    if sparse is with_zeros:
+        ps.squash(model)
+    schedule = Cubic(0.0, 1.0, start=start, stop=start + stop)
+    rules = {"*": ps.Prune(asked, scope=scope)}
+    pruner = ps.GradualPruning(model, rules, schedule=schedule, every=1)
+    assert all(mask.equal(before[name]) for name, mask in ps.named_masks(model))
+
+    def zeros(masks):
+        counts = {name: (int((~mask).sum()), mask.numel()) for name, mask in masks.items()}
+        return (
+            {"": tuple(map(sum, zip(*counts.values(), strict=True)))}
+            if scope == "global"
+            else counts
+        )
+
+    first = zeros(before)
+    for step in range(1, start + stop + 3):
+        pruner.step()
+        share = schedule(min(step, start + stop))
+        for name, (count, numel) in zeros(dict(ps.named_masks(model))).items():
+            p = first[name][0] / numel
+            wanted = numel - num_kept(numel, p + share * (max(p, asked) - p))
+            assert abs(count - wanted) <= 1
+            assert count >= first[name][0]
+    # Without training, what is dropped stays dropped.
+    assert not any((mask & ~before[name]).any() for name, mask in ps.named_masks(model))
+
+
+def test_masks_stay_as_they_are_until_the_schedule_rises():
+    mask = torch.rand(20, 20) > 0.6  # not of the largest entries
+    model = ps.sparsify(nn.Linear(20, 20), {"weight": mask})
+    schedule = Cubic(0.0, 1.0, start=4, stop=8)
+    pruner = ps.GradualPruning(model, 0.9, schedule=schedule, every=2)
+    for step in range(1, 7):
+        assert ps.mask_of(model, "weight").equal(mask), step
+        pruner.step()
+    assert pruner.history[-1].total > 1 - float(mask.float().mean())
+
+
+def test_a_layer_that_starts_at_zero_is_open():
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    nn.init.zeros_(model[1].weight)
+    ps.GradualPruning(model, 0.5, schedule=Cubic(0.0, 1.0, stop=8), every=2)
+    assert ps.mask_of(model, "1.weight").all()
+
+
+@pytest.mark.parametrize("sparse", [masked, with_zeros])
+def test_a_sparse_model_is_opened_if_asked(sparse):
+    model = sparse(build(), {"*": 0.7})
+    schedule = Cubic(0.0, 1.0, stop=8)
+    pruner = ps.GradualPruning(model, {"*": 0.8}, schedule=schedule, every=1, reopen=True)
+    assert ps.summary(model).masked.sparsity == 0
+    for _ in range(8):
+        pruner.step()
+    assert ps.summary(model).masked.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_channels_that_are_gone_stay_gone():
+    conv = nn.Conv2d(3, 20, 3)
+    channels = ps.Prune(0.6, pattern=ps.patterns.channel(0))
+    ps.squash(ps.sparsify(conv, {"weight": channels}))
+    rules = {"weight": ps.Prune(0.8, pattern=ps.patterns.channel(0))}
+    pruner = ps.GradualPruning(conv, rules, schedule=Linear(0.0, 1.0, stop=2), every=1)
+    kept = [int(ps.mask_of(conv, "weight")[:, 0, 0, 0].sum())]
+    for _ in range(2):
+        pruner.step()
+        kept.append(int(ps.mask_of(conv, "weight")[:, 0, 0, 0].sum()))
+    assert kept == [8, 6, 4]
+
+
+def test_a_distribution_is_where_a_sparse_model_ends():
+    asked = ps.distributions.erk({"0.weight": (16, 12), "2.weight": (4, 16)}, 0.8)
+    model = with_zeros(build(), {"*": 0.3})
+    rules = {"*": ps.Prune(0.8, distribution=ps.distributions.erk)}
+    pruner = ps.GradualPruning(model, rules, schedule=Linear(0.0, 1.0, stop=4), every=1)
+    for _ in range(4):
+        pruner.step()
+    for name, mask in ps.named_masks(model):
+        assert 1 - float(mask.float().mean()) == pytest.approx(max(0.3, asked[name]), abs=0.02)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.2])
+def test_a_resumed_run_starts_from_where_the_first_one_did(initial):
+    def start(model):
+        schedule = Cubic(initial, 1.0, stop=10)
+        return ps.GradualPruning(model, {"*": 0.9}, schedule=schedule, every=1)
+
+    model = with_zeros(build(), {"*": 0.5})
+    again = ps.sparsify(build(), {"*": 0.0})
+    straight = start(model)
+    for _ in range(5):
+        straight.step()
+    again.load_state_dict(model.state_dict())
+    resumed = start(again)  # it finds more zeros than there were
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(straight.state_dict())
+    for _ in range(5):
+        straight.step()
+        resumed.step()
+    assert resumed.history == straight.history
+    assert straight.history[-1].total == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "keywords", "text"),
+    [
+        (0, {}, r"sparsity is 0.0% after 0 steps; the schedule reaches 80.0% .* step 20\."),
+        (12, {}, r"sparsity is 48.0% after 12 steps; the schedule reaches 80.0%"),
+        (20, {"every": 3}, r"after 20 steps; the schedule reaches 80.0%"),
+        (20, {}, None),
+        (3, {"schedule": Constant(1.0)}, None),
+        (3, {"schedule": lambda step: 0.5}, None),  # who knows when that ends
+    ],
+)
+def test_it_says_what_is_missing_when_training_ends(steps, keywords, text):
+    given = {"schedule": Linear(0.0, 1.0, stop=20), "every": 1, **keywords}
+    pruner = ps.GradualPruning(nn.Linear(20, 20), 0.8, **given)
+    for _ in range(steps):
+        pruner.step()
+    if text is None:
+        assert pruner.unfinished() == ""
+    else:
+        assert re.search(text, pruner.unfinished())
+
+
+def test_nothing_is_missing_if_the_model_was_sparser_than_asked():
+    model = with_zeros(nn.Linear(20, 20), 0.9)
+    pruner = ps.GradualPruning(model, 0.5, schedule=Linear(0.0, 1.0, stop=20), every=1)
+    assert pruner.unfinished() == ""

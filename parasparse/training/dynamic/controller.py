@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.optim import check_clearable, check_in_optimizer, has_stepped, momentum_of
+from parasparse.optim import (
+    Optimizers,
+    check_clearable,
+    check_in_optimizer,
+    each_optimizer,
+    has_stepped,
+    kind_of,
+    momentum_of,
+)
 from parasparse.patterns import n_of_m
 from parasparse.rules.types import Rules
 from parasparse.rules.warn import warn_left_dense
@@ -44,7 +52,7 @@ class DynamicSparsity(Controller):
         rules: as in `sparsify`. For a plain sparsity, `init` draws the first mask; a `Prune` makes
             its own. With patterns of units, whole units move; with `n_of_m`, entries move within
             their groups.
-        optimizer: holds the masked parameters.
+        optimizer: holds the masked parameters; or a sequence of optimizers that hold them.
         prune: "magnitude", "SET", "global_magnitude", or a function (see `moves`).
         growth: "momentum", "random", "gradient", "momentum_neuron", "global_momentum_growth", or a
             function.
@@ -83,7 +91,7 @@ class DynamicSparsity(Controller):
         self,
         model: nn.Module,
         rules: Rules,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
         prune: Move = "magnitude",
         growth: Move = "momentum",
@@ -92,8 +100,7 @@ class DynamicSparsity(Controller):
         every: int | Callable[[int], bool] | None = None,
         init: Init = "constant",
     ) -> None:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"`optimizer` must be a torch optimizer; got {optimizer!r:.60}.")
+        each_optimizer(optimizer)  # raises if it is something else
         self.model, self.optimizer = model, optimizer
         self.moves = Moves.named(prune, growth, redistribution)
         self.prune_rate = prune_rate if callable(prune_rate) else Constant(_rate(prune_rate))
@@ -253,7 +260,7 @@ class DynamicSparsity(Controller):
         )
         if missing and any(has_stepped(self.optimizer, parameter) for parameter in parameters):
             raise RuntimeError(
-                f"the moves read a momentum, and the state of {type(self.optimizer).__name__} has "
+                f"the moves read a momentum, and the state of {kind_of(self.optimizer)} has "
                 "none under a known name. Add the name to parasparse.optim.MOMENTA, or choose "
                 "moves that read no momentum."
             )

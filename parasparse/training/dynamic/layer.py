@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parasparse.attach.pair_stack import joined
 from parasparse.masks.apply import apply_mask_
 from parasparse.masks.mask import Mask
-from parasparse.optim import momentum_of, parameters_of, zero_entries
+from parasparse.optim import Optimizers, momentum_of, parameters_of, zero_entries
 from parasparse.patterns import Pattern, unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.sharding.dtensors import fill_, full_tensor, laid_out_like
@@ -88,9 +88,7 @@ class Layer:
             apply_mask_(parameter, mask)
 
     @torch.no_grad()
-    def set_mask(
-        self, mask: Tensor, optimizer: torch.optim.Optimizer, *, keep_state_of_grown: bool
-    ) -> None:
+    def set_mask(self, mask: Tensor, optimizer: Optimizers, *, keep_state_of_grown: bool) -> None:
         """Set the mask; set changed weights and their optimizer state to 0."""
         before = self.mask.clone()
         self.module.mask_(mask)
@@ -103,7 +101,7 @@ class Layer:
 
 def view(
     layers: Mapping[str, Layer],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     gradients: Mapping[str, Tensor | None] | None,
     prune_rate: float,
     baseline_nonzero: int,

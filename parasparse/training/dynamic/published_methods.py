@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
+from parasparse.optim import Optimizers
 from parasparse.rules.types import Rules
 from parasparse.schedules import Cosine, Every
 from parasparse.training.dynamic.controller import DynamicSparsity
@@ -14,7 +14,7 @@ from parasparse.training.dynamic.start import Init
 
 
 def sparse_evolutionary_training(
-    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    model: nn.Module, rules: Rules, optimizer: Optimizers, *,
     every: int | Callable[[int], bool] | None = None, prune_rate: float = 0.3,
     init: Init = "linear",
 ) -> DynamicSparsity:  # fmt: skip
@@ -45,7 +45,7 @@ def sparse_evolutionary_training(
 
 
 def rigl(
-    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    model: nn.Module, rules: Rules, optimizer: Optimizers, *,
     stop: int, every: int = 100, prune_rate: float = 0.3, init: Init = "erk",
 ) -> DynamicSparsity:  # fmt: skip
     """Return RigL: drops the smallest weights and grows those with the largest dense gradient.
@@ -75,7 +75,7 @@ def rigl(
 
 
 def sparse_momentum(
-    model: nn.Module, rules: Rules, optimizer: torch.optim.Optimizer, *,
+    model: nn.Module, rules: Rules, optimizer: Optimizers, *,
     stop: int, every: int | Callable[[int], bool] | None = None, prune_rate: float = 0.5,
     init: Init = "constant",
 ) -> DynamicSparsity:  # fmt: skip

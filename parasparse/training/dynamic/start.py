@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from parasparse.attach.stack import stack_of
 from parasparse.distributions import erdos_renyi, erk
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
-from parasparse.optim import keeps_momentum
+from parasparse.optim import Optimizers, keeps_momentum, kind_of
 from parasparse.patterns import Pattern, n_of_m, unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.rules.assignments import Assignment, Assignments, as_pairs, assignments
@@ -67,9 +66,7 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments
     return assigned, layers
 
 
-def check_moves(
-    moves: Moves, layers: Mapping[str, Layer], optimizer: torch.optim.Optimizer
-) -> None:
+def check_moves(moves: Moves, layers: Mapping[str, Layer], optimizer: Optimizers) -> None:
     """Raise ValueError if `moves` do not suit these layers or this optimizer."""
     bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
     if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
@@ -97,7 +94,7 @@ def check_moves(
     ]
     if without and "momentum" in moves.needs:
         raise ValueError(
-            f"`optimizer` must keep momentum, which the moves read; {type(optimizer).__name__} "
+            f"`optimizer` must keep momentum, which the moves read; {kind_of(optimizer)} "
             f'keeps none for {listed(without)}. Set `momentum=0.9`, or use "gradient" or "random" '
             'growth and "magnitude", "nonzero" or "none" redistribution.'
         )

@@ -19,7 +19,8 @@ class Masking:
     """The network at one update; all dicts are by the plain names of the weights.
 
     Attributes:
-        optimizer: the optimizer; `optimizer.state[weight]` is the state of a weight.
+        optimizer: the optimizer; `optimizer.state[weight]` is the state of a weight. A sequence of
+            optimizers if the controller was given one.
         weights: the Parameters, 0 where the mask is 0; for a real/imag pair a complex tensor, and
             with a pattern of units the size of each unit. If weights are sharded, weights, masks,
             momentum and gradient are DTensors.
