@@ -8,7 +8,13 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
@@ -115,6 +121,53 @@ def test_zeros_stay_zero_when_the_onnx_program_is_quantized(tmp_path):
         # Small weights may be rounded to 0 as well.
         assert len(np.unique(weight[(layer.weight.detach() == 0).numpy()])) == 1
     torch.testing.assert_close(outputs(tmp_path / "q.onnx", x), expected, rtol=0.05, atol=0.02)
+
+
+class Batches(CalibrationDataReader):
+    def __init__(self, name, *batches):
+        self.left = [{name: batch.numpy()} for batch in batches]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+def test_zeros_stay_zero_when_the_onnx_program_is_quantized_with_data(tmp_path):
+    model, x = linear()
+    expected = ps.squash(model)(x).detach()
+    name = exported(model, x, tmp_path / "m.onnx").graph.input[0].name
+    batches = Batches(name, x, x)
+    quantize_static(tmp_path / "m.onnx", tmp_path / "q.onnx", batches, weight_type=QuantType.QInt8)
+    for layer in (model[0], model[2]):
+        weight = quantized_weight(onnx.load(tmp_path / "q.onnx"), layer)
+        assert len(np.unique(weight[(layer.weight.detach() == 0).numpy()])) == 1
+    torch.testing.assert_close(outputs(tmp_path / "q.onnx", x), expected, rtol=0.05, atol=0.05)
+
+
+def in_few_bits(program, bits, *, symmetric):
+    quantizer = MatMulNBitsQuantizer(program, bits=bits, block_size=16, is_symmetric=symmetric)
+    quantizer.process()
+    return quantizer.model.model
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_stay_zero_in_blocks_of_few_bits(bits, symmetric, tmp_path):
+    torch.manual_seed(0)
+    layer = ps.squash(ps.sparsify(nn.Linear(16, 32, bias=False), 0.8))
+    rows = torch.eye(16)[None]  # the outputs are the weight; 3-D, so the layer is a MatMul
+    program = in_few_bits(exported(layer, rows, tmp_path / "m.onnx"), bits, symmetric=symmetric)
+    onnx.save(program, tmp_path / "q.onnx")
+    weight = outputs(tmp_path / "q.onnx", rows)[0].T
+    assert not weight[layer.weight == 0].any()
+    torch.testing.assert_close(weight, layer.weight.detach(), rtol=0, atol=0.05)
+
+
+def test_a_layer_of_matrices_is_not_quantized_to_few_bits(tmp_path):
+    """docs/how-to/quantize.md says so: if this changes, so does the page."""
+    model, x = linear()
+    program = exported(ps.squash(model), x, tmp_path / "m.onnx")
+    nodes = {node.op_type for node in in_few_bits(program, 4, symmetric=True).graph.node}
+    assert nodes == {"Gemm", "Relu"}
 
 
 def test_zeros_stay_zero_when_torch_quantizes():
