@@ -156,8 +156,26 @@ def _del_over(delete: Any, masked: frozenset[str]) -> Any:
     return refuse_or_delete
 
 
+_SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features")
+
+
+def _check_size(module: nn.Module, name: str, value: object) -> None:
+    """Raise RuntimeError if a masked layer is being resized.
+
+    Whoever does so has written to `weight.data`, which is lost.
+    """
+    if vars(module).get(name, value) != value:
+        raise RuntimeError(
+            f"the weight of {type(module).__name__} is masked and cannot be resized: `{name}` must "
+            f"stay {vars(module)[name]}; got {value}. Call parasparse.squash or "
+            "parasparse.unsparsify first."
+        )
+
+
 def _setattr_over(base: Any, masked: frozenset[str]) -> Any:
     def __setattr__(self: nn.Module, name: str, value: object) -> None:  # noqa: N807
+        if name in _SIZES and "weight" in masked:
+            _check_size(self, name, value)
         stack = stack_of(self, name) if name in masked else None
         if not isinstance(stack, MaskedParametrizationList):
             base.__setattr__(self, name, value)

@@ -106,12 +106,16 @@ def _is_matrix(target: Target) -> bool:
 def _has_bias_of_outputs(site: Site) -> bool:
     """Whether a bias beside a matrix has one number for each of its rows or columns.
 
-    The bias of a norm has the shape of its gain.
+    The bias of a norm has the shape of its gain. The gain of a complex norm has two dimensions
+    more, 2 x 2 for real and imaginary part, and its bias may be complex.
     """
     if "bias" not in reading.tensor_names(site.module)[0]:
         return False
-    bias, shape = reading.stored(site.module, "bias").shape, site.stored().shape
-    return len(bias) == 1 and bias[0] in (*shape[:2], shape[-1])
+    bias, weight = reading.stored(site.module, "bias"), site.stored()
+    shape = weight.shape
+    if bias.ndim != 1 or bias.dtype != weight.dtype or shape[-2:] == (2, 2):
+        return False
+    return bias.shape[0] in (*shape[:2], shape[-1])
 
 
 def _is_of_state_space(site: Site) -> bool:

@@ -132,6 +132,21 @@ def test_what_is_squashed_is_saved_and_read_again(build, tmp_path):
     assert float((again.get_output_embeddings().weight == 0).float().mean()) >= 0.5
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_masked_embedding_is_not_resized(tied):
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2,
+                   tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1)
+    )  # fmt: skip
+    ps.sparsify(model, {"transformer.wte.weight": 0.5})
+    with pytest.raises(RuntimeError, match="masked and cannot be resized"):
+        model.resize_token_embeddings(50)
+    embedding = model.get_input_embeddings()
+    assert embedding.num_embeddings == 40
+    assert model.config.vocab_size == 40
+    assert (embedding.weight == 0).float().mean() == 0.5
+
+
 def test_a_tied_embedding_is_saved_masked(tmp_path):
     model, _ = trained(gpt2, gradual(gpt2), tmp_path)
     model.save_pretrained(tmp_path / "masked")

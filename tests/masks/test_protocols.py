@@ -145,7 +145,7 @@ def test_a_controller_of_a_users_own_is_resumed():
     assert resuming.is_of(controller, model)
     other = nn.Linear(8, 4)
     ps.load_state_dict(other, model.state_dict())
-    resumed = resuming.resumed(other, lambda: Halving(other), state)
+    resumed = resuming.resumed(other, lambda: Halving(other), [state])
     assert resumed.history == [0]
     assert torch.equal(ps.mask_of(other, "weight"), ps.mask_of(model, "weight"))
     controller.close()

@@ -164,6 +164,15 @@ def test_what_is_no_weight_stays_dense_and_the_table_says_why(kind):
     assert f"({kind.removesuffix(' of torch')})" in str(plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_norms_of_complex_numbers_with_a_bias_stay_dense(dtype):
+    norm = module("LayerNorm", weight=(8, 2, 2))  # a covariance for each channel
+    norm.bias = nn.Parameter(torch.zeros(8, dtype=dtype))
+    plan = ps.plan(nn.ModuleDict({"layer": norm, "fc": nn.Linear(8, 8)}), 0.5)
+    assert [row.name for row in plan] == ["fc.weight"]
+    assert {row.reason for row in plan.dense} == {"norm"}
+
+
 def test_the_last_word_of_a_name_says_what_it_is():
     model = module(
         "Own", scale_proj=(8, 8), proj_scale=(8, 8), bias_kernel=(8, 8), down_bias=(8, 8)
