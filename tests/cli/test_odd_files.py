@@ -344,6 +344,11 @@ def test_float8_under_an_integer_mask(tmp_path):
 
 def test_conjugate_and_negated_views_are_written(tmp_path, w):
     number = torch.randn(4, 4, dtype=torch.complex64)
+    try:
+        save_file({"a": number}, tmp_path / "complex.safetensors")
+        load_file(tmp_path / "complex.safetensors")
+    except Exception as error:  # safetensors' own class is not public
+        pytest.skip(f"this safetensors has no complex numbers: {error}")
     state = {"w.weight": w, "a": number.conj(), "b": number.clone().conj().imag}
     torch.save(state, tmp_path / "in.pt")
     rule = ("--rule", "w.weight=0.5")

@@ -1,5 +1,6 @@
 """Squashed, then exported to ONNX and run by onnxruntime; squashed, then quantized."""
 
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -144,6 +145,8 @@ def test_zeros_stay_zero_when_the_onnx_program_is_quantized_with_data(tmp_path):
 
 
 def in_few_bits(program, bits, *, symmetric):
+    if "bits" not in inspect.signature(MatMulNBitsQuantizer).parameters:
+        pytest.skip("this onnxruntime quantizes to 4 bits alone, under another name")
     quantizer = MatMulNBitsQuantizer(program, bits=bits, block_size=16, is_symmetric=symmetric)
     quantizer.process()
     return quantizer.model.model
