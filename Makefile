@@ -9,10 +9,10 @@ UV := $(RUN)/uv pip
 SUITE := -m pytest -n 2 --dist loadgroup
 # Other versions of packages warn of other things: there a warning is no failure.
 UNLOCKED := -W default
-EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench
+EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench --extra zoo
 LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-zoo test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py --seed $(SEED)
@@ -62,6 +62,11 @@ bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how l
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md
 	$(RUN)/python -m tests.long.torchvision_models
 
+test-zoo: .venv/zoo  ## the laws on every model type of transformers, and on timm; writes docs/zoo.md
+	$(RUN)/python -m tests.long.zoo_transformers
+	$(RUN)/python -m tests.long.zoo_timm
+	$(RUN)/python -m tests.long.zoo.page
+
 test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
 	$(RUN)/python -m tests.long.large_checkpoints
 
@@ -77,6 +82,10 @@ clean:
 
 .venv/docs: .venv/ready
 	$(UV) install --quiet --python $(RUN)/python --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+.venv/zoo: .venv/ready
+	$(UV) install --quiet --python $(RUN)/python --constraint constraints.txt --editable ".[zoo]"
 	touch $@
 
 .venv/bench: .venv/ready
