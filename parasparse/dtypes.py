@@ -6,6 +6,12 @@ from torch import Tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
+def is_maskable(dtype: torch.dtype) -> bool:
+    """Whether entries of `dtype` are numbers; an entry of float4 holds two, and torch has no 0."""
+    packed = getattr(torch, "float4_e2m1fn_x2", None)
+    return (dtype.is_floating_point or dtype.is_complex) and dtype != packed
+
+
 def widened_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float32 for a dtype of one byte, else `dtype`."""
     return torch.float32 if dtype.itemsize == 1 else dtype

@@ -102,9 +102,16 @@ def _states(optimizer: Any, parameter: Tensor) -> Iterator[Mapping[str, Any]]:
     for each in each_optimizer(optimizer):
         # `state` is a defaultdict, so [] would add an entry.
         yield each.state.get(parameter, {})
-        inner = getattr(each, "optimizer", None)
-        if inner is not None and getattr(inner, "state", None) is not each.state:
-            yield from _states(inner, parameter)
+        for inner in _inside(each):
+            if inner.state is not each.state:
+                yield from _states(inner, parameter)
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    """Return the optimizers that `optimizer` holds in its attributes, whatever they are called."""
+    held = [*vars(optimizer).values(), getattr(optimizer, "optimizer", None)]
+    found = {id(o): o for o in held if hasattr(o, "param_groups") and hasattr(o, "state")}
+    return [each for each in found.values() if each is not optimizer]
 
 
 def _groups(optimizer: Optimizers) -> list[dict[str, Any]]:
@@ -131,10 +138,10 @@ def _codes(name: str, value: Any, state: Mapping[str, Any]) -> tuple[Tensor, int
 
 
 def _is_copy(name: str, value: Tensor, parameter: Tensor) -> bool:
-    alike = value.dtype == parameter.dtype and value.device == parameter.device
-    return name in WEIGHT_COPIES or (
-        alike and name not in MOMENTA and torch.equal(value, parameter)
-    )
+    # A copy in float32 of a weight in bfloat16 equals the weight once it is rounded.
+    alike = value.is_floating_point() == parameter.is_floating_point()
+    alike = alike and value.device == parameter.device and name not in MOMENTA
+    return name in WEIGHT_COPIES or (alike and torch.equal(value.to(parameter.dtype), parameter))
 
 
 def momentum_of(optimizer: Optimizers, parameter: Tensor) -> Tensor | None:

@@ -254,6 +254,15 @@ def test_a_copy_of_the_weight_becomes_what_the_weight_becomes(name):
     assert torch.equal(optimizer.state[layer.weight][name], copied.masked_fill(entries, 0))
 
 
+def test_a_copy_of_more_digits_stays():
+    weight = nn.Parameter(torch.randn(8, 8, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight])
+    digits = weight.detach().float() * 1.001  # less than half of the last digit of the weight
+    optimizer.state[weight]["a name that nobody knows"] = digits.clone()
+    ps.optim.zero_entries(optimizer, weight, torch.ones(8, 8, dtype=torch.bool))
+    assert torch.equal(optimizer.state[weight]["a name that nobody knows"], digits)
+
+
 def test_codes_are_set_to_the_code_of_zero():
     layer, optimizer = stepped(Coded)
     entries = torch.eye(4, dtype=torch.bool)
@@ -293,9 +302,18 @@ class Inside:
         self.optimizer, self.state, self.param_groups = optimizer, {}, optimizer.param_groups
 
 
-def test_the_state_of_an_optimizer_inside_another_is_cleared():
+class SharpnessAware(torch.optim.Optimizer):
+    """Keeps a state of its own, and calls the optimizer inside by another name."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.base_optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+@pytest.mark.parametrize("wrap", [Inside, SharpnessAware, lambda o: Inside(SharpnessAware(o))])
+def test_the_state_of_an_optimizer_inside_another_is_cleared(wrap):
     layer, optimizer = stepped(partial(torch.optim.SGD, momentum=0.9))
-    wrapped, entries = Inside(optimizer), torch.ones(4, 4, dtype=torch.bool)
+    wrapped, entries = wrap(optimizer), torch.ones(4, 4, dtype=torch.bool)
     assert ps.optim.momentum_of(wrapped, layer.weight) is not None
     ps.optim.zero_entries(wrapped, layer.weight, entries)
     assert not optimizer.state[layer.weight]["momentum_buffer"].any()

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.masks.apply import is_recorded
+from parasparse.sharding.dtensors import PLAIN
 
 
 class _Read:
@@ -26,15 +27,23 @@ class _Read:
 
     def __init__(self, value: Tensor, sources: list[Tensor]) -> None:
         self.value = value
-        self._sources = sources
-        self._ids = [*map(id, sources)]
-        self._counting = [t for t in (value, *sources) if not t.is_inference()]
-        self._versions = [t._version for t in self._counting]
+        self._sources = sources  # their ids must stay theirs
+        self._seen = _seen(value, *sources)
 
     def is_of(self, sources: list[Tensor]) -> bool:
-        """Whether it was computed from `sources`, and nothing has been written to since."""
-        same = [*map(id, sources)] == self._ids
-        return same and [t._version for t in self._counting] == self._versions
+        """Whether it was computed from `sources`, and nothing has changed since."""
+        return _seen(self.value, *sources) == self._seen
+
+
+def _seen(*tensors: Tensor) -> list[tuple[int, int, int, bool]]:
+    # `tensor.data = other` changes the memory, but not the version, which inference tensors lack.
+    return [
+        (
+            id(t), t.data_ptr() if type(t) in PLAIN else 0,
+            0 if t.is_inference() else t._version, t.requires_grad,
+        )
+        for t in tensors
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from parasparse.cli.held_masks import computed
 from parasparse.cli.rules import Rule
+from parasparse.dtypes import is_maskable
 from parasparse.files.checkpoint import Checkpoint, CheckpointError
 from parasparse.names import ancestors, plain
 from parasparse.targets.reach import group_by_rule
@@ -48,7 +49,7 @@ def reached(source: Checkpoint, rules: list[Rule]) -> list[list[Reached]]:
     ]
     for each in (one for group in found for one in group):
         dtype = source.infos[each.parts[0]].dtype
-        if not (dtype.is_floating_point or dtype.is_complex):
+        if not is_maskable(dtype):
             raise CheckpointError(
                 f'a pruned tensor must be floating-point or complex; "{each.name}" is {dtype}. Put '
                 f"--rule '{each.name}=none' before its rule."
@@ -104,8 +105,7 @@ def _model_of(source: Checkpoint) -> tuple[nn.Module, dict[tuple[int, str], str]
         first = source.ties.get(name, name)
         if first not in held:
             tensor = torch.empty(info.shape, dtype=info.dtype, device="meta")
-            number = info.dtype.is_floating_point or info.dtype.is_complex
-            held[first] = nn.Parameter(tensor) if number else tensor
+            held[first] = nn.Parameter(tensor) if is_maskable(info.dtype) else tensor
         if isinstance(held[first], nn.Parameter):
             module._parameters[attr] = held[first]  # type: ignore[assignment]
         else:

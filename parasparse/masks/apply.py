@@ -103,7 +103,12 @@ def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
         weight = weight.resolve_conj().resolve_neg()
     bits = weight.view(integer)
     # For few entries the number of calls matters, for many the number of tensors.
-    product = mask.mul(bits) if weight.numel() < _FEW else mask.to(integer).mul_(bits)
+    # With the strides of the weight, by which a 1 x 1 convolution decides how to multiply.
+    product = torch.empty_like(bits)
+    if weight.numel() < _FEW:
+        torch.mul(mask, bits, out=product)
+    else:
+        product.copy_(mask).mul_(bits)
     return product.view(weight.dtype)
 
 

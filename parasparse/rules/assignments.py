@@ -19,6 +19,7 @@ from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
 from parasparse.attach.reading import stacks_of
 from parasparse.attach.stack import stack_of
+from parasparse.dtypes import is_maskable
 from parasparse.masks.convert import as_mask
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
@@ -149,7 +150,7 @@ def _check_dim(treatment: Any, group: list[Target]) -> None:
 def _check_target(target: Target) -> None:
     """Raise an error if nothing can mask `target`."""
     dtype = target.stored().dtype
-    if not (dtype.is_floating_point or dtype.is_complex):
+    if not is_maskable(dtype):
         raise TypeError(
             f'"{target.name}" is {dtype}; only floating point and complex tensors can be masked. '
             "Exclude it with a `None` rule placed before this rule."

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from parasparse.attach import reading
+from parasparse.names import ancestors
 from parasparse.targets.tensors import Site, Target
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -23,11 +24,11 @@ _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 _KINDS = {
     word: kind
     for kind, words in {
-        "bias": "bias",
-        "scale": "scale scales gain gamma beta alpha log",
+        "bias": "bias biases",
+        "scale": "scale scales scaler gain gamma beta alpha log",
         "norm": "norm mean std",
         "position": "pos position positions positional ape",
-        "embedding": "emb embed embedding embeddings table codebook",
+        "embedding": "emb embed embedding embeddings table codebook codebooks",
         "learned token": "token tokens query queries latent latents prompt prompts pad",
     }.items()
     for word in words.split()
@@ -44,7 +45,8 @@ _SCALES = {
 }  # fmt: skip
 # In a state space model, the decay rates and a gain; a module with A and B alone is low-rank.
 _STATE_SPACE = {"A": {"C", "D"}, "D": {"A", "A_log"}}
-_ROUTERS = ("gate", "gating", "wg")  # modules beside "experts"
+# Modules, or parameters, beside "experts": "gate", "gates.0.wg", "shared_expert_gate", "w_gate".
+_ROUTER = re.compile(r"(w_|expert_|shared_expert_)?(gate|gates|gating|wg)(_network)?")
 
 
 def why_dense(targets: list[Target]) -> dict[Target, str]:
@@ -82,7 +84,9 @@ def _reason(target: Target, with_experts: set[str]) -> str | None:
         return "bias" if "bias" in words else "scale"
     classes = " ".join(base.__name__ for module in modules for base in type(module).__mro__)
     if not _is_matrix(target):
-        if re.search(r"Embedding\b", classes):
+        if re.search(r"Embedding(Bag|Table)?s?\b", classes):
+            return "embedding"
+        if any(hasattr(module, "num_embeddings") for module in modules):
             return "embedding"
         if re.search(r"(Norm|GRN)(\dd)?\b", classes):
             return "norm"
@@ -164,9 +168,12 @@ def _is_router(target: Target, with_experts: set[str]) -> bool:
     if any(re.search(r"Router|TopKGate|MoEGate", type(s.module).__name__) for s in target.sites):
         return True
     for name in target.names:
-        parent, _, module = name.rpartition(".")[0].rpartition(".")
-        if "router" in module or (module in _ROUTERS and f"{parent}.".lstrip(".") in with_experts):
-            return True
+        for place in ancestors(name):
+            parent, dot, own = place.rpartition(".")
+            if ("router" in own and place != name) or (
+                _ROUTER.fullmatch(own) and f"{parent}{dot}" in with_experts
+            ):
+                return True
     return False
 
 

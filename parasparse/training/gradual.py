@@ -144,6 +144,7 @@ class GradualPruning(Controller):
             "steps": self.steps,
             "is_over": self._is_over,
             "stop": self._stop,
+            "asked": self._asked(),
             "present": {name: n for group in self._present for name, n in group.items()},
             **saved(self.history, self._start),
         }
@@ -152,12 +153,13 @@ class GradualPruning(Controller):
         """Continue from a saved state; raise ValueError if it is for other tensors."""
         history, start = loaded(state_dict, self._start)
         steps, is_over = state_dict["steps"], state_dict["is_over"]
-        # This schedule says when it ends; the saved run may have had another one, and have ended.
-        same = state_dict.get("stop", self._stop) == self._stop  # older states have no "stop"
         present = state_dict.get("present", {})
-        self.steps, self._is_over = steps, is_over and same
         self._present = [{n: present.get(n, group[n]) for n in group} for group in self._present]
         self.history, self._start = history, start
+        # This schedule says where it ends; the saved run may have ended earlier, or less sparse.
+        ours = {"stop": self._stop, "asked": self._asked()}
+        same = ours == {name: state_dict.get(name, ours[name]) for name in ours}  # older have none
+        self.steps, self._is_over = steps, is_over and same
 
     def _find_present(self, assigned: list[Assignment], kept: Mapping[str, Tensor]) -> None:
         """Count the zeros that are there, where `kept` are the masks that drop them."""
@@ -166,7 +168,9 @@ class GradualPruning(Controller):
             group.update({n: counted(kept[n], prune.pattern) for n in names if prune is not None})
 
     def _asked(self) -> float:
-        """Return the sparsity of all tensors together at the end of the schedule."""
+        """Return the sparsity of all tensors together at the end of the schedule; 0 without end."""
+        if self._stop == math.inf:
+            return 0.0
         share, asked = self.schedule(int(self._stop)), dict[str, float]()
         for (_, prune), group in zip(self._rules, self._present, strict=True):
             asked |= sparsities(prune, share, group)

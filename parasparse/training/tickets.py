@@ -144,6 +144,7 @@ class LotteryTicket(Controller):
         """Return the controller's state; save those of the model (with masks) and optimizer too."""
         return {
             "steps": self.steps, "round": self.round, "checkpoint": self._checkpoint,
+            "asked": self._asked(),
             **saved(self.history, self._start),
         }  # fmt: skip
 
@@ -152,7 +153,7 @@ class LotteryTicket(Controller):
 
         Raises:
             ValueError: the state is for other tensors, more rounds, or another number of
-                optimizers.
+                optimizers; or all rounds have ended, at another sparsity.
         """
         (history, start), checkpoint = loaded(state_dict, self._start), state_dict["checkpoint"]
         ours = 0 if self.optimizer is None else len(each_optimizer(self.optimizer))
@@ -163,8 +164,17 @@ class LotteryTicket(Controller):
                 f"this controller has one (it has {ours}); it is from round {state_dict['round']}, "
                 f"with {theirs} optimizers."
             )
+        asked, given = self._asked(), tuple(state_dict.get("asked", self._asked()))
+        if state_dict["round"] == self.rounds and given != asked:
+            raise ValueError(
+                f"all {self.rounds} rounds of `state_dict` have ended, at sparsities of {given}; "
+                f"the rules of this controller have {asked}. Give it more `rounds`."
+            )
         self.steps, self.round = state_dict["steps"], state_dict["round"]
         self.history, self._start, self._checkpoint = history, start, checkpoint
+
+    def _asked(self) -> tuple[float | None, ...]:
+        return tuple(None if prune is None else prune.sparsity for _, prune in self._rules)
 
     def _remember(self) -> None:
         if self._checkpoint is None and self.steps == self.rewind_step:

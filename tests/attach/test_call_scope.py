@@ -139,6 +139,11 @@ def tied(module):
     module.weight = nn.Parameter(torch.randn(4, 3, 3))
 
 
+def given_other_data(module):
+    stored = module.parametrizations.weight.original
+    stored.data = stored.data * 2
+
+
 def swapped(module):
     module.parametrizations.weight.original = nn.Parameter(torch.randn(4, 3, 3))
 
@@ -168,6 +173,7 @@ CHANGES = {
     "added in place": added,
     "assigned": assigned,
     "tied": tied,
+    "given other data": given_other_data,
     "swapped": swapped,
     "masked otherwise": masked_otherwise,
     "masked by another module": masked_by_another,
@@ -190,6 +196,21 @@ def test_what_changes_between_two_reads_is_seen(change):
 
     masked(between, KEPT.clone())(X)
     assert steps == [True] * 4
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_weight_frozen_or_thawed_between_two_reads_is_so(trained):
+    seen = []
+
+    def between(module):
+        seen.append(module.weight.requires_grad)
+        module.requires_grad_(trained)
+        seen.append(module.weight.requires_grad)
+        module.requires_grad_(not trained)
+
+    module = masked(between, KEPT.clone())
+    module.requires_grad_(not trained)(X)
+    assert seen == [not trained, trained] * 4
 
 
 def test_an_unset_mask_is_refused_at_the_next_read():

@@ -365,7 +365,8 @@ def test_float4_is_copied(tmp_path, w):
         save_file({"w.weight": w, "packed": packed}, tmp_path / "in.safetensors")
     except Exception as error:  # safetensors' own class is not public
         pytest.skip(f"this safetensors cannot write float4: {error}")
-    rule = ("--rule", "w.weight=0.5")
-    assert run("prune", tmp_path / "in.safetensors", tmp_path / "out.safetensors", *rule) == 0
-    out = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(out["packed"].view(torch.uint8), packed.view(torch.uint8))
+    for name in ("w.weight", "*"):
+        rule = ("--rule", f"{name}=0.5", "--force")
+        assert run("prune", tmp_path / "in.safetensors", tmp_path / "out.safetensors", *rule) == 0
+        out = load_file(tmp_path / "out.safetensors")
+        assert torch.equal(out["packed"].view(torch.uint8), packed.view(torch.uint8))

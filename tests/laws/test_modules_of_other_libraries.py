@@ -51,6 +51,21 @@ def test_masked_and_squashed_are_equal_in_every_layout_of_the_input(kind, layout
         assert torch.equal(call(x), masked)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("channels", [16, 256])
+def test_masked_and_squashed_are_equal_in_every_layout_of_the_weight(size, channels):
+    layer = nn.Conv2d(channels, channels, size).to(memory_format=torch.channels_last)
+    strides = layer.weight.stride()
+    ps.sparsify(layer, {"weight": torch.rand(layer.weight.shape) < 0.5})  # in the default layout
+    x = torch.randn(2, channels, 5, 5)
+    with torch.no_grad():
+        masked = layer(x)
+    assert layer.weight.stride() == strides
+    ps.squash(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), masked)
+
+
 def test_what_is_read_says_that_it_is_trained_only_where_that_is_free():
     layer = ps.sparsify(nn.Linear(4, 4), 0.5)
     with torch.no_grad():

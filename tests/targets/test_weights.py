@@ -88,7 +88,14 @@ def module(name="Own", base=nn.Module, **shapes):
     return made
 
 
+def counted_table():
+    table = module("Lookup", weight=(50, 8))
+    table.num_embeddings = 50
+    return table
+
+
 REACHED = {
+    "experts with gates": nn.ModuleDict({"experts": nn.ModuleDict({"gate": module(w=(8, 8))})}),
     "fused experts": module("Experts", gate_up_proj=(4, 16, 8), down_proj=(4, 8, 8)),
     "experts with biases": module("Experts", up=(4, 16, 8), up_bias=(4, 16)),
     "root of a graph convolution": module("RGCNConv", weight=(3, 8, 8), root=(8, 8)),
@@ -141,6 +148,18 @@ DENSE = {
     "embedding of torch": nn.Embedding(9, 8),
     "state space": module("Mixer", A=(1, 6), D=(1, 1)),
     "router": nn.ModuleDict({"gate": nn.Linear(8, 4), "experts": module(w=(4, 8, 8))}),
+    "router of several words": nn.ModuleDict(
+        {
+            "gates": nn.ModuleList([nn.ModuleDict({"wg": nn.Linear(8, 4)})]),
+            "shared_expert_gate": nn.Linear(8, 1),
+            "gating_network": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)),
+            "experts": module(w=(4, 8, 8)),
+        }
+    ),
+    "embedding of bags": module("QuotientEmbeddingBag", weight_q=(50, 8), weight_r=(9, 8)),
+    "embedding by its size": counted_table(),
+    "bias of pairs": module("Attention", attention_biases=(4, 49)),
+    "scale of splines": module("KANLinear", spline_scaler=(8, 8)),
 }
 # Dense beside them.
 ALSO = {"up_bias", "weight_scale_inv", "weight_g", "bias", "bias_ih_l0", "bias_hh_l0",
@@ -159,9 +178,10 @@ def test_what_is_no_weight_stays_dense_and_the_table_says_why(kind):
     plan = ps.plan(model, 0.5)
     assert {row.name for row in plan} - {"layer.experts.w"} == {"fc.weight"}
     reasons = {row.reason for row in plan.dense}
-    assert reasons == {kind.removesuffix(" of torch")}
+    reason = kind.partition(" of ")[0].removesuffix(" by its size")
+    assert reasons == {reason}
     assert ps.summary(ps.sparsify(model, 0.5)).dense == plan.dense
-    assert f"({kind.removesuffix(' of torch')})" in str(plan)
+    assert f"({reason})" in str(plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])

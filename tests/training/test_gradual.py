@@ -158,6 +158,7 @@ def test_an_update_without_its_masks_is_refused_before_it_changes_others(take_of
 RESUMED = {  # stop and sparsity of the saved run, its steps; the schedule that goes on
     "longer": (10, 0.5, 12, Cubic(0.5, 1.0, start=12, stop=30), 30),
     "shorter": (100, 0.9, 60, Cubic(0.0, 1.0, stop=50), 65),
+    "sparser": (10, 0.5, 12, Cubic(0.0, 1.0, stop=10), 15),
 }
 
 

@@ -202,4 +202,8 @@ def test_a_state_that_does_not_fit_is_refused():
     shorter = ps.LotteryTicket(model, 0.5, other, rounds=2)
     with pytest.raises(ValueError, match="from at most 2 rounds.*from round 3"):
         shorter.load_state_dict(lottery.state_dict())
-    assert without.round == shorter.round == 0
+    model = build()
+    sparser = ps.LotteryTicket(model, 0.9, torch.optim.SGD(model.parameters(), 0.1), rounds=3)
+    with pytest.raises(ValueError, match="have ended, at sparsities of .*0.5.* Give it more"):
+        sparser.load_state_dict(lottery.state_dict())
+    assert without.round == shorter.round == sparser.round == 0
