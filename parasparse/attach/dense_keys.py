@@ -8,6 +8,7 @@ from torch import nn
 from parasparse import names
 from parasparse.attach.reading import masked_stacks, stacks_of
 from parasparse.masks import protocol
+from parasparse.sharding.dtensors import PLAIN
 
 
 def accept_dense_keys_of(module: nn.Module) -> None:
@@ -61,6 +62,24 @@ def accept_dense_keys(
                         protocol.forget_(stack.mask, value.device)
     for key in used:
         del state_dict[key]
+    if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict:
+        _store_early(module, state_dict, prefix)
+
+
+def _store_early(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Store the values now that torch loads after the module itself, which may read its weight.
+
+    Some quantizers do so, and set their scale anew.
+    """
+    for name, stack in masked_stacks(module):
+        inside = names.inside(f"{prefix}{name}")
+        for own, tensor in [*stack._parameters.items(), *stack._buffers.items()]:
+            value: Any = state_dict.get(inside + own)
+            if tensor is None or type(tensor) not in PLAIN or type(value) not in PLAIN:
+                continue
+            if value.shape == tensor.shape and not (value.is_meta or tensor.is_meta):
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 def _mask_keys(name: str) -> list[str]:

@@ -186,8 +186,11 @@ class Mask(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        had_values = self.mask is None or not self.mask.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
+        if not had_values and self.mask is not None and not self.mask.is_meta:
+            self.mask_(None)  # `to_empty` has given it memory, but no values
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -235,6 +235,32 @@ def test_a_meta_model_can_be_emptied_onto_a_device_and_loaded():
     assert torch.equal(model(x), source(x))
 
 
+def test_a_mask_without_values_is_unset_and_not_read():
+    with torch.device("meta"):
+        model = ps.sparsify(net(), 0.5)
+    model.to_empty(device="cpu")
+    ps.load_state_dict(model, net().state_dict())
+    with pytest.raises(RuntimeError, match="has no sparsity mask"):
+        model(x)
+
+
+def test_a_module_that_reads_its_weight_after_loading_reads_the_new_values():
+    class Scaled(nn.Linear):
+        def _load_from_state_dict(self, *args):
+            super()._load_from_state_dict(*args)
+            self.scale = float(self.weight.detach().abs().max())
+
+    model = ps.sparsify(Scaled(8, 8), 0.5)
+    with torch.no_grad():
+        model.parametrizations.weight.original.mul_(10)
+    other = Scaled(8, 8)
+    ps.load_state_dict(other, model.state_dict())
+    assert other.scale == float(model.weight.detach().abs().max())
+    again = ps.sparsify(Scaled(8, 8), 0.5)
+    again.load_state_dict(model.state_dict())
+    assert again.scale == other.scale
+
+
 def test_binarize_masks_multiplies_leaves_no_minus_zero_and_returns_new_dicts():
     weight = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
     state, masks = {"a.weight": weight, "a.bias": torch.ones(2)}, {"a": [[0.0, 0.5], [-1.0, 0.0]]}

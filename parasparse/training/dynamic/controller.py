@@ -197,13 +197,26 @@ class DynamicSparsity(Controller):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a saved state; raise ValueError if it is for other tensors."""
+        """Continue from a saved state.
+
+        Raises ValueError if it is for other tensors, or for a network with another number of
+        connections than the rules of this controller ask for.
+        """
         history, start = loaded(state_dict, self._start)
+        self._check_number(state_dict["baseline_nonzero"])
         names = ("steps", "is_due", "missing", "baseline_nonzero")
         steps, is_due, missing, baseline = (state_dict[name] for name in names)
         self.history, self._start, self._missing = history, start, dict(missing)
         self.steps, self._is_due, self.baseline_nonzero = steps, is_due, baseline
         self._arm()
+
+    def _check_number(self, saved: int) -> None:
+        if saved != self.baseline_nonzero:
+            raise ValueError(
+                f"the state must be of a network with {self.baseline_nonzero:,} connections, as "
+                f"many as this controller's rules keep; it has {saved:,}. Create the controller "
+                "with the sparsity of the saved run."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_armed": None, "_gradients": None}

@@ -410,12 +410,22 @@ def test_its_state_is_whole():
         return ps.DynamicSparsity(model, 0.8, sgd(model), every=3)
 
     one, two = made(), made()
-    one.steps, one._is_due, one._missing, one.baseline_nonzero = 7, True, {"0.weight": 3}, 123
+    one.steps, one._is_due, one._missing = 7, True, {"0.weight": 3}
     two.load_state_dict(one.state_dict())
     assert two.state_dict().keys() == one.state_dict().keys()
     assert (two.steps, two._is_due, two._missing, two.baseline_nonzero) == (
-        7, True, {"0.weight": 3}, 123,
+        7, True, {"0.weight": 3}, one.baseline_nonzero,
     )  # fmt: skip
+
+
+def test_a_state_of_another_sparsity_is_refused():
+    models = build(), build()
+    half, sparser = (
+        ps.DynamicSparsity(model, sparsity, sgd(model), every=3)
+        for model, sparsity in zip(models, (0.5, 0.8), strict=True)
+    )
+    with pytest.raises(ValueError, match=r"must be of a network with .* connections"):
+        sparser.load_state_dict(half.state_dict())
 
 
 @pytest.mark.parametrize("growth", ["momentum", "gradient"])
