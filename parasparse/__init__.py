@@ -20,6 +20,10 @@ from parasparse.rules.prune import Prune
 from parasparse.rules.treatments import Fixed, Gate
 from parasparse.rules.types import Rules
 from parasparse.scores.statistics import Statistics
+from parasparse.shrink.coupled import coupled
+from parasparse.shrink.plan import Shrinkage
+from parasparse.shrink.shrink import plan_shrink, shrink
+from parasparse.shrink.unshrink import unshrink
 from parasparse.targets.left_dense import DenseRow
 from parasparse.training.continuous import ContinuousSparsification
 from parasparse.training.controller import Controller
@@ -49,12 +53,12 @@ __all__ = [
     "Acceleration", "AccelerationRow", "BaseDataSparsifier", "ContinuousSparsification",
     "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DenseRow",
     "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket",
-    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune",
-    "Rules", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate",
-    "accelerated", "binarize", "binarize_masks", "dense_gradients", "dense_state_dict",
-    "deploy_masks", "distributed", "distributions", "frozen", "gates", "is_sparse",
-    "load_packed", "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack",
-    "patterns", "penalty", "plan", "plot", "restore", "rigl", "save", "schedules", "scores",
-    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
-    "summary", "unpack", "unsparsify",
+    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules",
+    "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate",
+    "accelerated", "binarize", "binarize_masks", "coupled", "dense_gradients", "dense_state_dict",
+    "deploy_masks", "distributed", "distributions", "frozen", "gates", "is_sparse", "load_packed",
+    "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack", "patterns", "penalty",
+    "plan", "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored", "summary",
+    "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
 """Keeps the state of torch optimizers in step with masks and parameter names."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from parasparse.sharding.dtensors import PLAIN, fill_, is_dtensor
 from parasparse.targets.tensors import Target, tensors_of
@@ -80,6 +81,94 @@ def check_clearable(optimizer: Optimizers, parameters: list[Tensor]) -> None:
                     )
 
 
+def cut(
+    optimizer: Optimizers, parameter: Tensor, part: Callable[[Tensor], Tensor]
+) -> Callable[[], None]:
+    """Cut each state of the shape of `parameter`; return a function that undoes it.
+
+    Call it before `parameter` itself is cut, and `check_cuttable` before that.
+
+    Args:
+        optimizer: see `zero_entries`.
+        parameter: a parameter of the optimizer.
+        part: returns the part of a tensor that stays.
+
+    Examples:
+        >>> weight = nn.Parameter(torch.ones(3))
+        >>> optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+        >>> weight.sum().backward(); optimizer.step()
+        >>> undo = cut(optimizer, weight, lambda tensor: tensor[:2])
+        >>> optimizer.state[weight]["momentum_buffer"].shape
+        torch.Size([2])
+    """
+    found = [
+        (state, name, value, part(value))
+        for state in _states(optimizer, parameter)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+    for state, name, _, new in found:
+        state[name] = new
+
+    def undo() -> None:
+        for state, name, old, _ in found:
+            state[name] = old
+
+    return undo
+
+
+def add_to_copies(optimizer: Optimizers, parameter: Tensor, delta: Tensor) -> Callable[[], None]:
+    """Add `delta` to the copies of `parameter` in the state; return a function that undoes it."""
+    old: list[tuple[Tensor, Tensor]] = []
+    for state in _states(optimizer, parameter):
+        for name, value in state.items():
+            alike = isinstance(value, Tensor) and value.shape == parameter.shape
+            if alike and _is_copy(name, value, parameter):
+                old.append((value, value.clone()))
+                value.add_(delta.to(value))
+
+    def undo() -> None:
+        for value, before in old:
+            value.copy_(before)
+
+    return undo
+
+
+def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
+    """Raise an error if `cut` cannot cut the state of one of `parameters`.
+
+    Raises:
+        TypeError: a state is not an ordinary tensor of the parameter's shape, nor one number.
+        ValueError: the optimizer holds none of `parameters`.
+    """
+    held = {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
+    trained = [id(parameter) for parameter in parameters if parameter.requires_grad]
+    if trained and held.isdisjoint(trained):
+        raise ValueError(
+            f"`optimizer` must hold parameters that become smaller; none is among its {len(held)}. "
+            "Build it with `model.parameters()` of the same model object."
+        )
+    for parameter in parameters:
+        for state in _states(optimizer, parameter):
+            for name, value in state.items():
+                if not _is_cuttable(value, parameter):
+                    raise TypeError(
+                        f'the state "{name}" of {kind_of(optimizer)} is no tensor in floating '
+                        f"point of its parameter's shape {tuple(parameter.shape)}, so it cannot be "
+                        "cut. Shrink without `optimizer`, and build a new one afterwards."
+                    )
+
+
+def _is_cuttable(value: object, parameter: Tensor) -> bool:
+    """Whether a state has the parameter's shape or does not depend on the shape."""
+    if isinstance(value, Tensor):
+        codes = value.dtype in (torch.uint8, torch.int8)
+        alike = value.shape == parameter.shape and _is_plain(value) and not codes
+        return alike or value.numel() <= 1
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return all(tensor.numel() <= 1 for tensor in tensors)
+
+
 def each_optimizer(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     """Return one or several optimizers as a tuple; raise TypeError if they are something else."""
     found = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
@@ -97,7 +186,7 @@ def kind_of(optimizer: Optimizers) -> str:
     return " and ".join(type(each).__name__ for each in each_optimizer(optimizer))
 
 
-def _states(optimizer: Any, parameter: Tensor) -> Iterator[Mapping[str, Any]]:
+def _states(optimizer: Any, parameter: Tensor) -> Iterator[MutableMapping[str, Any]]:
     """Yield the states of `parameter`, including those of optimizers inside `optimizer`."""
     for each in each_optimizer(optimizer):
         # `state` is a defaultdict, so [] would add an entry.

@@ -8,6 +8,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import parasparse as ps
 from parasparse.optim import (
+    check_cuttable,
+    cut,
     keeps_momentum,
     load_named_state,
     momentum_of,
@@ -341,3 +343,47 @@ def test_a_momentum_of_an_unknown_name_is_told_of_and_can_be_named(monkeypatch):
     monkeypatch.setattr(ps.optim, "MOMENTA", [*ps.optim.MOMENTA, "drift"])
     controller.step()
     assert len(controller.history) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_cut_states_are_those_of_the_part_and_come_back(name):
+    weight = nn.Parameter(torch.randn(4, 3))
+    optimizer = OPTIMIZERS[name]([weight])
+    weight.grad = torch.randn(4, 3)
+    optimizer.step()
+    check_cuttable(optimizer, [weight])
+    before = dict(optimizer.state[weight])
+    undo = cut(optimizer, weight, lambda tensor: tensor[:2])
+    for key, value in optimizer.state[weight].items():
+        alike = isinstance(value, torch.Tensor) and before[key].shape == weight.shape
+        assert torch.equal(value, before[key][:2]) if alike else value is before[key]
+    undo()
+    assert all(value is before[key] for key, value in optimizer.state[weight].items())
+
+
+class Around:
+    """An optimizer around another, as accelerate makes it, with a state of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state = {}
+
+
+def test_states_of_an_optimizer_inside_another_are_cut():
+    weight = nn.Parameter(torch.randn(4, 3))
+    inner = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    weight.grad = torch.randn(4, 3)
+    inner.step()
+    cut(Around(inner), weight, lambda tensor: tensor[:, :1])
+    assert inner.state[weight]["momentum_buffer"].shape == (4, 1)
+
+
+def test_states_of_unknown_layout_are_refused():
+    weight = nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.Adafactor([weight])
+    weight.grad = torch.randn(4, 3)
+    optimizer.step()
+    with pytest.raises(TypeError, match="build a new one afterwards"):
+        check_cuttable(optimizer, [weight])
+    with pytest.raises(ValueError, match="of the same model object"):
+        check_cuttable(optimizer, [nn.Parameter(torch.zeros(2))])

@@ -53,7 +53,7 @@ class Mask(nn.Module):
         self._shape = like.shape
         # The dtype, device and memory format of the next mask; it follows `.to()` as weights do.
         example = torch.empty((2,) * like.ndim, dtype=real_dtype(like.dtype), device=like.device)
-        self._like = example.contiguous(memory_format=_memory_format(like))
+        self._like = example.contiguous(memory_format=memory_format_of(like))
         self.mask_(mask)
 
     @property
@@ -93,7 +93,7 @@ class Mask(nn.Module):
                 old.copy_(new.clone() if same else new)
                 return self
             self._check_replaced(now, value.dtype)
-            memory_format = _memory_format(self._like)
+            memory_format = memory_format_of(self._like)
             if copy or value.is_inference() or not value.is_contiguous(memory_format=memory_format):
                 value = _copied(value, memory_format)
             held["mask"] = nn.Parameter(value, False) if held is self._parameters else value
@@ -113,6 +113,13 @@ class Mask(nn.Module):
                 f"a mask that `fully_shard` has sharded must stay {now.dtype}; it would become "
                 f"{kind}. To change its kind, keep masks whole by not calling `shard_masks`."
             )
+
+    def resize_(self, mask: Tensor) -> None:
+        """Replace the mask by one of another shape, because the tensor has a new shape."""
+        held: Any = self._buffers if "mask" in self._buffers else self._parameters
+        fits = held is self._buffers or isinstance(mask, nn.Parameter)
+        held["mask"] = mask if fits else nn.Parameter(mask, False)
+        self._shape = mask.shape
 
     def forget_(self, device: torch.device) -> None:
         """Unset the mask. The next one will be on `device`."""
@@ -209,7 +216,8 @@ class Mask(nn.Module):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k != key]
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Return channels_last(_3d) if `tensor` is laid out so and not contiguous."""
     channels_last = _CHANNELS_LAST.get(tensor.ndim)
     if channels_last is None or tensor.is_contiguous():
         return torch.contiguous_format

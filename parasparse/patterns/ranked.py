@@ -100,8 +100,8 @@ def jointly(
         check_can_bound(pattern)
     if not scores:
         return {}
-    if isinstance(pattern, chain):
-        return pattern.jointly(scores, sparsity)
+    if hasattr(pattern, "jointly"):
+        return pattern.jointly(scores, sparsity)  # type: ignore[no-any-return]
     if any(score.is_meta for score in scores.values()):
         return _on_meta(scores, sparsity, pattern)
     if pattern is unstructured:

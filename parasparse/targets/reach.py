@@ -20,15 +20,18 @@ Specs: TypeAlias = Spec | list[Any] | tuple[Any, ...] | set[Any]
 def masked_targets(model: nn.Module, specs: Specs | None = None) -> list[Target]:
     """Return the masked tensors of `model` that `specs` reach, or all; see `masked_tensors_of`."""
     found = [target for target in masked_tensors_of(model) if target.masks()]
-    if specs is None:
-        return found
+    return found if specs is None else reached(specs, found, "a masked tensor")
+
+
+def reached(specs: Specs, targets: list[Target], what: str) -> list[Target]:
+    """Return the targets that `specs` reach; raise ValueError if one of `specs` reaches none."""
     wanted: set[int] = set()
     for spec in as_list(specs):
-        reached = [target for target in found if reaches(spec, target)]
-        if not reached:
-            raise ValueError(_misses(spec, found, "`targets` must each reach a masked tensor"))
-        wanted |= {id(target) for target in reached}
-    return [target for target in found if id(target) in wanted]
+        found = {id(target) for target in targets if reaches(spec, target)}
+        if not found:
+            raise ValueError(_misses(spec, targets, f"`targets` must each reach {what}"))
+        wanted |= found
+    return [target for target in targets if id(target) in wanted]
 
 
 def as_list(specs: Specs) -> list[Spec]:

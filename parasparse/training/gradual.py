@@ -25,7 +25,7 @@ from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
 from parasparse.training.controller import Controller
 from parasparse.training.history import copied, loaded, masks_of, saved, update_of
-from parasparse.training.present import counted, kept_now
+from parasparse.training.present import counts_of, kept_now
 from parasparse.training.scaled_rules import (
     as_rules,
     check_floors_at_the_end,
@@ -165,7 +165,8 @@ class GradualPruning(Controller):
         """Count the zeros that are there, where `kept` are the masks that drop them."""
         for (spec, prune), group in zip(self._rules, self._present, strict=True):
             names = [each.target.name for each in assigned if each.rule is spec]
-            group.update({n: counted(kept[n], prune.pattern) for n in names if prune is not None})
+            if prune is not None and names:
+                group.update(counts_of({n: kept[n] for n in names}, prune.pattern))
 
     def _asked(self) -> float:
         """Return the sparsity of all tensors together at the end of the schedule; 0 without end."""

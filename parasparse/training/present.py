@@ -29,6 +29,13 @@ def kept_now(each: Assignment, *, reopen: bool) -> Tensor:
     return laid_out_like(kept, each.result)
 
 
+def counts_of(kept: Mapping[str, Tensor], pattern: Pattern) -> Present:
+    """Return the zeros of each mask; units across tensors are counted once, at the first mask."""
+    if not hasattr(pattern, "counted") or any(mask.is_meta for mask in kept.values()):
+        return {name: counted(mask, pattern) for name, mask in kept.items()}
+    return {**dict.fromkeys(kept, (0, 0)), next(iter(kept)): pattern.counted(kept)}
+
+
 def counted(kept: Tensor, pattern: Pattern) -> tuple[int, int]:
     """Return how many entries of a mask, or units of `pattern`, are 0, and how many there are."""
     if kept.is_meta:  # values are still to come

@@ -347,3 +347,22 @@ def test_without_its_library_the_error_says_what_brings_it(name, monkeypatch):
     with pytest.raises(ImportError) as raised:
         importlib.import_module(f"parasparse.integrations.{name}")
     assert f'pip install "parasparse[{name}]"' in raised.value.__notes__[0]
+
+
+class Shrinks(lightning.Callback):
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 1:
+            ps.shrink(module.body, torch.randn(2, 8), optimizer=trainer.optimizers)
+
+
+def test_training_goes_on_after_shrink(tmp_path):
+    module = Net()
+    ps.sparsify(module, {"body.0": ps.Prune(0.5, pattern=ps.patterns.channel(0))})
+    trainer = lightning.Trainer(
+        max_epochs=3, callbacks=[Shrinks()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, data())
+    assert module.body[0].out_features < 32
+    for parameter, state in trainer.optimizers[0].state.items():
+        assert state["momentum_buffer"].shape == parameter.shape

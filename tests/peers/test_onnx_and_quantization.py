@@ -93,6 +93,14 @@ def test_squashed_models_give_the_same_outputs_in_onnxruntime(build, inputs, tmp
     assert zeros(program) - zeros(dense) >= dropped
 
 
+def test_shrunk_models_give_the_same_outputs_in_onnxruntime(tmp_path):
+    model, x = convolutions().eval(), torch.randn(2, 3, 8, 8)
+    ps.sparsify(model, {"0": ps.Prune(0.5, pattern=ps.patterns.channel(0))})
+    masked = model(x).detach()
+    exported(ps.shrink(model, x), x, tmp_path / "small.onnx")
+    torch.testing.assert_close(outputs(tmp_path / "small.onnx", x), masked, rtol=1e-4, atol=1e-5)
+
+
 def linear():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()

@@ -1,0 +1,174 @@
+"""Runs the masked and the smaller network, and says where they differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from parasparse.shrink.running import call, tensors_in
+from parasparse.verbs.squash import squash
+
+_DOUBLE = {True: torch.complex128, False: torch.float64}
+
+
+class Reference:
+    """The outputs of a masked network, to which those of the smaller one are compared.
+
+    Both are copies in eval mode, in float64 or complex128, or in their own dtype if the network
+    does not run in float64.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self._inputs = example_inputs
+        # Constants are added to biases in the dtype of the model.
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+        self._rounding = 16 * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        try:
+            self._run(model, _as_double)
+        except Exception:  # whatever a program raises that runs in one dtype only
+            self._run(model, _as_it_is)
+
+    def _run(self, model: nn.Module, cast: Callable[[Tensor], Tensor]) -> None:
+        self._cast = cast
+        self._model = _copied(model, cast)
+        self._outputs = _outputs(self._model, self._cast_inputs())
+
+    def check(self, small: nn.Module, *, equal: bool = True) -> None:
+        """Raise RuntimeError if `small` fails or, if `equal`, computes something else."""
+        small = _copied(small, self._cast)
+        try:
+            outputs = _outputs(small, self._cast_inputs())
+        except Exception as error:
+            raise RuntimeError(
+                f"the smaller network fails{self._first(small)}: {error!r}. {_UNCHANGED}"
+            ) from error
+        if not equal:
+            return
+        pairs = list(zip(self._outputs, outputs, strict=False))
+        if len(self._outputs) == len(outputs) and all(self._are_close(*pair) for pair in pairs):
+            return
+        errors = [_error(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
+        by = f" by {max(errors):.2g} of the largest output" if errors else ""
+        raise RuntimeError(
+            f"the smaller network computes something else than the masked one: it differs{by}"
+            f"{self._first(small)}. {_UNCHANGED}"
+        )
+
+    def _cast_inputs(self) -> Any:
+        def cast(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self._cast(value.detach()).clone()  # the program may write into it
+            return copy.deepcopy(value)
+
+        return tree_map(cast, self._inputs)
+
+    def _first(self, small: nn.Module) -> str:
+        """Return which module is the first to differ, for messages."""
+        masked, _ = _recorded(self._model, self._cast_inputs())
+        found, failed = _recorded(small, self._cast_inputs())
+        for (name, outputs), (_, others) in zip(masked, found, strict=False):
+            if not all(self._is_part(*pair) for pair in zip(outputs, others, strict=False)):
+                return _named(small, name)
+        return "" if failed is None else _named(small, failed)
+
+    def _are_close(self, want: Tensor, got: Tensor, scale: Tensor | None = None) -> bool:
+        if want.shape != got.shape:
+            return False
+        # Far above what rounding adds up to in deep networks, far below what a channel is worth.
+        exact = not (want.is_floating_point() or want.is_complex())
+        most = 0.0 if exact else max(torch.finfo(want.dtype).eps ** 0.4, self._rounding)
+        return _error(want, got, scale) <= most
+
+    def _is_part(self, want: Tensor, got: Tensor) -> bool:
+        """Whether `got` is `want`, or what is left of it without some slices of a dimension."""
+        if want.shape == got.shape or want.ndim != got.ndim:
+            return self._are_close(want, got)
+        dims = [d for d in range(want.ndim) if want.shape[d] != got.shape[d]]
+        if len(dims) > 1:
+            return True  # which entries are left cannot be told
+        scale, slices = _scale(want), iter(want.unbind(dims[0]))
+        return all(
+            any(self._are_close(one, part, scale) for one in slices) for part in got.unbind(dims[0])
+        )
+
+
+_UNCHANGED = (
+    "The model is as it was. Its program depends on a size or value in a way that one run does not "
+    "show; leave the channels of this module out with `targets`."
+)
+
+
+def _named(model: nn.Module, name: str) -> str:
+    kind = type(model.get_submodule(name)).__name__
+    return f', first in "{name}" ({kind})' if name else f", in {kind}"
+
+
+def _as_double(tensor: Tensor) -> Tensor:
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to(_DOUBLE[tensor.is_complex()]) if floating else tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
+    copied = squash(copy.deepcopy(model)).eval()
+    copied._apply(cast)
+    return copied
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors_in(call(model, inputs))
+
+
+def _recorded(model: nn.Module, inputs: Any) -> tuple[list[tuple[str, list[Tensor]]], str | None]:
+    """Return the outputs of each module that ends, until one fails, and the name of that one."""
+    found: list[tuple[str, list[Tensor]]] = []
+    running: list[str] = []
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leaving(_: Any, __: Any, out: Any) -> None:
+        found.append((running.pop(), [t.clone() for t in tensors_in(out)]))
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(entering(name)))
+        hooks.append(module.register_forward_hook(leaving))
+    try:
+        _outputs(model, inputs)
+    except Exception:  # its caller has seen it
+        return found, running[-1] if running else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, None
+
+
+def _error(want: Tensor, got: Tensor, scale: Tensor | None = None) -> float:
+    """Return the largest difference, relative to the largest value."""
+    if not want.numel():
+        return 0.0
+    scale = _scale(want) if scale is None else scale
+    want, got = _as_number(want), _as_number(got)
+    same = (want == got) | (want.isnan() & got.isnan())
+    difference = torch.where(same, 0.0, (want - got).abs())
+    return float(difference.nan_to_num(torch.inf).max() / scale)
+
+
+def _scale(tensor: Tensor) -> Tensor:
+    sizes = _as_number(tensor).abs()
+    return sizes.nan_to_num(0.0, 0.0).max().clamp(min=1e-30)
+
+
+def _as_number(tensor: Tensor) -> Tensor:
+    return tensor.to(_DOUBLE[tensor.is_complex()])

@@ -1,0 +1,172 @@
+"""`coupled`: channels as units across tensors, which are kept or dropped as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasparse.counts import check_sparsity, num_kept
+from parasparse.patterns.selection.kth import highest
+from parasparse.shrink.labels import compact
+from parasparse.shrink.needed import distinct
+from parasparse.shrink.running import traced
+from parasparse.shrink.units import Units
+from parasparse.text import listed
+
+
+class coupled:  # noqa: N801 - a pattern reads as a function
+    """Keep or drop channels with everything that belongs to them, in all tensors of a model.
+
+    A unit is what `shrink` can remove together: the output channel of a layer, its bias and norm,
+    the inputs of all layers that read it, the channels that a residual sum adds to it; all of an
+    attention head, or of a group of query heads with its key and value. `reaches` is the target of
+    the rule, and the scope of the rule must be "global".
+
+    Args:
+        model: dense or masked; not changed.
+        example_inputs: see `shrink`.
+        norm: None ranks units by the mean of the scores of their entries; p > 0 by the p-norm per
+            entry.
+        uniform: whether every group of units, such as the channels of one layer, gets the sparsity
+            of the rule. Otherwise all units are ranked together.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> units = coupled(model, torch.randn(1, 4))
+        >>> model = ps.sparsify(
+        ...     model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
+        ... )
+        >>> ps.shrink(model, torch.randn(1, 4))[2]
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, *, norm: float | None = None,
+        uniform: bool = True,
+    ) -> None:  # fmt: skip
+        self.norm, self.uniform = norm, uniform
+        trace, _, _ = traced(model, example_inputs, {})
+        units = Units(trace)
+        for ids, reason in trace.ties.pins:
+            units.keep(ids, reason)
+        for label, _ in trace.averaged:
+            units.keep(label, "")
+        self._shapes: dict[str, torch.Size] = {}
+        found: dict[str, list[Tensor]] = {}
+        for leaf in trace.leaves.values():
+            if isinstance(leaf.tensor, nn.Parameter):
+                labels = [units.of[compact(label)] for label in leaf.labels]
+                labels = [ids for ids in labels if not bool(units.kept[ids].all())]
+                if labels:
+                    found[leaf.name] = labels
+                    self._shapes[leaf.name] = leaf.tensor.shape
+        removable = (~units.kept).nonzero().flatten()
+        removable = removable[torch.isin(removable, _all(found))]
+        number = torch.full((len(units.kept),), -1)
+        number[removable] = torch.arange(len(removable))
+        self._labels = {name: [number[ids] for ids in labels] for name, labels in found.items()}
+        shapes = [number[units.of[label]] for label in distinct(trace.shapes)]
+        self._groups = self._group(len(removable), shapes)
+
+    def __repr__(self) -> str:
+        return f"coupled({len(self._groups)} units in {len(self._shapes)} tensors)"
+
+    def reaches(self, name: str, module: nn.Module, tensor: Tensor) -> bool:
+        """Whether a tensor has units: the target of a rule."""
+        return name in self._shapes
+
+    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Refuse: units are ranked in all their tensors together."""
+        raise ValueError(
+            '`scope` must be "global" with the pattern `coupled`, because its units lie in '
+            'several tensors: Prune(..., pattern=units, scope="global").'
+        )
+
+    def jointly(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        """Return the masks for `scores`, by name, in which the sparsity counts units.
+
+        Raises:
+            ValueError: `scores` has other tensors than the units.
+        """
+        check_sparsity(sparsity)
+        self._check(scores)
+        if any(score.is_meta for score in scores.values()):
+            return {name: torch.empty_like(s, dtype=torch.bool) for name, s in scores.items()}
+        ranks = self._ranks(scores)
+        kept = torch.zeros(len(ranks), dtype=torch.bool)
+        groups = self._groups if self.uniform else torch.zeros_like(self._groups)
+        for group in torch.unique(groups):
+            members = (groups == group).nonzero().flatten()
+            (mask,) = highest([ranks[members]], max(num_kept(len(members), sparsity), 1))
+            kept[members] = mask
+        return {name: self._spread(name, kept).to(score.device) for name, score in scores.items()}
+
+    def counted(self, kept: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return how many units the masks `kept` drop, and how many there are."""
+        ranks = self._ranks({name: mask.double() for name, mask in kept.items()})
+        return int((ranks == 0).sum()), len(ranks)
+
+    def _check(self, scores: Mapping[str, Tensor]) -> None:
+        shapes = {name: score.shape for name, score in scores.items()}
+        if shapes != self._shapes:
+            odd = [name for name in {**shapes, **self._shapes}
+                   if shapes.get(name) != self._shapes.get(name)]  # fmt: skip
+            raise ValueError(
+                "a rule with the pattern `coupled` must reach the tensors of its units: use "
+                f"`units.reaches` as its target. It differs for {listed(odd)}."
+            )
+
+    def _ranks(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Return the score of each unit: the mean, or norm per entry, of its matrices."""
+        total = torch.zeros(len(self._groups), dtype=torch.float64)
+        count = torch.zeros_like(total)
+        for name, score in scores.items():
+            if score.ndim < 2:
+                continue
+            powers = score.cpu().double()
+            powers = powers if self.norm is None else powers.abs() ** self.norm
+            for label in self._labels[name]:
+                over = [d for d in range(score.ndim) if label.shape[d] == 1]
+                sums = powers.sum(over, keepdim=True) if over else powers
+                ids = label.flatten()
+                there = ids >= 0
+                total.index_add_(0, ids[there], sums.flatten()[there])
+                each = torch.full_like(ids, score.numel() // label.numel(), dtype=torch.float64)
+                count.index_add_(0, ids[there], each[there])
+        mean = total / count.clamp(min=1)
+        return mean if self.norm is None else mean ** (1 / self.norm)
+
+    def _spread(self, name: str, kept: Tensor) -> Tensor:
+        mask = torch.ones(self._shapes[name], dtype=torch.bool)
+        for label in self._labels[name]:
+            mask = mask & ((label < 0) | kept[label])
+        return mask
+
+    def _group(self, number: int, shapes: list[Tensor]) -> Tensor:
+        """Return the group of each unit: units in the same places of the same tensors.
+
+        Slices of a tensor that must keep equally many, such as the groups of a convolution, are
+        groups of their own.
+        """
+        key = torch.zeros(number, dtype=torch.long)
+        generator = torch.Generator().manual_seed(0)
+        for labels in self._labels.values():
+            for label in labels:
+                ids = torch.unique(label)
+                key[ids[ids >= 0]] += torch.randint(2**40, (), generator=generator)
+        for label in shapes:
+            for part in label.flatten(0, -2):
+                ids = torch.unique(part)
+                ids = ids[ids >= 0]
+                if len(ids) > 1:
+                    key[ids] += torch.randint(2**40, (), generator=generator)
+        groups: Tensor = torch.unique(key, return_inverse=True)[1]
+        return groups
+
+
+def _all(found: dict[str, list[Tensor]]) -> Tensor:
+    parts = [torch.unique(ids) for labels in found.values() for ids in labels]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)

@@ -1,0 +1,116 @@
+"""Labels: to which channel each entry of a tensor belongs.
+
+A label is an int64 tensor with the shape of the tensor that it describes. Two entries with one id
+are kept or removed together; id 0 is never removed. Along dimensions where the ids do not change,
+a label is expanded (stride 0), so that it takes no memory there. A tensor may have several labels,
+such as one for the rows and one for the columns of a weight.
+"""
+
+import torch
+from torch import Tensor
+
+_MANY = 2**31  # more than there are ids: a pair of them is one number
+
+
+def tidy(label: Tensor) -> Tensor:
+    """Return `label`, expanded along each dimension along which its ids do not change."""
+    for dim in reversed(range(label.ndim)):
+        if varies(label, dim):
+            small = compact(label)
+            first, second = small.narrow(dim, 0, 1), small.narrow(dim, 1, 1)
+            # The second index tells most dimensions that vary from others.
+            if torch.equal(first, second) and torch.equal(small, first.expand_as(small)):
+                label = label.narrow(dim, 0, 1).expand(label.shape)
+    return label
+
+
+def compact(label: Tensor) -> Tensor:
+    """Return `label` with size 1 along the dimensions where it does not vary."""
+    for dim in range(label.ndim):
+        if label.shape[dim] > 1 and label.stride(dim) == 0:
+            label = label.narrow(dim, 0, 1)
+    return label
+
+
+def varies(label: Tensor, dim: int) -> bool:
+    """Whether the ids of a tidy label change along `dim`."""
+    return label.shape[dim] > 1 and label.stride(dim) != 0
+
+
+def varying(label: Tensor) -> tuple[int, ...]:
+    """Return the dimensions along which the ids of a tidy label change."""
+    return tuple(dim for dim in range(label.ndim) if varies(label, dim))
+
+
+def fixed_along(label: Tensor, dim: int, size: int) -> Tensor:
+    """Return `label` with the ids of index 0 along all of `dim`, which gets `size`."""
+    dim %= label.ndim
+    shape = [size if d == dim else n for d, n in enumerate(label.shape)]
+    return label.narrow(dim, 0, 1).expand(shape)
+
+
+def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    """Return the label of a tensor of `shape` whose ids along `dim` are `ids`."""
+    dim %= len(shape)
+    return ids.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def is_empty(label: Tensor) -> bool:
+    """Whether all ids are 0."""
+    return not compact(label).any()
+
+
+class Ties:
+    """Ids, which of them belong together, and which must stay.
+
+    Attributes:
+        count: number of ids so far, with id 0.
+        pins: ids that must stay, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.pins: list[tuple[Tensor, str]] = []
+        self._edges: list[Tensor] = []
+
+    def new(self, number: int) -> Tensor:
+        """Return `number` ids that nothing else has."""
+        self.count += number
+        return torch.arange(self.count - number, self.count)
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Make the ids of `a` and `b`, of shapes that broadcast, one unit entry by entry."""
+        a, b = torch.broadcast_tensors(a, b)
+        for dim in range(a.ndim):
+            if a.shape[dim] > 1 and a.stride(dim) == 0 and b.stride(dim) == 0:
+                a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
+        a, b = a.flatten(), b.flatten()
+        for kept, dropped in ((a, b), (b, a)):
+            self.pin(kept[(dropped == 0) & (kept != 0)], "it meets a size that stays")
+        differ = (a != b) & (a != 0) & (b != 0)
+        if differ.any():
+            self._edges.append(torch.unique(a[differ] * _MANY + b[differ]))
+
+    def pin(self, label: Tensor, reason: str) -> None:
+        """Keep all ids of `label`, for `reason`."""
+        ids = torch.unique(compact(label))
+        ids = ids[ids != 0]
+        if len(ids):
+            self.pins.append((ids, reason))
+
+    def units(self) -> Tensor:
+        """Return the unit of each id; tied ids have one. The unit of id 0 is 0."""
+        units = torch.arange(self.count)
+        if not self._edges:
+            return units
+        edges = torch.unique(torch.cat(self._edges))
+        a, b = edges // _MANY, edges % _MANY
+        while True:
+            low = torch.minimum(units[a], units[b])
+            hooked = units.scatter_reduce(0, units[a], low, "amin")
+            hooked = hooked.scatter_reduce(0, units[b], low, "amin")
+            while not torch.equal(hooked, hooked[hooked]):
+                hooked = hooked[hooked]
+            if torch.equal(hooked, units):
+                return units
+            units = hooked

@@ -1,0 +1,148 @@
+"""Decides which units must stay: those that the outputs need, and those that shapes need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from parasparse.shrink.facts import ZERO
+from parasparse.shrink.labels import compact
+from parasparse.shrink.readers import Reader
+from parasparse.shrink.regular import to_restore
+from parasparse.shrink.sizes import Attribute, solve
+from parasparse.shrink.tracing import Trace
+from parasparse.shrink.units import Units
+
+
+def keep_all_of(trace: Trace, units: Units, may_lose: set[str]) -> None:
+    """Keep the channels of all tensors but those that `may_lose` some."""
+    for leaf in trace.leaves.values():
+        if leaf.name not in may_lose:
+            for label in leaf.labels:
+                units.need(label, f"no target reaches {leaf.name}")
+
+
+def keep_needed(trace: Trace, units: Units, readers: list[Reader], *, exact: bool) -> None:
+    """Keep what the outputs of the network depend on."""
+    for ids, reason in trace.ties.pins:
+        units.need(ids, reason)
+    if exact:
+        for label, module in trace.averaged:
+            units.need(label, f"{module or 'the model'} takes a mean or norm over it")
+    for label, state, module in trace.sums:
+        live = torch.broadcast_tensors(label, state)
+        units.need(live[0][live[1] != ZERO], f"{module or 'the model'} sums over it")
+    while _keep_read(units, readers) or _keep_heirs(units, readers):
+        pass
+
+
+def _keep_read(units: Units, readers: list[Reader]) -> bool:
+    """Keep what readers read, except for constants that may go."""
+    changed = False
+    for reader in readers:
+        read, needed = reader.read, reader.needed(units)
+        unknown = needed & (read.constants.isnan() | units.stay(read.columns))
+        changed |= units.need(read.columns[unknown], f"{reader.where} reads it")
+    return changed
+
+
+def _keep_heirs(units: Units, readers: list[Reader]) -> bool:
+    """Keep one of the constants that a reader without a bias reads, or all if it must be."""
+    changed = False
+    for reader in readers:
+        columns, gone = reader.read.columns, reader.collapsing(units)
+        if not bool(gone.any()):
+            continue
+        why = "pads" if reader.read.padded else "has no bias of its own"
+        why = f"it is a constant, and {reader.where} {why}"
+        heirs = columns[0, reader.heirs(units)]
+        if len(heirs):
+            if not bool(units.stay(heirs).any()):
+                changed |= units.need(heirs[:1], f"{why}: it stands for others")
+        else:
+            changed |= units.need(columns[gone], why)
+    return changed
+
+
+def keep_shapes(
+    trace: Trace,
+    units: Units,
+    values: dict[Attribute, int],
+    *,
+    multiple_of: int,
+) -> tuple[dict[Attribute, int], bool]:
+    """Keep more until every tensor is regular and every stated size can follow.
+
+    Returns:
+        The attributes that change, with their new values; and whether more units are kept.
+    """
+    shapes = distinct(trace.shapes)
+    before = int(units.kept.sum())
+    while True:
+        changed = _keep_regular(units, shapes)
+        changed |= _keep_one(trace, units)
+        changed |= _keep_groups(trace, units)
+        changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
+        if changed:
+            continue
+        new, unmet = solve(trace.required, values, {}, units.kept[units.of])
+        for requirement in unmet:
+            ids = requirement.span.label
+            changed |= units.keep(ids, f"a size in {requirement.where} cannot follow")
+        if not changed:
+            return new, int(units.kept.sum()) > before
+
+
+def distinct(labels: Iterable[Tensor]) -> list[Tensor]:
+    """Return joint labels, each once."""
+    found: dict[tuple[object, ...], Tensor] = {}
+    for label in labels:
+        small = compact(label).squeeze()
+        if small.ndim > 1:
+            ids = small.flatten()
+            key = (tuple(small.shape), int((ids * torch.arange(1, len(ids) + 1)).sum()))
+            found.setdefault(key, small)
+    return list(found.values())
+
+
+def _keep_regular(units: Units, shapes: list[Tensor]) -> bool:
+    changed = False
+    for label in shapes:
+        more = to_restore(units.stay(label))
+        changed |= units.keep(label[more], "slices of a tensor must keep equally many")
+    return changed
+
+
+def _keep_one(trace: Trace, units: Units) -> bool:
+    changed = False
+    for leaf in trace.leaves.values():
+        for label in leaf.labels:
+            ids = compact(label)
+            if not bool(units.stay(ids).any()):
+                changed |= units.keep(ids.flatten()[:1], "one channel of a tensor must stay")
+    return changed
+
+
+def _keep_groups(trace: Trace, units: Units) -> bool:
+    """Keep an input and an output of each group of a convolution that keeps one of them."""
+    changed = False
+    for rows, inputs, module in trace.groups:
+        stay = [units.stay(ids).any(1) for ids in (rows, inputs)]
+        for ids, here, there in ((rows, *stay), (inputs, *reversed(stay))):
+            first = ids[there & ~here][:, 0]
+            changed |= units.keep(first, f"a group of {module} keeps an input and an output")
+    return changed
+
+
+def _keep_multiples(trace: Trace, units: Units, multiple_of: int) -> bool:
+    changed = False
+    for leaf in trace.leaves.values():
+        for label in leaf.labels:
+            ids = torch.unique(compact(label))
+            removed = ids[~units.stay(ids)]
+            missing = -(len(ids) - len(removed)) % multiple_of
+            if len(removed) and missing:
+                changed |= units.keep(removed[:missing], f"sizes are multiples of {multiple_of}")
+    return changed

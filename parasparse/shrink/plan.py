@@ -1,0 +1,146 @@
+"""The plan of a smaller network: which indices of which tensors stay, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parasparse.text import as_text
+
+Kept = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShrinkRow:
+    """What happens to one tensor.
+
+    Attributes:
+        name: plain name of the tensor.
+        shape: its shape.
+        new_shape: its shape in the smaller network.
+        kept: the indices that stay along each dimension that loses some. Along dimension 1 of a
+            grouped convolution, each row that stays has indices of its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+    kept: dict[int, Kept | tuple[Kept, ...]]
+
+
+@dataclass(frozen=True)
+class AttributeRow:
+    """An int attribute of a module or config that changes.
+
+    Attributes:
+        path: name of the module, or of the config in a module.
+        name: the attribute.
+        index: its place, if the attribute is a tuple.
+        old: its value.
+        new: its value in the smaller network.
+    """
+
+    path: str
+    name: str
+    index: int | None
+    old: int
+    new: int
+
+    def __str__(self) -> str:
+        place = "" if self.index is None else f"[{self.index}]"
+        return f"{f'{self.path}.' if self.path else ''}{self.name}{place}: {self.old} -> {self.new}"
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """Channels that a mask drops and that stay in the network.
+
+    Attributes:
+        name: plain name of the tensor.
+        dim: the dimension that counts the channels.
+        channels: their indices.
+        reason: why they stay.
+    """
+
+    name: str
+    dim: int
+    channels: Kept
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self.channels)} dead channels of dimension {self.dim} stay: "
+            f"{self.reason}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Shrinkage:
+    """A smaller network: what `shrink` does to the tensors and attributes of a model.
+
+    Attributes:
+        rows: the tensors that change their shape.
+        attributes: the attributes of modules and configs that change.
+        kept_back: the dead channels that stay, and why.
+        inexact: the modules whose result changes, with `exact=False`.
+        bytes: of parameters and buffers, before and after.
+        multiply_adds: of products with weights for the example inputs, before and after.
+        branches: where the program may have taken a branch because of the example's values.
+    """
+
+    rows: tuple[ShrinkRow, ...]
+    attributes: tuple[AttributeRow, ...] = ()
+    kept_back: tuple[KeptRow, ...] = ()
+    inexact: tuple[str, ...] = ()
+    bytes: tuple[int, int] = (0, 0)
+    multiply_adds: tuple[int, int] = (0, 0)
+    branches: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        head = ("name", "shape", "new shape")
+        lines = [as_text(head, [(row.name, row.shape, row.new_shape) for row in self.rows])]
+        for name in ("bytes", "multiply_adds"):
+            before, after = getattr(self, name)
+            lines.append(f"{name.replace('_', '-')}: {before:,} -> {after:,}")
+        lines += [str(row) for row in self.attributes]
+        lines += [str(row) for row in self.kept_back]
+        lines += [f"{module}: its result changes" for module in self.inexact]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON; equal plans give equal text."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Shrinkage:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ValueError: `text` is not such a plan.
+        """
+        try:
+            found: dict[str, Any] = json.loads(text)
+            rows = [
+                {**row, "kept": {int(dim): _tuples(kept) for dim, kept in row["kept"].items()}}
+                for row in found["rows"]
+            ]
+            return Shrinkage(
+                rows=tuple(ShrinkRow(**_with_tuples(row)) for row in rows),
+                attributes=tuple(AttributeRow(**row) for row in found["attributes"]),
+                kept_back=tuple(KeptRow(**_with_tuples(row)) for row in found["kept_back"]),
+                inexact=tuple(found["inexact"]),
+                bytes=tuple(found["bytes"]),
+                multiply_adds=tuple(found["multiply_adds"]),
+                branches=tuple(found["branches"]),
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`text` must be a plan written by `to_json`; {error}.") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: _tuples(value) for name, value in row.items()}

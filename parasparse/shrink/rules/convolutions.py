@@ -1,0 +1,176 @@
+"""Convolutions: they sum over the channels of a group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parasparse.shrink.facts import (
+    KNOWN,
+    UNKNOWN,
+    ZERO,
+    Facts,
+    everywhere,
+    facts,
+    lowest_along,
+    with_zeros,
+)  # fmt: skip
+from parasparse.shrink.labels import along, compact, varying
+from parasparse.shrink.rules.products import constants_of, depends_on_input, name_of, only_zeros
+from parasparse.shrink.tracing import Call, Product, Read, Rule, Trace
+
+
+def _convolution(trace: Trace, call: Call) -> list[Facts]:
+    x, w, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    (out,) = call.outs()
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    _pin_kernel(trace, w)
+    inputs = _channels(trace, x)
+    if groups > 1:
+        if transposed:
+            return _pinned(trace, call)
+        rows, columns = _grouped(trace, w, groups, inputs)
+    else:
+        rows = _ids_along(trace, w, out_dim)
+        columns = _ids_along(trace, w, in_dim)
+        _tie_or_pin(trace, inputs, columns)
+    if isinstance(bias, Tensor):
+        _tie_or_pin(trace, rows, trace.labels(bias)[0] if trace.labels(bias) else None)
+    padded = any(call.args[4]) or transposed
+    state, needs = _convolution_state(trace, x, w, groups, transposed, padded)
+    if bias is not None:
+        state = torch.minimum(state, trace.state(bias))
+    outs = torch.zeros(out.shape[1], dtype=torch.long) if rows is None else rows
+    if columns is not None and inputs is not None:
+        _read(trace, call, outs, columns, needs)
+    kernel = w.shape[2:].numel() * (x if transposed else out)[0, 0].numel() * out.shape[0]
+    trace.products.append(Product(kernel, outs, _inputs_of_one(columns, w.shape[in_dim])))
+    state = with_zeros(along(state, 1, out.shape), out)
+    return [facts([along(rows, 1, out.shape)] if rows is not None else [], state)]
+
+
+def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, needs: Tensor) -> None:
+    """Remember what the convolution sums over."""
+    x, w, bias = call.args[:3]
+    padding, transposed, groups = call.args[4], call.args[6], call.args[8]
+    channels = x.transpose(0, 1).flatten(1).t()
+    constants = constants_of(channels, lowest_along(trace.state(x), 1)).view(groups, 1, -1)
+    each = constants.expand(groups, len(rows) // groups, -1).flatten(0, 1)
+    trace.reads.append(
+        Read(
+            columns=columns.reshape(-1, needs.shape[1]),
+            rows=rows,
+            needs=needs,
+            constants=each if groups > 1 else constants[0],
+            weight=name_of(trace, w),
+            summed=0 if transposed else 1,
+            bias=name_of(trace, bias),
+            padded=any(padding) or transposed,
+            module=trace.module,
+        )
+    )
+
+
+def _pin_kernel(trace: Trace, w: Tensor) -> None:
+    for label in trace.labels(w):
+        if any(dim > 1 for dim in varying(label)):
+            trace.ties.pin(label, "size of a kernel")
+
+
+def _channels(trace: Trace, x: Tensor) -> Tensor | None:
+    """Return the ids of the input channels; other labels are pinned."""
+    found = None
+    for label in trace.labels(x):
+        if varying(label) == (1,):
+            found = label.select(0, 0).flatten(1)[:, 0]
+        else:
+            trace.ties.pin(label, "convolution along channels")
+    return found
+
+
+def _ids_along(trace: Trace, w: Tensor, dim: int) -> Tensor | None:
+    for label in trace.labels(w):
+        if varying(label) == (dim,):
+            return label.movedim(dim, 0).flatten(1)[:, 0]
+        if dim in varying(label):
+            trace.ties.pin(label, "a weight whose channels are combined")
+    return None
+
+
+def _tie_or_pin(trace: Trace, a: Tensor | None, b: Tensor | None) -> None:
+    if a is not None and b is not None:
+        trace.ties.tie(a, b)
+    else:
+        for ids in (a, b):
+            if ids is not None:
+                trace.ties.pin(ids, "it meets a tensor whose size stays")
+
+
+def _grouped(
+    trace: Trace, w: Tensor, groups: int, inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return row ids (O) and column ids (O, I / groups) of a grouped convolution.
+
+    A parameter gets an id for each group and position, so that groups may lose different ones if
+    they lose equally many. Of a depthwise convolution, a group is one unit.
+    """
+    outs, per = w.shape[0], w.shape[1]
+    rows, leaf = _ids_along(trace, w, 0), trace.leaf(w)
+    if leaf is not None and per > 1 and all(len(varying(label)) == 1 for label in leaf.labels):
+        ids = trace.ties.new(groups * per).view(groups, 1, per)
+        ids = ids.expand(groups, outs // groups, per).reshape(outs, per)
+        kept = [label for label in leaf.labels if varying(label) != (1,)]
+        trace.relabel(leaf, [*kept, ids.view(outs, per, *[1] * (w.ndim - 2)).expand(w.shape)])
+    joint = [label for label in trace.labels(w) if 1 in varying(label)]
+    columns = joint[0].reshape(outs, per, -1)[:, :, 0] if joint else None
+    if inputs is None or rows is None:
+        for stays in (inputs, rows, columns):
+            if stays is not None:
+                trace.ties.pin(stays, "a grouped convolution of channels that stay")
+        return rows, None
+    each = inputs.view(groups, 1, per).expand(groups, outs // groups, per).reshape(outs, per)
+    if per == 1:
+        trace.ties.tie(rows.unsqueeze(1), each)
+        trace.ties.tie(rows.view(groups, -1)[:, :1], rows.view(groups, -1))
+        return rows, each
+    if columns is None:
+        trace.ties.pin(each, "multiplied by a tensor whose size stays")
+        return rows, None
+    trace.ties.tie(columns, each)
+    # A group is dropped as a whole; the groups that stay keep equally many inputs and outputs.
+    trace.shapes.append(rows.view(groups, -1))
+    trace.shapes.append(inputs.view(groups, -1))
+    trace.groups.append((rows.view(groups, -1), inputs.view(groups, -1), trace.module))
+    return rows, columns
+
+
+def _pinned(trace: Trace, call: Call) -> list[Facts]:
+    for tensor in call.tensors():
+        for label in trace.labels(tensor):
+            trace.ties.pin(label, "transposed convolution with groups")
+    return [Facts((), everywhere(UNKNOWN, out.shape)) for out in call.outs()]
+
+
+def _convolution_state(
+    trace: Trace, x: Tensor, w: Tensor, groups: int, transposed: bool, padded: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the state of each output channel, and which weights are needed: (O, I / groups)."""
+    x_state, w_state = lowest_along(trace.state(x), 1), compact(trace.state(w))
+    x_state = only_zeros(x_state) if padded else x_state
+    w_state = w_state.flatten(2).amin(2).expand(w.shape[:2])
+    w_state = w_state.t() if transposed else w_state
+    each = x_state.view(groups, 1, -1).expand(groups, w_state.shape[0] // groups, -1)
+    each = each.reshape(w_state.shape)
+    state = torch.where(depends_on_input(each, w_state, 1).squeeze(1), UNKNOWN, KNOWN)
+    return state.to(torch.uint8), w_state != ZERO
+
+
+def _inputs_of_one(columns: Tensor | None, size: int) -> Tensor:
+    """Return the ids of the inputs of one output."""
+    if columns is None:
+        return torch.zeros(size, dtype=torch.long)
+    return columns[0] if columns.ndim > 1 else columns
+
+
+CONVOLUTIONS: dict[str, Rule] = dict.fromkeys(("convolution", "_convolution"), _convolution)

@@ -1,0 +1,228 @@
+"""Operations that move entries: they are run on the labels as they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, facts, worst
+from parasparse.shrink.labels import fixed_along, varies, varying
+from parasparse.shrink.rules.elementwise import cannot_lose, merge
+from parasparse.shrink.rules.products import only_zeros
+from parasparse.shrink.sizes import span
+from parasparse.shrink.tracing import Call, Rule, Trace
+
+# Functions whose pieces `stated_sizes` checks, where it sees how the program computed the places.
+_CHECKED = ("split", "split_with_sizes", "narrow", "chunk", "__getitem__", "__setitem__")
+
+
+def _moved(run: Callable[..., Any]) -> Rule:
+    """Return the rule of an operation that `run` does to a label."""
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        x, outs = call.args[0], call.outs()
+        rest, kwargs = call.args[1:], call.kwargs
+
+        def each(label: Tensor) -> list[Tensor]:
+            result = run(label, *rest, **kwargs)
+            return list(result) if isinstance(result, (tuple, list)) else [result]
+
+        labels = [each(label) for label in trace.labels(x)]
+        states = each(trace.state(x))
+        return [
+            facts([label[i] for label in labels], states[i].expand(out.shape))
+            for i, out in enumerate(outs)
+        ]
+
+    return rule
+
+
+def _checked(run: Callable[..., Any]) -> Rule:
+    """Return the rule of an operation that takes pieces whose sizes or places are numbers."""
+    move = _moved(run)
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        if trace.function not in _CHECKED or call.name in ("select", "unbind"):
+            _pieces_stay(trace, call)
+        return move(trace, call)
+
+    return rule
+
+
+def _pieces_stay(trace: Trace, call: Call) -> None:
+    """Require that the places of pieces do not move: nobody has said how they would."""
+    x, name = call.args[0], call.name
+    dim = call.arg(2, "dim", 0) if name.startswith("split") else call.arg(1, "dim", 0)
+    for label in trace.labels(x):
+        if not varies(label, dim % label.ndim):
+            continue
+        if name in ("select", "unbind"):
+            trace.require(int(label.shape[dim]), span(label, dim), name)
+        elif name == "slice":
+            size, start, stop = label.shape[dim], call.arg(2, "start") or 0, call.arg(3, "end")
+            if start != 0 or (stop is not None and stop < size):
+                trace.ties.pin(label, "the program takes a part of it by number")
+        else:
+            start = 0
+            for piece in call.outs():
+                size = piece.shape[dim]
+                trace.require(size, span(label, dim, start, start + size), "split")
+                start += size
+
+
+def _shifted(run: Callable[..., Any], dims_of: Callable[[Call], Any]) -> Rule:
+    """Return the rule of an operation that is another one when entries along its dims are gone."""
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        for label in trace.labels(call.args[0]):
+            if any(varies(label, dim) for dim in dims_of(call) or range(label.ndim)):
+                trace.ties.pin(label, call.name)
+        return _moved(run)(trace, call)
+
+    return rule
+
+
+def _tiled(trace: Trace, call: Call) -> list[Facts]:
+    """`repeat`: the copies of an entry are one unit."""
+    return _moved(lambda t, repeats: t.repeat(repeats))(trace, call)
+
+
+def _padded(trace: Trace, call: Call) -> list[Facts]:
+    x, (out,), amounts = call.args[0], call.outs(), call.args[1]
+    pairs = [amounts[i : i + 2] for i in range(0, len(amounts), 2)]
+    dims = [x.ndim - 1 - i for i, pair in enumerate(pairs) if any(pair)]
+    labels = []
+    for label in trace.labels(x):
+        if any(varies(label, dim) for dim in dims):
+            trace.ties.pin(label, "padding of channels")
+        for dim in dims:
+            label = fixed_along(label, dim, out.shape[dim])
+        labels.append(label)
+    value = call.arg(2, "value") or 0.0
+    state = trace.state(x)
+    if dims and not any(varies(label, dim) for label in trace.labels(x) for dim in dims):
+        state = only_zeros(state)
+    state = state.contiguous()
+    padded = torch.constant_pad_nd(state, amounts, ZERO if value == 0 else UNKNOWN)
+    return [facts(labels, padded.expand(out.shape))]
+
+
+def _concatenated(trace: Trace, call: Call) -> list[Facts]:
+    parts, dim, (out,) = list(call.args[0]), call.arg(1, "dim", 0), call.outs()
+    run = torch.cat if call.name == "cat" else torch.stack
+    if call.name == "cat":  # torch skips the legacy shape (0,)
+        parts = [part for part in parts if part.ndim == out.ndim] or parts
+    dim %= out.ndim
+    state = run([trace.state(part) for part in parts], dim)
+    labels: list[Tensor] = []
+    taken: list[set[int]] = [set() for _ in parts]
+    for number, part in enumerate(parts):
+        for place in range(len(trace.labels(part))):
+            if place not in taken[number]:
+                labels.append(_line(trace, parts, number, place, taken, dim, run))
+    found: list[Tensor] = []
+    for label in labels:
+        merge(trace, found, label)
+    return [facts(found, state)]
+
+
+def _line(
+    trace: Trace, parts: list[Tensor], number: int, place: int, taken: list[set[int]], dim: int,
+    run: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
+    """Return the label of the whole that a label of a part goes into."""
+    label = trace.labels(parts[number])[place]
+    stacked = run is torch.stack
+    others = [d for d in varying(label) if stacked or d != dim]
+    line: list[Tensor] = []
+    for other, part in enumerate(parts):
+        match = None
+        for index, each in enumerate(trace.labels(part)):
+            same = set(varying(each)) & set(varying(label)) or (other == number and index == place)
+            if index not in taken[other] and same:
+                match = index
+                break
+        if other == number:
+            match = place
+        if match is None:
+            line.append(torch.zeros((), dtype=torch.long).expand(part.shape))
+            if others:
+                trace.ties.pin(label, f"{run.__name__} with a tensor whose size stays")
+            continue
+        taken[other].add(match)
+        mine = trace.labels(part)[match]
+        if others and not stacked:
+            if varies(mine, dim) or varies(label, dim):
+                trace.ties.tie(mine.narrow(dim, 0, 1), label.narrow(dim, 0, 1))
+            else:
+                trace.ties.tie(mine.narrow(dim, 0, 1), label.narrow(dim, 0, 1))
+                mine = fixed_along(label, dim, part.shape[dim])
+        elif others:
+            trace.ties.tie(mine, label)
+            mine = label
+        line.append(mine)
+    return run(line, dim)
+
+
+def _paired(trace: Trace, call: Call) -> list[Facts]:
+    """`view_as_complex`: the real and the imaginary part of a number are one unit."""
+    x = call.args[0]
+    for label in trace.labels(x):
+        cannot_lose(trace, label, [x.ndim - 1] * varies(label, x.ndim - 1), "part of a number")
+    labels = [label.select(-1, 0) for label in trace.labels(x)]
+    state = worst(trace.state(x), [x.ndim - 1], x.shape).select(-1, 0)
+    return [facts(labels, state)]
+
+
+def _patched(trace: Trace, call: Call) -> list[Facts]:
+    """`im2col`: (N, C, H, W) to (N, C * kernel, L)."""
+    x, (out,) = call.args[0], call.outs()
+    per = out.shape[1] // x.shape[1]
+    labels = []
+    for label in trace.labels(x):
+        if any(varies(label, d) for d in range(x.ndim) if d != 1):
+            trace.ties.pin(label, "unfold")
+            continue
+        ids = label.select(0, 0).flatten(1)[:, 0].repeat_interleave(per)
+        labels.append(ids.view(1, -1, 1).expand(out.shape))
+    known = int(trace.state(x).amin()) if x.numel() else KNOWN
+    return [facts(labels, torch.full((), min(known, KNOWN), dtype=torch.uint8).expand(out.shape))]
+
+
+def _viewed(t: Tensor, shape: Any, *_: Any, **__: Any) -> Tensor:
+    return t if isinstance(shape, torch.dtype) else t.reshape(shape)
+
+
+def _same(t: Tensor, *_: Any, **__: Any) -> Tensor:
+    return t
+
+
+_aten = torch.ops.aten
+MOVEMENTS: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape"), _moved(_viewed)),
+    **dict.fromkeys(("clone", "alias", "detach", "_to_copy", "contiguous", "lift_fresh", "lift",
+                     "lift_fresh_copy", "_conj", "conj", "resolve_conj"),
+                    _moved(_same)),
+    "permute": _moved(torch.permute), "transpose": _moved(torch.transpose),
+    "t": _moved(torch.t), "unsqueeze": _moved(torch.unsqueeze), "squeeze": _moved(torch.squeeze),
+    "expand": _moved(lambda t, sizes, **_: t.expand(sizes)),
+    "flip": _moved(torch.flip), "pixel_shuffle": _moved(torch.pixel_shuffle),
+    "unfold": _shifted(lambda t, *a: t.unfold(*a), lambda call: [call.args[1]]),
+    "diagonal": _shifted(torch.diagonal, lambda call: [call.arg(2, "dim1", 0),
+                                                       call.arg(3, "dim2", 1)]),
+    **dict.fromkeys(("tril", "triu"), _shifted(_same, lambda call: [-2 % call.args[0].ndim,
+                                                                    -1 % call.args[0].ndim])),
+    "view_as_real": _moved(lambda t: t.unsqueeze(-1).expand(*t.shape, 2)),
+    "view_as_complex": _paired,
+    "roll": _shifted(torch.roll, lambda call: call.arg(2, "dims", [])),
+    "pixel_unshuffle": _moved(torch.pixel_unshuffle),
+    "channel_shuffle": _moved(torch.channel_shuffle),
+    "native_channel_shuffle": _moved(torch.channel_shuffle),
+    "repeat": _tiled, "constant_pad_nd": _padded, "im2col": _patched,
+    "cat": _concatenated, "stack": _concatenated,
+    "slice": _checked(_aten.slice), "select": _checked(torch.select),
+    "split": _checked(torch.split), "split_with_sizes": _checked(torch.split_with_sizes),
+    "unbind": _checked(torch.unbind), "unsafe_split": _checked(torch.split),
+    "unsafe_chunk": _checked(torch.chunk),
+}  # fmt: skip

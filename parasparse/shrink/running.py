@@ -1,0 +1,138 @@
+"""Traces a copy of a model, in eval mode, as it is."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
+from parasparse.shrink.rules import rule_for
+from parasparse.shrink.sizes import Attribute, tag_attributes
+from parasparse.shrink.stated_sizes import StatedSizes
+from parasparse.shrink.tracing import Trace
+from parasparse.targets.tensors import tensors_of
+from parasparse.verbs.squash import squash
+
+
+def traced(
+    model: nn.Module, example_inputs: Any, dropped: dict[str, Tensor]
+) -> tuple[Trace, dict[Attribute, int], nn.Module]:
+    """Run a copy of `model` on `example_inputs`.
+
+    Args:
+        model: dense or masked.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        dropped: by name of a parameter, the entries that are 0 because they are pruned.
+
+    Returns:
+        The trace, the int attributes of modules and configs, and the copy.
+    """
+    twin = squash(copy.deepcopy(model)).eval()
+    for module in list(twin.modules()):
+        let_heads_go(module)
+    values = tag_attributes(twin)
+    trace = Trace(twin, dropped, rule_for)
+    for tensor in tree_leaves(example_inputs):
+        if isinstance(tensor, Tensor):
+            trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))
+    with ExitStack() as stack:
+        for each in (torch.no_grad(), _plain_kernels(), _module_names(twin, trace)):
+            stack.enter_context(each)
+        stack.enter_context(StatedSizes(trace))
+        stack.enter_context(trace)
+        outputs = call(twin, example_inputs)
+    trace.hold_numbers(values)
+    for tensor in tensors_in(outputs):
+        trace.use(tensor)
+        for label in trace.labels(tensor):
+            trace.ties.pin(label, "an output of the model")
+    return trace, values, twin
+
+
+def masked_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Return the entries that masks drop, by name of the parameter."""
+    targets = [t for t in tensors_of(model, pairs=False) if not t.is_buffer and t.masks()]
+    return {target.name: ~target.mask().cpu() for target in targets}  # type: ignore[union-attr]
+
+
+def zero_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Return the entries of parameters that are 0, by name."""
+    tensors = {t.name: t.stored() for t in tensors_of(model, pairs=False) if not t.is_buffer}
+    return {name: (t == 0).cpu() for name, t in tensors.items() if not t.is_meta}
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Call `model` with a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """Return the tensors in the outputs of a model: in tuples, mappings and dataclasses.
+
+    The keys and values in a cache object are no outputs: they may become smaller.
+    """
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        parts = list(outputs.values())
+    elif isinstance(outputs, (tuple, list, set)):
+        parts = list(outputs)
+    elif is_dataclass(outputs):
+        parts = list(vars(outputs).values())
+    else:
+        return []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have attention, recurrent layers and encoders run as the operations that they consist of."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TF32, which `flags` sets as well
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Tell `trace` which module runs."""
+    stack: list[str] = []
+    hooks = []
+
+    def entering(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stack.append(trace.module)
+            trace.module = name
+
+        return hook
+
+    def leaving(*_: Any) -> None:
+        trace.module = stack.pop()
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(entering(name), prepend=True))
+        hooks.append(module.register_forward_hook(leaving, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

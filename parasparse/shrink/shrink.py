@@ -1,0 +1,154 @@
+"""`plan_shrink` and `shrink`: remove the channels that masks have made needless."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from parasparse.optim import Optimizers, each_optimizer
+from parasparse.shrink.comparing import Reference
+from parasparse.shrink.cutting import check_fits, cut
+from parasparse.shrink.plan import Shrinkage
+from parasparse.shrink.planning import Work, work_for
+from parasparse.shrink.refusals import check_has_values, check_shrinkable
+from parasparse.shrink.undo import Undo
+from parasparse.targets.reach import Specs, masked_targets
+from parasparse.targets.tensors import tensors_of
+from parasparse.verbs.squash import squash
+
+
+def plan_shrink(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    targets: Specs | None = None,
+    exact: bool = True,
+    multiple_of: int = 1,
+) -> Shrinkage:
+    """Return what `shrink` would do, and change nothing. See `shrink` for arguments and errors."""
+    return _planned(
+        model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
+    ).plan
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    targets: Specs | None = None,
+    exact: bool = True,
+    multiple_of: int = 1,
+    optimizer: Optimizers | None = None,
+    check: bool = True,
+) -> nn.Module:
+    """Remove the channels that masks have made needless; return the model.
+
+    A channel goes if nothing that stays depends on it: its values are 0 whatever the input is, or
+    constants that can be added to a bias, or nobody reads them. What belongs to it in other tensors
+    goes with it: its bias and norm, the inputs of the layers that read it, whole attention heads.
+    The smaller network computes what the masked one did, up to rounding. Classes, names and order
+    of the `state_dict`, Parameter objects, ties and `requires_grad` stay. Masks that drop more than
+    whole channels are cut and stay; those that have nothing left to drop are removed. In a model
+    without masks, entries that are 0 count as dropped.
+
+    Args:
+        model: masked or squashed, in any mode; it is run in eval mode, as a copy. Changed in place.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; or a
+            `Shrinkage`, to cut a model of the same shapes by its plan.
+        targets: the tensors that may lose channels, one left side of a rule or a list of them;
+            None: all. A channel stays if it is part of a weight that no target reaches, also as
+            an input. Biases, norms and buffers need no target.
+        exact: if False, channels over which a norm or mean is taken are removed as well. The
+            result differs; `plan.inexact` names the modules.
+        multiple_of: sizes that become smaller stay a multiple of this number.
+        optimizer: one, or a list of them; its state is cut along.
+        check: whether to run the masked and the smaller network on `example_inputs`, as copies in
+            float64. If they differ by more than rounding, the model is put back. With
+            `exact=False`, only whether the smaller one runs.
+
+    Raises:
+        TypeError: `model` is no module; or a state of `optimizer` does not have its parameter's
+            shape.
+        ValueError: nothing can be removed; the message says why. A target reaches nothing. The
+            model has other tensors than the plan. `optimizer` is of another model.
+        RuntimeError: the two networks differ; the message names the first module that does. A mask
+            is not set or not bool. The model is wrapped (DDP, FSDP, torch.compile), accelerated,
+            quantized, without values, or has other parametrizations than masks.
+
+    Examples:
+        >>> import torch, parasparse as ps
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = ps.sparsify(model, {"0": ps.Prune(0.5, pattern=ps.patterns.channel(0))})
+        >>> [m.out_features for m in ps.shrink(model, torch.ones(1, 4))[::2]]
+        [4, 2]
+    """
+    if optimizer is not None:
+        each_optimizer(optimizer)
+    if isinstance(example_inputs, Shrinkage):
+        if targets is not None:
+            raise ValueError("`targets` must be None with a plan, which says what goes.")
+        check_shrinkable(model)
+        work, check = Work(example_inputs), False
+    else:
+        work = _planned(
+            model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
+        )
+        if not work.plan.rows:
+            raise ValueError(f"nothing can be removed. {_why(model, work.plan)}")
+    check_fits(model, work.plan, optimizer)
+    reference = Reference(model, example_inputs) if check else None
+    undo = Undo()
+    try:
+        cut(model, work.plan, work.constants, optimizer, undo)
+        if reference is not None:
+            reference.check(model, equal=not work.plan.inexact)
+        _fold_whole_masks(model)
+    except BaseException:
+        undo.run()
+        raise
+    return model
+
+
+def _planned(
+    model: nn.Module, example_inputs: Any, *, targets: Specs | None, exact: bool, multiple_of: int
+) -> Work:
+    check_shrinkable(model)
+    check_has_values(model)
+    if multiple_of < 1:
+        raise ValueError(f"`multiple_of` must be at least 1; got {multiple_of}.")
+    try:
+        return work_for(
+            model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
+        )
+    except Exception as error:
+        error.add_note(
+            "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "
+            "arguments or a dict of keyword arguments."
+        )
+        raise
+
+
+def _why(model: nn.Module, plan: Shrinkage) -> str:
+    """Return why dead channels stay, in a few lines."""
+    matrices = {t.name for t in tensors_of(model, pairs=False) if len(t.shape) > 1}
+    kept = [row for row in plan.kept_back if row.name in matrices]
+    if not kept:
+        return (
+            "No mask drops a whole channel of a weight; without masks, no channel is 0. Prune with "
+            "`patterns.channel` or `coupled`."
+        )
+    lines = [f"  {row}" for row in kept[:6]]
+    more = len(kept) - len(lines)
+    lines += [f"  and {more} more: see `plan_shrink(...).kept_back`"] if more else []
+    return "\n".join(["Dead channels stay:", *lines])
+
+
+def _fold_whole_masks(model: nn.Module) -> None:
+    """Remove the masks that keep everything now."""
+    whole = [
+        target.name for target in masked_targets(model)
+        if target.has_bool_mask and bool(target.mask().all())  # type: ignore[union-attr]
+    ]  # fmt: skip
+    if whole:
+        squash(model, whole)

@@ -1,0 +1,322 @@
+"""Sizes that a program states in Python, and the attributes that they come from.
+
+While a model is traced, the int attributes of its modules and configs are replaced by `Size`, an
+int that remembers how it was computed. Where one reaches an operation such as `view`, the size
+that the smaller tensor will have is known, and the attribute is solved for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from parasparse.shrink.labels import compact
+from parasparse.shrink.regular import shape_of_kept
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An int attribute: the path of the object that has it, its name, and its place in a tuple."""
+
+    path: str
+    name: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.index is None else f"[{self.index}]"
+        return f"{self.path}.{self.name}{place}" if self.path else f"{self.name}{place}"
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The size of a tensor along a dimension, or of its first entries there.
+
+    Attributes:
+        label: of the tensor, compact.
+        dim: the dimension.
+        start: first index.
+        stop: index after the last one; None: the end.
+    """
+
+    label: Tensor
+    dim: int
+    start: int = 0
+    stop: int | None = None
+
+    def size(self, kept: Tensor) -> int | None:
+        """Return the new size, given which ids are kept; None if what is kept is not regular."""
+        shape = shape_of_kept(self._part(kept[self.label]))
+        return None if shape is None else shape[self.dim]
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        stop = tensor.shape[self.dim] if self.stop is None else self.stop
+        return tensor.narrow(self.dim, self.start, stop - self.start)
+
+    def ids(self) -> Tensor:
+        """Return the ids of these entries."""
+        return self._part(self.label)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The result of an operator on sizes."""
+
+    operator: Callable[..., int]
+    operands: tuple[Expression, ...]
+
+
+Expression: TypeAlias = int | Attribute | Span | Computed
+
+
+# The sizes from which a number has been computed, while a model is traced.
+numbers: ContextVar[list[Expression]] = ContextVar("numbers", default=[])  # noqa: B039
+
+
+class Size(int):
+    """An int that remembers how it was computed."""
+
+    expression: Expression
+
+    def __new__(cls, value: int, expression: Expression) -> Size:
+        """Make the size `value`, computed by `expression`."""
+        size = super().__new__(cls, value)
+        size.expression = expression
+        return size
+
+    # What is no size any more but a number, such as a scale, must not change.
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._number() / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._number()
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(self._number(), other, modulo)
+
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(other, self._number(), modulo)
+
+    def _number(self) -> int:
+        numbers.get().append(self.expression)
+        return int(self)
+
+    def __neg__(self) -> Size:
+        return Size(-int(self), Computed(operator.neg, (self.expression,)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> Size:
+        return self
+
+
+def expression(value: int) -> Expression:
+    """Return how `value` was computed."""
+    return value.expression if isinstance(value, Size) else int(value)
+
+
+def _arithmetic(function: Callable[..., Any], *, swapped: bool) -> Callable[[Size, Any], Any]:
+    def method(self: Size, other: Any) -> Any:
+        if isinstance(other, float):
+            return function(other, self._number()) if swapped else function(self._number(), other)
+        if not isinstance(other, int):
+            return NotImplemented
+        a, b = (other, self) if swapped else (self, other)
+        return Size(function(int(a), int(b)), Computed(function, (expression(a), expression(b))))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    _function = getattr(operator, _name)
+    setattr(Size, f"__{_name}__", _arithmetic(_function, swapped=False))
+    setattr(Size, f"__r{_name}__", _arithmetic(_function, swapped=True))
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A size that the program states, and the dimension that must have it.
+
+    Attributes:
+        given: how the program computes the size.
+        span: the dimension.
+        where: the operation, for messages.
+    """
+
+    given: Expression
+    span: Span
+    where: str
+
+
+def evaluate(expr: Expression, values: Mapping[Attribute, int], kept: Tensor) -> int | None:
+    """Return the value of an expression for new attributes and kept ids; None: there is none."""
+    if isinstance(expr, int):
+        return expr
+    if isinstance(expr, Attribute):
+        return values[expr]
+    if isinstance(expr, Span):
+        return expr.size(kept)
+    operands = [evaluate(each, values, kept) for each in expr.operands]
+    if any(each is None for each in operands):
+        return None
+    try:
+        return expr.operator(*operands)
+    except ZeroDivisionError:
+        return None
+
+
+def spans_in(expr: Expression) -> list[Span]:
+    """Return the dimensions that an expression depends on."""
+    if isinstance(expr, Span):
+        return [expr]
+    if isinstance(expr, Computed):
+        return [span for each in expr.operands for span in spans_in(each)]
+    return []
+
+
+def holding(expr: Expression, values: Mapping[Attribute, int]) -> Expression:
+    """Return an expression in which the attributes of `values` are numbers."""
+    if isinstance(expr, Attribute):
+        return values.get(expr, expr)
+    if isinstance(expr, Computed):
+        return Computed(expr.operator, tuple(holding(each, values) for each in expr.operands))
+    return expr
+
+
+def attributes_in(expr: Expression) -> list[Attribute]:
+    """Return the attributes that an expression depends on."""
+    if isinstance(expr, Attribute):
+        return [expr]
+    if isinstance(expr, Computed):
+        return [attribute for each in expr.operands for attribute in attributes_in(each)]
+    return []
+
+
+def solve(
+    requirements: list[Requirement],
+    values: dict[Attribute, int],
+    fixed: Mapping[Attribute, int],
+    kept: Tensor,
+) -> tuple[dict[Attribute, int], list[Requirement]]:
+    """Return new values of attributes, and the requirements that no values meet.
+
+    Requirements of one attribute alone come first; each later one may change one attribute more.
+
+    Args:
+        requirements: what must hold.
+        values: the attributes as they are.
+        fixed: attributes whose new values follow from the shapes of parameters.
+        kept: whether each id is kept.
+    """
+    new, decided = {**values, **fixed}, set(fixed)
+    unmet: list[Requirement] = []
+    for requirement in sorted(requirements, key=lambda r: len(set(attributes_in(r.given)))):
+        wanted = requirement.span.size(kept)
+        if wanted is None:
+            unmet.append(requirement)
+            continue
+        found = attributes_in(requirement.given)
+        for attribute in [None, *(a for a in dict.fromkeys(found) if a not in decided)]:
+            value = _solved(requirement.given, attribute, wanted, new, kept)
+            if value is not None:
+                if attribute is not None:
+                    new[attribute] = value
+                break
+        if evaluate(requirement.given, new, kept) != wanted:
+            unmet.append(requirement)
+        else:
+            decided |= set(found)
+    return {a: v for a, v in new.items() if v != values.get(a)}, unmet
+
+
+def _solved(
+    given: Expression, attribute: Attribute | None, wanted: int, values: dict[Attribute, int],
+    kept: Tensor,
+) -> int | None:  # fmt: skip
+    """Return the value of `attribute` with which `given` is `wanted`, or None."""
+    if attribute is None:
+        return 0 if evaluate(given, values, kept) == wanted else None
+    for value in range(values[attribute], 0, -1):
+        if evaluate(given, {**values, attribute: value}, kept) == wanted:
+            return value
+    return None
+
+
+def span(label: Tensor, dim: int, start: int = 0, stop: int | None = None) -> Span:
+    """Return the dimension `dim` of a tensor with this label, or a part of it."""
+    return Span(compact(label), dim % label.ndim, start, stop)
+
+
+def tag_attributes(model: nn.Module) -> dict[Attribute, int]:
+    """Replace the int attributes of modules and their configs by `Size`; return what they were."""
+    found: dict[Attribute, int] = {}
+    seen: set[int] = set()
+    for path, holder in _holders(model):
+        if id(holder) not in seen:
+            seen.add(id(holder))
+            for name, value in list(vars(holder).items()):
+                vars(holder)[name] = _tagged(value, path, name, found)
+    return found
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        yield path, module
+        for name, value in list(vars(module).items()):
+            if _is_config(value):
+                yield f"{path}.{name}" if path else name, value
+
+
+def _is_config(value: object) -> bool:
+    """Whether `value` is a plain object with attributes, such as the config of transformers."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (nn.Module, Tensor, type, torch.Generator))
+        and not callable(value)
+        and not type(value).__module__.startswith(("torch", "builtins"))
+    )
+
+
+def _tagged(value: Any, path: str, name: str, found: dict[Attribute, int]) -> Any:
+    if name.startswith("_") and name != "_num_heads":
+        return value
+    if type(value) is int and value > 1:
+        attribute = Attribute(path, name)
+        found[attribute] = value
+        return Size(value, attribute)
+    if type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+        for index, each in enumerate(value):
+            found[Attribute(path, name, index)] = each
+        return type(value)(Size(v, Attribute(path, name, i)) for i, v in enumerate(value))
+    return value
+
+
+def holder_of(model: nn.Module, attribute: Attribute) -> Any:
+    """Return the object that has `attribute`."""
+    return operator.attrgetter(attribute.path)(model) if attribute.path else model
+
+
+def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
+    """Return an attribute of a module or config, or an entry of a tuple there."""
+    value = vars(holder_of(model, attribute))[attribute.name]
+    return value if attribute.index is None else value[attribute.index]
+
+
+def set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
+    """Set an attribute of a module or config, or an entry of a tuple there."""
+    holder = holder_of(model, attribute)
+    if attribute.index is None:
+        vars(holder)[attribute.name] = value
+        return
+    values = list(vars(holder)[attribute.name])
+    values[attribute.index] = value
+    vars(holder)[attribute.name] = type(vars(holder)[attribute.name])(values)

@@ -1,0 +1,243 @@
+"""Watches the calls in which a program states sizes: view, split, slices, zeros, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from parasparse.shrink.facts import facts
+from parasparse.shrink.labels import along, varies, varying
+from parasparse.shrink.sizes import Size, expression, numbers, span
+from parasparse.shrink.tracing import Trace
+
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+_VIEWS = ("view", "reshape", "expand", "broadcast_to")
+_FACTORIES = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+# Functions that compute with a size as a number, rather than make a tensor of that size.
+_ARITHMETIC = {
+    f"{side}{name}"
+    for side in ("", "r")
+    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "floor_divide", "pow", "mod",
+                 "remainder", "true_divide", "divide", "multiply", "subtract", "clamp", "tensor")
+}  # fmt: skip
+
+
+class StatedSizes(TorchFunctionMode):
+    """Records the sizes that the program states, and gives out shapes that remember themselves."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func == _SHAPE:
+            return self._shape(args[0])
+        if name == "size" and isinstance(args[0], Tensor):
+            shape = self._shape(args[0])
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return shape if dim is None else shape[dim]
+        if name == "numel":
+            return reduce(mul, self._shape(args[0]), 1)
+        outer, self._trace.function = self._trace.function, name
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._trace.function = outer
+        if name.strip("_") in _ARITHMETIC:
+            for each in tree_leaves((args, kwargs)):
+                if isinstance(each, Size):
+                    numbers.get().append(each.expression)
+        check = _CHECKS.get(name)
+        if check is not None:
+            check(self._trace, args, kwargs, out)
+        return out
+
+    def __enter__(self) -> StatedSizes:
+        self._token = numbers.set(self._trace.numbers)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        numbers.reset(self._token)
+
+    def _shape(self, tensor: Tensor) -> torch.Size:
+        sizes = list(_SHAPE(tensor))
+        for label in self._trace.labels(tensor):
+            for dim, size in enumerate(sizes):
+                if varies(label, dim):
+                    sizes[dim] = Size(int(size), span(label, dim))
+        return torch.Size(sizes)
+
+
+def _require(trace: Trace, size: Any, tensor: Tensor, dim: int, where: str) -> None:
+    """Remember that `tensor` must have `size` along `dim`."""
+    for label in trace.labels(tensor):
+        if isinstance(size, int) and size >= 0 and varies(label, dim % label.ndim):
+            trace.require(expression(size), span(label, dim), where)
+
+
+def _flat(sizes: tuple[Any, ...]) -> list[Any]:
+    single = len(sizes) == 1 and isinstance(sizes[0], (tuple, list))
+    return list(sizes[0]) if single else list(sizes)
+
+
+def _viewed(name: str) -> Callable[..., None]:
+    def check(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+        sizes = _flat(args[1:] or tuple(kwargs.values()))
+        if not all(isinstance(size, int) for size in sizes) or len(sizes) != out.ndim:
+            return
+        for dim, size in enumerate(sizes):
+            _require(trace, size, out, dim, name)
+
+    return check
+
+
+def _unflattened(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim
+    for offset, size in enumerate(args[2] if len(args) > 2 else kwargs["sizes"]):
+        _require(trace, size, out, dim + offset, "unflatten")
+
+
+def _made(name: str) -> Callable[..., None]:
+    def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+        rest = args[1:] if name.startswith("new_") else args
+        sizes = _flat(tuple(s for s in rest if isinstance(s, (int, tuple, list))))
+        if "full" in name:
+            sizes = _flat(rest[:1])
+        sizes = sizes or _flat((kwargs.get("size", ()),))
+        labels = [
+            along(trace.ties.new(int(size)), dim, out.shape)
+            for dim, size in enumerate(sizes)
+            if isinstance(size, Size) and size > 1
+        ]
+        if len(sizes) == out.ndim and labels:
+            trace.set_facts(out, facts(labels, trace.state(out)))
+            for dim, size in enumerate(sizes):
+                _require(trace, size, out, dim, name)
+
+    return check
+
+
+def _split(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if k != "dim")
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    for number, piece in enumerate(out):
+        size = sizes[number] if isinstance(sizes, (tuple, list)) else sizes
+        if int(size) != piece.shape[dim]:  # the rest, in the last piece
+            size = piece.shape[dim]
+        _require(trace, size, piece, dim, "split")
+
+
+def _chunked(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    for label in trace.labels(args[0]):
+        dim %= label.ndim
+        if not varies(label, dim):
+            continue
+        if len({piece.shape[dim] for piece in out}) > 1:
+            trace.ties.pin(label, "chunks of unequal sizes")
+            continue
+        # Equal chunks stay equal: seen as a dimension of their own, they must stay regular.
+        apart = label.unflatten(dim, (len(out), -1))
+        trace.shapes.append(apart.movedim(dim, 0))
+        trace.require(len(out), span(apart, dim), "chunk")
+
+
+def _narrowed(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | kwargs
+    dim, start, length = (given[name] for name in ("dim", "start", "length"))
+    _sliced(trace, args[0], dim, start, start + length)
+
+
+def _indexed(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not any(isinstance(i, slice) for i in index):
+        return
+    taken = sum(i is not None and i is not Ellipsis for i in index)
+    taken += sum(i.ndim - 1 for i in index if isinstance(i, Tensor) and i.dtype == torch.bool)
+    dim = 0
+    for each in index:
+        if each is Ellipsis:
+            dim += args[0].ndim - taken
+        elif isinstance(each, slice):
+            stop = args[0].shape[dim] if each.stop is None else each.stop
+            _sliced(trace, args[0], dim, each.start or 0, stop, each.step)
+            dim += 1
+        elif each is not None:
+            dim += each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1
+
+
+def _sliced(
+    trace: Trace, tensor: Tensor, dim: int, start: Any, stop: Any, step: Any = None
+) -> None:
+    size = int(tensor.shape[dim])
+    for label in trace.labels(tensor):
+        if not varies(label, dim % label.ndim):
+            continue
+        if step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int):
+            trace.ties.pin(label, "slice")
+            continue
+        for bound in (start, stop):
+            place = int(bound) + size if bound < 0 else int(bound)
+            if not 0 < place < size:
+                continue
+            if not isinstance(bound, Size):
+                trace.ties.pin(label, "the program takes a part of it by number")
+            elif bound < 0:  # counted from the end
+                trace.require(expression(-bound), span(label, dim, place, size), "slice")
+            else:
+                trace.require(expression(bound), span(label, dim, 0, place), "slice")
+
+
+def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if int(groups) == 1:
+        return
+    dim = out.ndim - 1 - len(_SHAPE(args[1] if len(args) > 1 else kwargs["weight"])[2:])
+    for label in trace.labels(args[0] if args else kwargs["input"]):
+        if varies(label, dim):
+            apart = label.movedim(dim, 0).unflatten(0, (int(groups), -1))
+            trace.require(expression(groups), span(apart, 0), "convolution")
+
+
+def _attended(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """`F.multi_head_attention_forward` wants heads that make up the width of its input."""
+    for tensor in (*args, *kwargs.values()):
+        for label in trace.labels(tensor):
+            trace.ties.pin(label, "nn.MultiheadAttention has heads that make up its width")
+
+
+def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Without a `scale`, the size of the queries decides it."""
+    if (args[6] if len(args) > 6 else kwargs.get("scale")) is None:
+        query = args[0] if args else kwargs["query"]
+        for label in trace.labels(query):
+            if varying(label) == (query.ndim - 1,):
+                trace.ties.pin(label, "the scale of attention depends on how many there are")
+
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    **{name: _viewed(name) for name in _VIEWS},
+    **{name: _made(name) for name in _FACTORIES},
+    "unflatten": _unflattened,
+    "split": _split,
+    "split_with_sizes": _split,
+    "chunk": _chunked,
+    "narrow": _narrowed,
+    "__getitem__": _indexed,
+    "__setitem__": _indexed,
+    "multi_head_attention_forward": _attended,
+    "scaled_dot_product_attention": _scaled,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
+}

@@ -1,0 +1,292 @@
+"""Runs a model once and finds which entries of its tensors belong to one channel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from parasparse.shrink.facts import KNOWN, UNKNOWN, Facts, everywhere, facts
+from parasparse.shrink.labels import Ties, along, compact, tidy, varying
+from parasparse.shrink.sizes import (
+    Attribute,
+    Expression,
+    Requirement,
+    Span,
+    attributes_in,
+    holding,
+    spans_in,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """A product that sums over channels.
+
+    Attributes:
+        columns: ids of what is summed over: (1, inputs), or (outputs, inputs) of a grouped
+            convolution.
+        rows: id of each output; 0: an output that stays.
+        needs: bool, (outputs, inputs): whether a weight is not dropped.
+        constants: like `columns`: the value of an input that is the same everywhere and does not
+            depend on the network's input; NaN: it is not.
+        weight: name of the parameter that is multiplied, if it is one as it is stored.
+        summed: the dimension of the parameter that is summed over.
+        bias: name of the parameter that is added.
+        padded: whether zeros are summed at the borders.
+        module: name of the module that reads.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    needs: Tensor
+    constants: Tensor
+    weight: str | None
+    summed: int
+    bias: str | None
+    padded: bool
+    module: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a weight, to count multiply-adds.
+
+    Attributes:
+        positions: how often each weight is used, times the size of a kernel.
+        rows: ids of the outputs.
+        columns: ids of the inputs of each output.
+    """
+
+    positions: int
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass
+class Call:
+    """An operation that has run: its name, arguments and results."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    pointwise: bool
+
+    def outs(self) -> list[Tensor]:
+        """Return the tensors among the results."""
+        return [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments."""
+        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+    def has_float(self) -> bool:
+        """Whether a Python number that may come from the input is among the arguments."""
+        return any(isinstance(each, float) for each in tree_leaves((self.args, self.kwargs)))
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Return an argument given by position or by name."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+
+Rule = Callable[["Trace", Call], list[Facts]]
+
+
+@dataclass
+class Leaf:
+    """A parameter or buffer: its name, and the label of each of its dimensions."""
+
+    name: str
+    tensor: Tensor
+    labels: list[Tensor] = field(default_factory=list)
+
+
+class Trace(TorchDispatchMode):
+    """Follows labels and states through every operation of a run.
+
+    Args:
+        model: a model without masks, whose parameters have their masked values.
+        dropped: by name of a parameter, the entries that are 0 because they are pruned.
+        rule_for: returns the rule of an operation, or None.
+
+    Attributes:
+        ties: the ids and what ties them.
+        leaves: the parameters and buffers that the run has used, by id.
+        reads: the products that sum over channels, in order.
+        products: the products with weights.
+        averaged: ids over which a norm or a mean is taken, with the module that does it.
+        sums: ids that are summed up without a weight, their states, and the module that does it.
+        groups: ids of the rows and inputs of grouped convolutions, by group, and the module.
+        shapes: joint labels that must stay regular.
+        required: sizes that the program states.
+        numbers: sizes from which the program has computed numbers, such as a scale.
+        branches: operations on input data that may decide which branch the program takes.
+        constants_hold: whether no number of the input went into the program as a Python number.
+        uses: how many operations read each parameter, by id.
+    """
+
+    def __init__(
+        self, model: nn.Module, dropped: dict[str, Tensor], rule_for: Callable[[Call], Rule | None]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ties = Ties()
+        self.leaves: dict[int, Leaf] = {}
+        self.reads: list[Read] = []
+        self.products: list[Product] = []
+        self.averaged: list[tuple[Tensor, str]] = []
+        self.sums: list[tuple[Tensor, Tensor, str]] = []
+        self.groups: list[tuple[Tensor, Tensor, str]] = []
+        self.shapes: list[Tensor] = []
+        self.required: list[Requirement] = []
+        self.numbers: list[Expression] = []
+        self.branches: list[str] = []
+        self.constants_hold = True
+        self.uses: Counter[int] = Counter()
+        self.function = ""  # that the program has called
+        self.module = ""
+        self._means: dict[int, tuple[Tensor, list[tuple[Tensor, str]]]] = {}
+        self._rule_for = rule_for
+        self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
+        self._dropped = dropped
+        self._facts = WeakTensorKeyDictionary()
+
+    def facts(self, tensor: Tensor) -> Facts:
+        """Return what is known of `tensor`. What no operation made is a constant."""
+        if tensor not in self._facts:
+            self._facts[tensor] = self._leaf(tensor)
+        return self._facts[tensor]  # type: ignore[no-any-return]
+
+    def labels(self, tensor: Any) -> tuple[Tensor, ...]:
+        """Return the labels of `tensor`, none if it is no tensor."""
+        return self.facts(tensor).labels if isinstance(tensor, Tensor) else ()
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """Return the state of `tensor`."""
+        return self.facts(tensor).state
+
+    def set_facts(self, tensor: Tensor, found: Facts) -> None:
+        """Remember what is known of `tensor`."""
+        assert found.state.shape == tensor.shape, (found.state.shape, tensor.shape)
+        assert all(label.shape == tensor.shape for label in found.labels)
+        self._facts[tensor] = found
+        self.shapes += [compact(label) for label in found.labels if len(varying(label)) > 1]
+
+    def require(self, given: Expression, where: Span, operation: str) -> None:
+        """Remember a size that the program states."""
+        self.required.append(
+            Requirement(given, where, f"{operation} in {self.module or 'forward'}")
+        )
+
+    def hold_numbers(self, values: Mapping[Attribute, int]) -> None:
+        """Keep the sizes from which the program has computed numbers.
+
+        Args:
+            values: the attributes as they are.
+        """
+        attributes = {a: values[a] for size in self.numbers for a in attributes_in(size)}
+        for each in (span for size in self.numbers for span in spans_in(size)):
+            self.ties.pin(each.ids(), "a number is computed from how many there are")
+        self.required = [
+            replace(each, given=holding(each.given, attributes)) for each in self.required
+        ]
+
+    def average(self, label: Tensor, mean: Tensor | None = None) -> None:
+        """Remember that a norm is taken over `label`, or a `mean`, which counts when it is used."""
+        if mean is None:
+            self.averaged.append((label, self.module))
+        else:
+            self._means.setdefault(id(mean), (mean, []))[1].append((label, self.module))
+
+    def use(self, tensor: Tensor) -> None:
+        """Remember that an operation reads `tensor`, or that the model returns it."""
+        _, averaged = self._means.pop(id(tensor), (tensor, []))
+        self.averaged += averaged
+
+    def leaf(self, tensor: Any) -> Leaf | None:
+        """Return the parameter or buffer that `tensor` is, or None."""
+        if isinstance(tensor, Tensor) and id(tensor) in self._names:
+            self.facts(tensor)
+            return self.leaves[id(tensor)]
+        return None
+
+    def is_used_once(self, name: str) -> bool:
+        """Whether one operation alone reads a parameter."""
+        return all(self.uses[key] == 1 for key, leaf in self.leaves.items() if leaf.name == name)
+
+    def relabel(self, leaf: Leaf, labels: list[Tensor]) -> None:
+        """Give a parameter other labels, before anything has used it."""
+        leaf.labels = labels
+        self._facts[leaf.tensor] = facts(labels, self.state(leaf.tensor))
+
+    def _leaf(self, tensor: Tensor) -> Facts:
+        name = self._names.get(id(tensor))
+        if name is None:
+            return Facts((), everywhere(KNOWN if self.constants_hold else UNKNOWN, tensor.shape))
+        # The places of a table of indices or of a causal mask are no channels.
+        has_channels = tensor.is_floating_point() or tensor.is_complex()
+        dims = [d for d in range(tensor.ndim) if tensor.shape[d] > 1 and has_channels]
+        labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
+        self.leaves[id(tensor)] = Leaf(name, tensor, labels)
+        state = everywhere(KNOWN, tensor.shape)
+        if name in self._dropped:
+            state = tidy(self._dropped[name]).view(torch.uint8) + KNOWN  # ZERO where dropped
+        return facts(labels, state)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            out = torch.ones((), dtype=args[0].dtype).item()  # of a model without values
+        else:
+            out = func(*args, **kwargs)
+        call = Call(name, args, kwargs, out, torch.Tag.pointwise in func.tags)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            self._follow(call, mutates=func._schema.is_mutable)
+        return out
+
+    def _follow(self, call: Call, *, mutates: bool) -> None:
+        outs = call.outs()
+        self.uses.update(id(t) for t in call.tensors() if id(t) in self._names)
+        for tensor in call.tensors():
+            self.use(tensor)
+        rule = self._rule_for(call)
+        found = unknown_operation(self, call) if rule is None else rule(self, call)
+        if not self.constants_hold and call.has_float():
+            found = [Facts(each.labels, everywhere(UNKNOWN, each.state.shape)) for each in found]
+        for out, each in zip(outs, found, strict=True):
+            self.set_facts(out, each)
+        if mutates:
+            self._written(outs)
+
+    def _written(self, outs: list[Tensor]) -> None:
+        """Forget the states of other tensors in memory that has been written to."""
+        storages = {out.untyped_storage()._cdata for out in outs}
+        for tensor in list(self._facts):
+            if tensor.untyped_storage()._cdata in storages and not any(tensor is o for o in outs):
+                labels = self._facts[tensor].labels
+                self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
+
+
+def unknown_operation(trace: Trace, call: Call) -> list[Facts]:
+    """Pin all labels that go in; what comes out is unknown unless all that goes in is known."""
+    for tensor in call.tensors():
+        for label in trace.labels(tensor):
+            trace.ties.pin(label, f"unknown operation {call.name}")
+    state = lowest(trace, call.tensors())
+    return [Facts((), everywhere(state, out.shape)) for out in call.outs()]
+
+
+def lowest(trace: Trace, tensors: list[Tensor]) -> int:
+    """Return KNOWN if all entries of all `tensors` are known, else UNKNOWN."""
+    known = all(bool((trace.state(t) != UNKNOWN).all()) for t in tensors if t.numel())
+    return KNOWN if known else UNKNOWN

@@ -1,0 +1,63 @@
+"""Changes to a model that can be undone, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from parasparse.masks.mask import Mask
+from parasparse.shrink.plan import AttributeRow
+from parasparse.shrink.sizes import Attribute, get_attribute, set_attribute
+
+
+class Undo:
+    """Steps that undo what has been done."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+
+    def run(self) -> None:
+        """Undo everything, the last step first."""
+        while self.steps:
+            self.steps.pop()()
+
+
+def store(tensor: Tensor, value: Tensor, grad: Tensor | None, undo: Undo) -> None:
+    """Give `tensor` a new value and gradient, which may have another shape."""
+    old, old_grad = tensor.data, tensor.grad
+
+    def restore() -> None:
+        _store(tensor, old, old_grad)
+
+    undo.steps.append(restore)
+    _store(tensor, value, grad)
+
+
+def _store(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    tensor.grad = None  # torch wants the shape of the data
+    if isinstance(tensor, nn.Parameter):
+        # Not `.data`: as long as an earlier graph lives, autograd would expect the old shape
+        # (test_training_goes_on_while_an_earlier_graph_lives).
+        with torch.no_grad():
+            tensor.set_(value)  # type: ignore[call-overload]
+    else:
+        tensor.data = value
+    tensor.grad = grad
+
+
+def resize_mask(mask: Mask, value: Tensor, undo: Undo) -> None:
+    """Give a mask another shape."""
+    old = mask.mask
+    assert old is not None
+    undo.steps.append(lambda: mask.resize_(old))
+    mask.resize_(value)
+
+
+def set_size(model: nn.Module, row: AttributeRow, value: int, undo: Undo) -> None:
+    """Set an attribute of a module or config."""
+    attribute = Attribute(row.path, row.name, row.index)
+    old = get_attribute(model, attribute)
+    undo.steps.append(lambda: set_attribute(model, attribute, old))
+    set_attribute(model, attribute, value)

@@ -1,0 +1,303 @@
+"""What cannot be shrunk is refused before anything changes, with the way out."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+
+import parasparse as ps
+from tests.shrink.test_shrink import filters
+
+
+def network(sparsity=0.5):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3),
+        nn.Flatten(), nn.Linear(24, 10), nn.Tanh(), nn.Linear(10, 3),
+    )  # fmt: skip
+    return ps.sparsify(model, {"3": filters(sparsity)}) if sparsity else model
+
+
+def images():
+    return torch.randn(2, 3, 4, 4)
+
+
+def digest(model, *optimizers):
+    """Everything that a failed call must leave as it is: objects, storages, values, attributes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    found = [
+        (name, id(t), t.data_ptr() if not t.is_meta else 0, t.stride(), t.requires_grad,
+         t.tolist() if not t.is_meta else (), None if t.grad is None else t.grad.tolist())
+        for name, t in tensors
+    ]  # fmt: skip
+    plain = (int, float, bool, str, tuple)
+    attributes = [
+        (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+        for name, module in model.named_modules()
+    ]
+    states = [
+        [(id(p), {k: id(v) for k, v in state.items()}) for p, state in optimizer.state.items()]
+        for optimizer in optimizers
+    ]
+    return repr((found, attributes, states))
+
+
+def with_gate():
+    return ps.sparsify(network(0), {"3": ps.Gate(ps.gates.hard_concrete)})
+
+
+def with_unset_mask():
+    model = network()
+    ps.deploy_masks(model, {"3.weight": None})
+    return model
+
+
+def with_float_mask():
+    model = network()
+    ps.deploy_masks(model, {"3.weight": torch.rand(6, 8, 3, 3)})
+    return model
+
+
+def with_weight_norm():
+    model = network()
+    parametrizations.weight_norm(model[5])
+    return model
+
+
+def masked_with_weight_norm():
+    model = network(0)
+    parametrizations.weight_norm(model[3])
+    return ps.sparsify(model, {"3": filters(0.5)})
+
+
+def with_old_weight_norm():
+    model = network()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[5])
+    return model
+
+
+def with_old_prune():
+    model = network()
+    nn.utils.prune.ln_structured(model[5], "weight", 0.5, 2, 0)
+    return model
+
+
+def accelerated():
+    return ps.accelerate(network().eval(), formats={"3.weight": [[1, "csr"]]})
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecation
+        return torch.ao.quantization.quantize_dynamic(network(0), {nn.Linear})
+
+
+def exported():
+    return torch.export.export(network(0).eval(), (images(),)).module()
+
+
+def checkpointed():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(network())
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+
+
+CASES = {  # a model, words of the message
+    "gate": (with_gate, "binarize"),
+    "unset mask": (with_unset_mask, "deploy_masks"),
+    "float mask": (with_float_mask, "binarize"),
+    "data parallel": (lambda: DataParallel(network()), "Pass its `.module`"),
+    "averaged": (lambda: AveragedModel(network()), "Pass its `.module`"),
+    "compiled": (lambda: torch.compile(network(), backend="eager"), "Pass its `._orig_mod`"),
+    "a compiled part": (
+        lambda: nn.Sequential(torch.compile(network(), backend="eager")), "Pass its `._orig_mod`",
+    ),
+    "script": (lambda: torch.jit.trace(network(0).eval(), images()), "that it was made from"),
+    "exported": (exported, "that it was made from"),
+    "checkpointed": (checkpointed, "before you wrap"),
+    "quantized": (quantized, "before you quantize"),
+    "accelerated": (accelerated, "parasparse.restore"),
+    "weight norm": (with_weight_norm, "remove_parametrizations"),
+    "weight norm under a mask": (masked_with_weight_norm, "squash"),
+    "old weight norm": (with_old_weight_norm, "remove_weight_norm"),
+    "old pruning": (with_old_prune, "prune.remove"),
+    "meta": (lambda: network().to("meta"), "has no values"),
+    "lazy": (lazy, "dummy batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_models_that_must_be_prepared_first_are_refused(name):
+    build, words = CASES[name]
+    model = build()
+    before = digest(model) if name != "lazy" else ""
+    for verb in (ps.plan_shrink, ps.shrink):
+        with pytest.raises(RuntimeError, match=words):
+            verb(model, images())
+    assert name == "lazy" or digest(model) == before
+
+
+def test_models_inside_a_block_that_holds_their_weights_are_refused():
+    model = network().eval()
+    with torch.no_grad(), ps.frozen(model), pytest.raises(RuntimeError, match="in use by `frozen`"):
+        ps.shrink(model, images())
+    ps.shrink(model, images())
+
+
+@pytest.fixture
+def one_process():
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_wrappers_are_refused(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    with pytest.raises(RuntimeError, match="Pass its `.module`"):
+        ps.shrink(wrapped, images())
+    sharded = fully_shard(network(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match="before `fully_shard`"):
+        ps.shrink(sharded, images())
+
+
+def test_other_objects_are_refused():
+    model = network()
+    for odd in (None, model.state_dict(), "model"):
+        with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+            ps.shrink(odd, images())
+    with pytest.raises(TypeError, match="must be a torch optimizer"):
+        ps.shrink(model, images(), optimizer=model)
+    with pytest.raises(ValueError, match="`multiple_of` must be at least 1"):
+        ps.shrink(model, images(), multiple_of=0)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 5), (), {"y": 1}, None, "x"])
+def test_wrong_inputs_change_nothing_and_say_what_is_wanted(inputs):
+    model = network()
+    before = digest(model)
+    with pytest.raises(Exception) as caught:
+        ps.shrink(model, inputs)
+    assert "example_inputs" in caught.value.__notes__[-1]
+    assert digest(model) == before
+
+
+def test_nothing_to_remove_is_said_in_a_few_lines():
+    deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(30)])
+    for model in (network(0), ps.sparsify(network(0), 0.1), deep):
+        with pytest.raises(ValueError, match="nothing can be removed. No mask") as caught:
+            ps.shrink(model, images() if model is not deep else torch.randn(1, 4))
+        assert str(caught.value).count("\n") < 8
+    ps.sparsify(deep, {"*": filters(0.5)})
+    normed = nn.Sequential(*[nn.Sequential(layer, nn.LayerNorm(4)) for layer in deep])
+    with pytest.raises(ValueError, match="takes a mean or norm over it") as caught:
+        ps.shrink(normed, torch.randn(1, 4))
+    assert str(caught.value).count("\n") < 8
+
+
+def test_a_model_without_values_is_cut_by_a_plan():
+    model = network()
+    plan = ps.plan_shrink(model, images())
+    small = ps.shrink(model, images())
+    on_meta = ps.shrink(network(0).to("meta"), plan)
+    assert {n: t.shape for n, t in on_meta.state_dict().items()} == {
+        n: t.shape for n, t in small.state_dict().items()
+    }
+
+
+def test_plans_of_other_models_are_refused():
+    plan = ps.plan_shrink(network(), images())
+    model = network(0)
+    before = digest(model)
+    wider = nn.Sequential(*network(0)[:3], nn.Conv2d(8, 5, 3), *network(0)[4:])
+    with pytest.raises(ValueError, match="must have the shape"):
+        ps.shrink(wider, plan)
+    with pytest.raises(ValueError, match="which the model does not have"):
+        ps.shrink(nn.Linear(2, 2), plan)
+    model[3].out_channels = 7
+    with pytest.raises(ValueError, match="must be 6; it is 7"):
+        ps.shrink(model, plan)
+    model[3].out_channels = 6
+    assert digest(model) == before
+
+
+class Lies(nn.Module):
+    """Looks at the shape of a weight in a way that no trace can see."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.layer(x) * (2.0 if tuple(self.layer.weight.shape)[1] < 24 else 1.0)
+
+
+class Fails(Lies):
+    def forward(self, x):
+        if tuple(self.layer.weight.shape)[1] < 24:
+            raise ValueError("24 inputs")
+        return self.layer(x)
+
+
+@torch.library.custom_op("parasparse_tests::scaled_by_width", mutates_args=())
+def scaled_by_width(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight.numel()
+
+
+class CustomOperation(Lies):
+    """Has the size of a weight decide, in an operation that is not the usual ones."""
+
+    def forward(self, x):
+        size = torch.zeros(self.layer.weight.shape[1])
+        return scaled_by_width(self.layer(x), size)
+
+
+@pytest.mark.parametrize("kind", [Lies, Fails, CustomOperation])
+def test_networks_that_would_differ_are_put_back_and_the_module_is_named(kind):
+    model = network()
+    model[5] = kind()
+    optimizer = torch.optim.Adam(model.parameters(), 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        model[3].bias.fill_(1.0)  # so that constants are added to the next bias
+    model.eval()
+    before = digest(model, optimizer)
+    with pytest.raises(RuntimeError, match=rf'first in "5" \({kind.__name__}\)'):
+        ps.shrink(model, images(), optimizer=optimizer)
+    assert digest(model, optimizer) == before
+
+
+@pytest.mark.parametrize("kind", ["rows", "codes", "lists"])
+def test_optimizers_with_states_of_other_layouts_are_refused(kind):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bias, before = model[3].bias, digest(model)
+    odd = {"rows": torch.ones(2), "codes": torch.ones(6, dtype=torch.uint8),
+           "lists": [torch.ones(6, 6)]}[kind]  # fmt: skip
+    optimizer.state[bias]["odd"] = odd
+    with pytest.raises(TypeError, match='state "odd" of SGD'):
+        ps.shrink(model, images(), optimizer=optimizer)
+    assert digest(model) == before
+
+
+def test_the_optimizer_of_another_model_is_refused():
+    model = network()
+    optimizer = torch.optim.Adam(copy.deepcopy(model).parameters())
+    with pytest.raises(ValueError, match="of the same model object"):
+        ps.shrink(model, images(), optimizer=optimizer)

@@ -1,0 +1,158 @@
+"""Each rule: small modules that do one operation lose channels, or keep them with a reason."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import parasparse as ps
+
+
+class Between(nn.Module):
+    """Does `f` to hidden channels (batch, places, channels) between two layers."""
+
+    def __init__(self, f, *, hidden=8, read=None, **attributes):
+        super().__init__()
+        self.f = f
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        self.one = nn.Linear(5, hidden)
+        self.two = nn.Linear(hidden if read is None else read, 3)
+
+    def forward(self, x):
+        return self.two(self.f(self, self.one(x)))
+
+
+def example(batch=2, places=4):
+    return torch.randn(batch, places, 5).double()
+
+
+def zeroed(model, *rows):
+    """The first rows of the first layer give 0."""
+    torch.manual_seed(0)
+    model = model.double().eval()
+    with torch.no_grad():
+        for row in rows:
+            model.one.weight[row], model.one.bias[row] = 0, 0
+    return model
+
+
+def attended(self, x):
+    """One head, which scales by the size that it sees."""
+    return F.scaled_dot_product_attention(x, x, x)
+
+
+NUMBERS = {
+    "scale of attention": attended,
+    "square root": lambda self, x: x / math.sqrt(x.shape[-1]),
+    "power": lambda self, x: x * x.shape[-1] ** -0.5,
+    "mean by hand": lambda self, x: x + x.sum(-1, keepdim=True) / x.shape[-1],
+    "attribute": lambda self, x: (x / self.width).view(*x.shape[:2], self.width),
+    "tensor": lambda self, x: x / torch.tensor(x.shape[-1]),
+    "size times tensor": lambda self, x: x.shape[-1] * x,
+    "float": lambda self, x: x * (x.shape[-1] * 0.5),
+    "numel": lambda self, x: x + x.sum(-1, keepdim=True) / x[0, 0].numel(),
+}
+
+
+@pytest.mark.parametrize("f", NUMBERS.values(), ids=NUMBERS)
+def test_sizes_from_which_a_number_is_computed_stay(f):
+    model = zeroed(Between(f, width=8), 0, 1)
+    plan = ps.plan_shrink(model, example())
+    assert not plan.rows
+    assert all(row.reason for row in plan.kept_back)
+
+
+def test_a_mean_counts_only_if_it_is_used():
+    def unused(self, x):
+        x.mean(-1)
+        return x
+
+    plans = [
+        ps.plan_shrink(zeroed(Between(f), 0), example())
+        for f in (unused, lambda self, x: x + x.mean(-1, keepdim=True))
+    ]
+    assert [len(plan.rows) for plan in plans] == [3, 0]
+
+
+def standardized(self, x):
+    """Weights are normalized over their inputs, as in NFNets."""
+    w = F.batch_norm(self.two.weight[None], None, None, training=True)[0]
+    return F.linear(x, w, self.two.bias)
+
+
+def test_inputs_over_which_a_weight_is_normalized_stay():
+    model = zeroed(Between(standardized, read=8), 0)
+    model.two = nn.Identity()
+    model.two.weight, model.two.bias = nn.Parameter(torch.randn(3, 8).double()), None
+    plan = ps.plan_shrink(model, example())
+    assert not plan.rows
+    assert "takes a mean or norm" in plan.kept_back[0].reason
+
+
+def set_by_number(self, x):
+    x = x.clone()
+    x[..., 4:] = 1
+    return x
+
+
+STAY = {
+    "places set by number": set_by_number,
+    "lower triangle": lambda self, x: x.tril(),
+    "norm of negative order": lambda self, x: x * torch.linalg.vector_norm(x, -1, -1, True),
+    "largest": lambda self, x: x + x.amax(-1, keepdim=True),
+    "running sum": lambda self, x: x.cumsum(-1),
+    "rolled": lambda self, x: x.roll(1, -1),
+    "pooled": lambda self, x: F.avg_pool1d(x, 3, 1, 1),
+    "pooled without a batch": lambda self, x: F.avg_pool2d(x.mT, 3, 1, 1).mT,
+    "indexed": lambda self, x: x[..., [1, 0, 2, 3, 4, 5, 6, 7]],
+    "part by number": lambda self, x: torch.cat([x[..., :4] * 2, x[..., 4:]], -1),
+    "sorted": lambda self, x: x.sort(-1)[0],
+    "softmax": lambda self, x: x.softmax(-1),
+    "variance": lambda self, x: x * x.var(-1, keepdim=True),
+    "positions": lambda self, x: x * torch.arange(8.0),
+    "Fourier": lambda self, x: torch.fft.fft(x).real,
+}
+
+
+@pytest.mark.parametrize("f", STAY.values(), ids=STAY)
+def test_channels_stay_where_their_number_or_place_matters(f):
+    plan = ps.plan_shrink(zeroed(Between(f), 0, 1), example())
+    assert not plan.rows
+    assert all(row.reason for row in plan.kept_back)
+
+
+def in_complex_numbers(self, x):
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * 1j).flatten(-2)
+
+
+def sampled(self, x):
+    image = x.mT.unsqueeze(-1)
+    grid = torch.linspace(-0.9, 0.9, 6).view(1, 3, 1, 2).expand(len(x), -1, -1, -1).to(image)
+    return F.grid_sample(image, grid, align_corners=False).squeeze(-1).mT
+
+
+GO = {
+    "real and imaginary": in_complex_numbers,
+    "norm": lambda self, x: x / x.norm(dim=-1, keepdim=True),
+    "sampled": sampled,
+    "pooled": lambda self, x: F.max_pool1d(x.mT, 2, 1).mT,
+    "flipped": lambda self, x: x.flip(-1) + x.flip(-1),
+    "repeated": lambda self, x: x.repeat(1, 2, 1),
+    "whole part": lambda self, x: x[..., :8],
+    "part by size": lambda self, x: x[..., : x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("f", GO.values(), ids=GO)
+def test_channels_go_through(f):
+    model = zeroed(Between(f), 0, 1, 2, 3)
+    reference = copy.deepcopy(model)
+    ps.shrink(model, example())
+    assert model.one.out_features == 4
+    x = example(3)
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)
