@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from parasparse.cli import commands, inspect_and_diff, prune
+from parasparse.cli import commands, inspect_and_diff, prune, shrink
 from parasparse.files.checkpoint import CheckpointError
 
 _Argument = tuple[str, dict[str, Any]]
@@ -56,6 +56,10 @@ _COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, li
     "masks": (commands.masks, "extract the masks", [
         *_IN_OUT,
         ("--zeros", {"action": "store_true", "help": "the nonzero entries of a dense one"}),
+    ]),
+    "shrink": (shrink.shrink, "cut the tensors by a plan of plan_shrink", [
+        *_IN_OUT,
+        ("--plan", {"required": True, "metavar": "JSON", "help": "a plan, as JSON"}),
     ]),
     "pack": (commands.pack, "write the checkpoint without its zeros", _IN_OUT),
     "unpack": (commands.unpack, "write a packed checkpoint dense", _PATHS),

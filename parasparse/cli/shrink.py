@@ -1,0 +1,96 @@
+"""The command `shrink`."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from parasparse.cli.held_masks import computed
+from parasparse.cli.output import copy, left_out, output
+from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from parasparse.files.layout import Layout, pieces
+from parasparse.files.opening import open_checkpoint
+from parasparse.files.writing import check_target
+from parasparse.shrink.parts import selected
+from parasparse.shrink.plan import Shrinkage, ShrinkRow
+from parasparse.text import nearest
+
+
+def shrink(args: Namespace) -> str:
+    """Write IN with its tensors and masks cut by a plan."""
+    plan = _plan(args.plan)
+    source = open_checkpoint(args.input, args.key)
+    check_target(args.output, source, force=args.force)
+    rows = _rows(source, plan)
+    infos = {
+        key: TensorInfo(info.dtype, rows[key].new_shape) if key in rows else info
+        for key, info in source.infos.items()
+    }
+    with output(args, source, Layout(infos, source.ties)) as (put, advance):
+        for key, info in source.infos.items():
+            if key in source.ties:
+                continue
+            if key in rows:
+                put(key, pieces(selected(source.read(key), rows[key])))
+                advance(info.nbytes)
+            else:
+                copy(source, key, put, advance)
+    after = sum(info.nbytes for key, info in infos.items() if key not in source.ties)
+    return (
+        f"{args.output}: cut {len(rows)} tensors, {source.nbytes:,} bytes -> {after:,}."
+        f"{left_out(source, args.output)}"
+    )
+
+
+def _plan(path: str) -> Shrinkage:
+    try:
+        plan = Shrinkage.from_json(Path(path).read_text())
+    except OSError as error:
+        raise CheckpointError(f'"{path}" cannot be read: {error.strerror}.') from error
+    except ValueError as error:
+        raise CheckpointError(
+            f'"{path}" must be a plan, as written by `Shrinkage.to_json`; {error}'
+        ) from error
+    for row in plan.rows:
+        if not _is_possible(row):
+            raise CheckpointError(
+                f'the plan "{path}" is damaged: the indices that "{row.name}" keeps do not fit its '
+                f"shapes, {row.shape} and {row.new_shape}."
+            )
+    return plan
+
+
+def _is_possible(row: ShrinkRow) -> bool:
+    """Whether the indices of a row lead from its shape to its new shape."""
+    if len(row.shape) != len(row.new_shape) or any(d >= len(row.shape) for d in row.kept):
+        return False
+    for dim, (size, new_size) in enumerate(zip(row.shape, row.new_shape, strict=True)):
+        kept = row.kept.get(dim, tuple(range(size)))
+        per_row = bool(kept) and isinstance(kept[0], tuple)
+        if per_row and len(kept) != row.new_shape[0]:
+            return False
+        for indices in kept if per_row else (kept,):
+            if len(indices) != new_size or not all(0 <= index < size for index in indices):  # type: ignore
+                return False
+    return True
+
+
+def _rows(source: Checkpoint, plan: Shrinkage) -> dict[str, ShrinkRow]:
+    """Return the row of each key that is cut: tensors, their masks, and what is tied to them."""
+    keys = {source.plain(name): found for name, found in computed(source).items()}
+    for key in source.infos:
+        keys.setdefault(source.plain(key), [key])
+    first = {}
+    for row in plan.rows:
+        if row.name not in keys:
+            raise CheckpointError(
+                f'the plan names the tensor "{row.name}", which "{source.path}" does not have'
+                f"{nearest(row.name, keys)}."
+            )
+        for key in keys[row.name]:
+            shape = source.infos[key].shape
+            if shape != row.shape:
+                raise CheckpointError(
+                    f'"{key}" must have the shape {row.shape} of the plan; it has {shape}.'
+                )
+            first[source.ties.get(key, key)] = row
+    names = ((key, source.ties.get(key, key)) for key in source.infos)
+    return {key: first[origin] for key, origin in names if origin in first}
