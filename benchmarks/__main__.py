@@ -29,7 +29,7 @@ LIMITS = {
     "steps": 6,
     "blocks": 15,
     "sizes": 5,
-    "channels": 10,
+    "channels": 60,
     "payoff": 30,
     "packing": 6,
     "checkpoints": 10,

@@ -35,14 +35,14 @@ def grid(content: Content, pattern: str, corner: str, *, unit: str = "ms") -> st
     the first timing, each with its time in parentheses and parasparse first; last the baseline's
     time.
     """
-    rows, header = [], []
-    for groups, timings in asked(content, pattern):
-        baseline, *others = timings
-        others.sort(key=lambda name: name != "parasparse")  # stable
-        header = [corner, *map(short, others), f"{short(baseline)}, {unit}"]
-        cells = [ratio_first(timings[name], unit=unit) for name in others]
+    questions = list(asked(content, pattern))
+    baseline, *others = dict.fromkeys(name for _, timings in questions for name in timings)
+    others.sort(key=lambda name: name != "parasparse")  # stable
+    rows = []
+    for groups, timings in questions:
+        cells = [ratio_first(timings.get(name), unit=unit) for name in others]
         rows.append([", ".join(groups), *cells, time_in(timings[baseline], unit)])
-    return table(header, rows)
+    return table([corner, *map(short, others), f"{short(baseline)}, {unit}"], rows)
 
 
 def flipped(content: Content, pattern: str, corner: str, *, unit: str = "ms") -> str:

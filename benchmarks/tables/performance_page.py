@@ -155,16 +155,42 @@ def channels(content: Content) -> str:
 
 
 def channels_left(content: Content) -> str:
-    rows = []
+    rows, every = [], content["channels_kept"].values()
+    ways = sorted(dict.fromkeys(w for kept in every for w in kept), key=lambda w: w != "parasparse")
     for question, kept in content["channels_kept"].items():
-        size = content["bytes"][question]
-        ways = sorted(kept, key=lambda name: name != "parasparse")
-        files = [share(size[way], size["dense"]) for way in ways]
-        shares = [f"{kept[way]:.3f}" for way in ways]
-        about = question.removesuffix(" of channels")
-        rows.append([about, *files, significant(size["dense"] / 1e6), *shares])
-    header = [*ways, "dense, MB", *(f"channels kept by {way}" for way in ways)]
-    return table(["network, channels removed", *header], rows)
+        shares = [f"{kept[way]:.3f}" if way in kept else "-" for way in ways]
+        rows.append([question.removesuffix(" of channels"), *shares])
+    header = ["network, channels removed", *(f"channels kept by {way}" for way in ways)]
+    kept_table = table(header, rows)
+    return f"{_of_dense(content['bytes'], 'MB')}\n\n{kept_table}"
+
+
+def channels_memory(content: Content) -> str:
+    return _of_dense(content["memory"], "MB") if "memory" in content else TO_COME
+
+
+def channels_planning(content: Content) -> str:
+    if "planning" not in content:
+        return TO_COME
+    return grid({"results": content["planning"]}, "(.*)", "network")
+
+
+TO_COME = "Not measured yet: `python -m benchmarks channels`."
+
+
+def _of_dense(found: dict[str, dict[str, int]], unit: str) -> str:
+    """Return a table of bytes: shares of the dense network, and megabytes."""
+    names = dict.fromkeys(way for ways in found.values() for way in ways if way != "dense")
+    ways = sorted(names, key=lambda way: way != "parasparse")
+    rows = [
+        [
+            question.removesuffix(" of channels"),
+            *(share(sizes[way], sizes["dense"]) if way in sizes else "-" for way in ways),
+            significant(sizes["dense"] / 1e6),
+        ]
+        for question, sizes in found.items()
+    ]
+    return table(["network, channels removed", *ways, f"dense, {unit}"], rows)
 
 
 def command_line(content: Content) -> str:
@@ -201,6 +227,8 @@ TABLES: dict[str, Table] = {
     "sizes.times": sizes_times,
     "channels.times": channels,
     "channels.bytes": channels_left,
+    "channels.memory": channels_memory,
+    "channels.planning": channels_planning,
     "checkpoints.times": command_line,
     "checkpoints.memory": command_line_memory,
     "sharding.memory": sharding,

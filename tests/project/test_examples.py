@@ -93,6 +93,20 @@ def test_relevance_masks_real_and_complex_networks(mnist, run):
     assert [kind for kind, *_ in found] == ["real", "real", "complex", "complex"]
 
 
+def test_shrink_prunes_channels_and_removes_them(mnist, run):
+    out = mnist / "out"
+    arguments = ["--data", mnist, "--out", out, "--epochs", 5, "--sparsity", 0.5]
+    shown = run("shrink", *arguments)
+    assert float(re.search(r"changes outputs by (\S+) at most", shown)[1]) < 1e-4
+    accuracies = dict(re.findall(r"^accuracy, (\S+): (\S+)$", shown, re.MULTILINE))
+    assert list(accuracies) == ["dense", "masked", "small", "fine-tuned"]
+    assert accuracies["masked"] == accuracies["small"]
+    assert float(accuracies["fine-tuned"]) > 0.5  # a tenth by chance
+    sizes = [(out / f"{name}.onnx").stat().st_size for name in ("small", "dense")]
+    assert sizes[0] < 0.4 * sizes[1]
+    assert (out / "shrink.png").stat().st_size > 1_000
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_the_demo_prunes_is_as_good_as_dense_after_fine_tuning(seed, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
