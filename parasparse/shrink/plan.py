@@ -69,10 +69,9 @@ class KeptRow:
     reason: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {len(self.channels)} dead channels of dimension {self.dim} stay: "
-            f"{self.reason}"
-        )
+        number = len(self.channels)
+        stay = "dead channel stays" if number == 1 else "dead channels stay"
+        return f"{self.name}, dimension {self.dim}: {number} {stay}: {self.reason}"
 
 
 @dataclass(frozen=True, repr=False)

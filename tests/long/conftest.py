@@ -1,3 +1,3 @@
-"""These programs have make targets of their own; some need packages that the suite does not have."""
+"""These programs have make targets of their own. Some need packages that the suite lacks."""
 
 collect_ignore_glob = ["*"]

@@ -260,7 +260,7 @@ def test_a_plan_as_json_cuts_a_fresh_model_into_which_the_checkpoint_loads():
 def test_dead_channels_that_stay_have_a_reason():
     model, example, _ = built("residual")
     ps.sparsify(model, {"two": filters(0.5)})  # the stem feeds the same sum
-    with pytest.raises(ValueError, match=r"two.weight: 4 dead channels of dimension 0 stay"):
+    with pytest.raises(ValueError, match=r"two.weight, dimension 0: 4 dead channels stay"):
         ps.shrink(model, example)
 
 
