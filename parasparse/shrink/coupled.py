@@ -36,10 +36,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> units = coupled(model, torch.randn(1, 4))
-        >>> model = ps.sparsify(
-        ...     model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-        ... )
-        >>> ps.shrink(model, torch.randn(1, 4))[2]
+        >>> half = {units.reaches: Prune(0.5, pattern=units, scope="global")}
+        >>> shrink(sparsify(model, half), torch.randn(1, 4))[2]
         Linear(in_features=4, out_features=2, bias=True)
     """
 
