@@ -9,6 +9,8 @@ from torch.nn.utils import parametrize
 from torchvision import models
 
 import parasparse as ps
+from parasparse.shrink.facts import KNOWN
+from parasparse.shrink.rules.products import constants_of
 
 FILTERS = ps.patterns.channel(0)
 
@@ -245,3 +247,15 @@ def test_units_of_a_model_on_the_meta_device_are_those_of_a_real_one():
     assert all(torch.equal(mask, same[name]) for name, mask in masks.items())
     with pytest.raises(RuntimeError, match="has no values"):
         ps.plan_shrink(meta, example.to("meta"))
+
+
+def test_constants_that_a_kernel_rounds_in_two_ways_are_constants():
+    ones = torch.tensor([[0.1, 0.2, 0.0], [0.1, 0.2, 0.0]])
+    ones[1, 0] += torch.finfo(torch.float32).eps / 8
+    assert ones[0, 0] != ones[1, 0]
+    ones[1, 1] = 0.2001
+    known = torch.full((3,), KNOWN, dtype=torch.uint8)
+    values = constants_of(ones, known)
+    assert values[0] == ones[0, 0].double()
+    assert values[1].isnan()
+    assert values[2] == 0
