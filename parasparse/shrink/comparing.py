@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from parasparse.shrink.running import call, tensors_in
+from parasparse.shrink.running import call, copied_inputs, tensors_in
 from parasparse.verbs.squash import squash
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
@@ -60,12 +59,7 @@ class Reference:
         )
 
     def _cast_inputs(self) -> Any:
-        def cast(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return self._cast(value.detach()).clone()  # the program may write into it
-            return copy.deepcopy(value)
-
-        return tree_map(cast, self._inputs)
+        return copied_inputs(self._inputs, self._cast)
 
     def _first(self, small: nn.Module) -> str:
         """Return which module is the first to differ, for messages."""

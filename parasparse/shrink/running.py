@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
 from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
@@ -38,6 +38,7 @@ def traced(
         The trace, the int attributes of modules and configs, and the copy.
     """
     twin = squash(copy.deepcopy(model)).eval()
+    example_inputs = copied_inputs(example_inputs)
     for module in list(twin.modules()):
         let_heads_go(module)
     values = tag_attributes(twin)
@@ -78,6 +79,17 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+def copied_inputs(example_inputs: Any, cast: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
+    """Return a copy of `example_inputs`, into which the program may write, with tensors `cast`."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return cast(value.detach()).clone()
+        return copy.deepcopy(value)
+
+    return tree_map(copied, example_inputs)
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:

@@ -291,3 +291,15 @@ def test_optimizer_state_is_cut_along():
     model(example).square().sum().backward()
     optimizer.step()
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_example_as_it_was():
+    class Writes(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model = nn.Sequential(Writes(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    example = torch.randn(3, 4)
+    before = example.clone()
+    ps.shrink(pruned(model, example), example)
+    assert torch.equal(example, before)

@@ -151,7 +151,7 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(RANDOM, _random),
     **dict.fromkeys(("copy", "where", "masked_fill", "addcmul", "addcdiv", "lerp", "clamp",
                      "_prelu_kernel", "native_dropout", "log_sigmoid_forward", "hardtanh",
-                     "leaky_relu", "elu", "softplus", "threshold", "rrelu_with_noise", "glu_",
+                     "leaky_relu", "elu", "softplus", "threshold", "rrelu_with_noise",
                      "hardswish", "mish", "gelu", "silu", "celu", "nan_to_num"), elementwise),
     **dict.fromkeys(("fill", "zero", "fill_", "zero_"), _filled),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like",

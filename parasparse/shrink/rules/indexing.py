@@ -102,8 +102,7 @@ def _along(trace: Trace, call: Call) -> list[Facts]:
                       Facts((), everywhere(UNKNOWN, o.shape)) for o in rest]  # fmt: skip
 
 
-_DIM_FIRST = ("gather", "index_select", "sort", "argsort", "index_add", "scatter", "cumsum",
-              "scatter_add", "index_copy")  # fmt: skip
+_DIM_FIRST = ("gather", "index_select", "sort", "argsort")
 
 
 def _data(trace: Trace, call: Call) -> list[Facts]:
