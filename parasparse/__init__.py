@@ -39,6 +39,7 @@ from parasparse.training.gradual import GradualPruning
 from parasparse.training.history import Update
 from parasparse.training.tickets import LotteryTicket
 from parasparse.verbs.binarize import binarize
+from parasparse.verbs.compact import compact, expand
 from parasparse.verbs.dense_gradients import DenseGradients, dense_gradients
 from parasparse.verbs.deploy import deploy_masks
 from parasparse.verbs.frozen import frozen
@@ -53,12 +54,13 @@ __all__ = [
     "Acceleration", "AccelerationRow", "BaseDataSparsifier", "ContinuousSparsification",
     "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DenseRow",
     "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket",
-    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules",
-    "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate",
-    "accelerated", "binarize", "binarize_masks", "coupled", "dense_gradients", "dense_state_dict",
-    "deploy_masks", "distributed", "distributions", "frozen", "gates", "is_sparse", "load_packed",
-    "load_state_dict", "mask_of", "moves", "named_masks", "optim", "pack", "patterns", "penalty",
-    "plan", "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
-    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored", "summary",
-    "unpack", "unshrink", "unsparsify",
+    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune",
+    "Rules", "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update",
+    "accelerate", "accelerated", "binarize", "binarize_masks", "compact", "coupled",
+    "dense_gradients", "dense_state_dict", "deploy_masks", "distributed", "distributions",
+    "expand", "frozen", "gates", "is_sparse", "load_packed", "load_state_dict", "mask_of",
+    "moves", "named_masks", "optim", "pack", "patterns", "penalty", "plan", "plan_shrink",
+    "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
+    "summary", "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

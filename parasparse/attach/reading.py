@@ -41,7 +41,10 @@ def effective(module: nn.Module, name: str) -> Tensor:
     """Return tensor `name` of `module` as the module reads it."""
     if name in pruned_names(module):  # the attribute is stale until the next forward
         return stored(module, name) * prune_mask(module, name)
-    with evaluating(stack_of(module, name)):
+    stack = stack_of(module, name)
+    with evaluating(stack):
+        if isinstance(stack, MaskedParametrizationList) and stack.is_compact:
+            return stack.stored()
         return getattr(module, name)  # type: ignore[no-any-return]
 
 

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,14 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         frozen: the masked tensor while the model is `frozen`, else None.
         probe: zeros that collect the dense gradient inside `dense_gradients`, else None.
         stand_in: the sparse weight that is read while the model is accelerated, else None.
+        is_compact: whether only kept values are stored, so that what modules read is not dense.
     """
 
     # Not buffers. `frozen` and `probe` last for a `with` block, and are neither saved nor copied.
     frozen: Tensor | None = None
     probe: Tensor | None = None
     stand_in: Tensor | None = None
+    is_compact: ClassVar[bool] = False
     _stood_for: list[tuple[int, int, int, bool]] | None = None
 
     def __init__(self, original: Tensor, mask: nn.Module, *, persistent: bool = True) -> None:
@@ -92,7 +94,7 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         return self.stored()
 
     def forward(self) -> Tensor:
-        """Return the masked tensor."""
+        """Return what the module reads: the masked tensor, or one that multiplies like it."""
         if self.stand_in is not None:
             return self._value_of(self.stand_in)
         if self.frozen is not None:

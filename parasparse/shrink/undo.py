@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from parasparse.attach.storing import give
 from parasparse.masks.mask import Mask
 from parasparse.shrink.plan import AttributeRow
 from parasparse.shrink.sizes import Attribute, get_attribute, set_attribute
@@ -29,22 +29,10 @@ def store(tensor: Tensor, value: Tensor, grad: Tensor | None, undo: Undo) -> Non
     old, old_grad = tensor.data, tensor.grad
 
     def restore() -> None:
-        _store(tensor, old, old_grad)
+        give(tensor, old, old_grad)
 
     undo.steps.append(restore)
-    _store(tensor, value, grad)
-
-
-def _store(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
-    tensor.grad = None  # torch wants the shape of the data
-    if isinstance(tensor, nn.Parameter):
-        # Not `.data`: as long as an earlier graph lives, autograd would expect the old shape
-        # (test_training_goes_on_while_an_earlier_graph_lives).
-        with torch.no_grad():
-            tensor.set_(value)  # type: ignore[call-overload]
-    else:
-        tensor.data = value
-    tensor.grad = grad
+    give(tensor, value, grad)
 
 
 def resize_mask(mask: Mask, value: Tensor, undo: Undo) -> None:

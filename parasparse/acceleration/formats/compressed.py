@@ -1,8 +1,9 @@
 """Formats that store single values, or blocks, with their indices."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -43,7 +44,7 @@ class _Rows(ABC):
     @cached_property
     def _matrix(self) -> Tensor:
         starts, columns, kept = self.tensors()
-        return torch.sparse_csr_tensor(starts, columns, kept, self.shape, check_invariants=False)
+        return csr(starts, columns, kept, self.shape)
 
     def dense(self) -> Tensor:
         return self._matrix.to_dense()
@@ -162,6 +163,21 @@ class BSR:
 
     def tensors(self) -> list[Tensor]:  # noqa: D102
         return [self.starts, self.block_columns, self.block_rows, self.blocks]
+
+
+def csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a sparse tensor of compressed rows, without torch's warning that it is in beta."""
+    _warn_once()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _warn_once() -> None:
+    """Let torch give its warning, which it does once in a process, where nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        index = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), (0, 1), check_invariants=False)
 
 
 def _has_mkl() -> bool:

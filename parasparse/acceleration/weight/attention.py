@@ -6,16 +6,44 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-_forward: Any = F.multi_head_attention_forward
-# torch's own code without its first check, which would hand a tensor subclass back to `attention`
-# (test_attention_computes_with_sparse_projections).
-_through = FunctionType(
-    _forward.__code__,
-    {**vars(F), "has_torch_function": lambda _: False},
-    _forward.__name__,
-    _forward.__defaults__,
-    _forward.__closure__,
+from parasparse.acceleration.weight.layers import nested_linear as linear
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Tensor | None = None
+) -> list[Tensor]:
+    """Compute the projections of a fused weight, as torch's function of this name does."""
+    if q is k and k is v:
+        return [part.contiguous() for part in linear(q, weight, bias).chunk(3, -1)]
+    size = q.shape[-1]
+    sizes = (size, 2 * size) if k is v else (size, size, size)
+    biases = [None] * 3 if bias is None else bias.split(sizes)
+    every = zip((q, k, v), weight.parts(sizes), biases, strict=False)
+    queries, *others = [linear(*each) for each in every]
+    if k is v:
+        others = [part.contiguous() for part in others[0].chunk(2, -1)]
+    return [queries, *others]
+
+
+def _with(function: Any, **names: Any) -> FunctionType:
+    """Return a Python function of torch with other functions for some global names."""
+    names = {**vars(F), **names}
+    return FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+# torch's own code without its first check, which would hand a tensor subclass back to `attention`,
+# and with projections that multiply sparsely under torch.compile as well
+# (test_attention_computes_with_sparse_projections, test_the_compiled_kernels_are_sparse).
+_through = _with(
+    F.multi_head_attention_forward,
+    has_torch_function=lambda _: False,
+    linear=linear,
+    _in_projection_packed=_packed,
+    _in_projection=_with(vars(F)["_in_projection"], linear=linear),
 )
 
 

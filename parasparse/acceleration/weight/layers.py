@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from parasparse.acceleration.formats import operators
 from parasparse.acceleration.formats.format import Format
 from parasparse.acceleration.formats.regular import Channels
+from parasparse.attach.accelerated import StandIn
 from parasparse.masks.apply import is_tracing
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
@@ -47,8 +48,11 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     Raises:
         RuntimeError: a gradient would be lost, or the model is exported or traced.
     """
-    if not hasattr(weight, "choices") or _is_transformed():
+    if not hasattr(weight, "format_for") or _is_transformed():
         return None
+    if not hasattr(weight, "seen"):  # it trains
+        trained: Format | None = weight.format_for(rows)
+        return trained
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *others) if t is not None):
         raise RuntimeError(GRADIENT)
     if torch.compiler._is_exporting_flag or is_tracing():
@@ -99,6 +103,17 @@ def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return result.view(*input.shape[:-1], result.shape[1])
 
 
+def nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x @ weight.T + bias within a handler.
+
+    There, torch.compile takes a subclass for an ordinary tensor, which eager mode does not.
+    """
+    result = linear(F.linear, x, weight, bias) if isinstance(weight, StandIn) else NotImplemented
+    if result is NotImplemented:
+        return F.linear(x, weight, bias)
+    return result  # type: ignore[no-any-return]
+
+
 def convolution(
     func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
@@ -108,11 +123,11 @@ def convolution(
     dims = len(kernel)
     if input.ndim not in (dims + 1, dims + 2):
         return NotImplemented
-    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    stride, dilation = each(stride, dims), each(dilation, dims)
     x = input if input.ndim == dims + 2 else input[None]
     if padding == "same":
         x = F.pad(x, _same(kernel, dilation))
-    padding = _each(0 if isinstance(padding, str) else padding, dims)
+    padding = each(0 if isinstance(padding, str) else padding, dims)
     sizes = _output_sizes(x.shape[2:], kernel, stride, padding, dilation)
     rows = len(x) * math.prod(sizes)
     more = (bias, stride, padding, dilation, groups)
@@ -140,7 +155,8 @@ def _times_patches(chosen: Format, patches: Tensor, weight: Tensor) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
-def _each(value: Any, dims: int) -> _Sizes:
+def each(value: Any, dims: int) -> _Sizes:
+    """Return one number for each spatial dimension, as torch's convolutions take them."""
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value) or 1)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parasparse.acceleration.weight.layers import Use, format_for
+from parasparse.acceleration.weight.layers import Use, format_for, nested_linear
 
 State = tuple[Tensor, ...]
 
@@ -77,11 +77,11 @@ def _one_way(
 ) -> tuple[Tensor, State]:
     """Return the outputs (steps, batch, hidden) and the last state of one direction."""
     ih, hh, *biases = weights
-    projected = F.linear(x, ih, biases[0] if biases else None)
+    projected = nested_linear(x, ih, biases[0] if biases else None)
     bias = biases[1] if biases else None
     outputs = []
     for step in range(len(x) - 1, -1, -1) if backwards else range(len(x)):
-        state = cell(projected[step], F.linear(state[0], hh, bias), state)
+        state = cell(projected[step], nested_linear(state[0], hh, bias), state)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backwards else outputs), state
 

@@ -20,14 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.acceleration.formats.format import Format, formats_of
-from parasparse.acceleration.weight import attention, layers, recurrent
+from parasparse.acceleration.weight.dispatch import (
+    HANDLERS,
+    METADATA,
+    SET_DATA,
+    replaced,
+    stand_ins_in,
+    writes,
+)
 from parasparse.acceleration.weight.layers import GRADIENT, Use
 from parasparse.attach.accelerated import StandIn
 
 # The format at each measured number of rows; None is the dense kernel.
 Choices = tuple[tuple[int, str | None], ...]
-
-HANDLERS = {**layers.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS}
 
 
 class SparseWeight(StandIn):
@@ -125,17 +130,17 @@ class SparseWeight(StandIn):
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        elif func in _METADATA or (func.__name__ == "__set__" and func != _SET_DATA):
+        elif func in METADATA or (func.__name__ == "__set__" and func != SET_DATA):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         else:
-            for weight in _weights_in((args, kwargs)):
+            for weight in stand_ins_in((args, kwargs)):
                 if weight.seen is not None:
                     weight.seen(_ADDED if func in _ADDING else None)
-            if _writes(func) or "out" in kwargs:
+            if writes(func) or "out" in kwargs:
                 return _written(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*_as_plain(args), **_as_plain(kwargs))
+            result = func(*replaced(args, _as_plain), **replaced(kwargs, _as_plain))
         if torch.is_grad_enabled() and _is_differentiable(result):
             raise RuntimeError(GRADIENT)
         return result
@@ -186,7 +191,7 @@ def _tell_of_part(seen: Callable[[Use | None], None], outputs: int, use: Use | N
 
 def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Let `func` write to its first argument or `out`, and update the formats."""
-    if func == _SET_DATA:
+    if func == SET_DATA:
         weight, value = args
         if value.is_cpu and value.dtype not in ON_CPU and weight.dtype in ON_CPU:
             raise TypeError(
@@ -195,37 +200,23 @@ def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             )
         return weight.adopt(value)
     # torch.nn.init passes all arguments by keyword.
-    weights = _weights_in((args[:1], kwargs))
+    weights = stand_ins_in((args[:1], kwargs))
     plain = {id(w): w.plain() if w.original is None else w.original for w in weights}
+
+    def values(weight: SparseWeight) -> Tensor:
+        return plain[id(weight)] if id(weight) in plain else _as_plain(weight)
+
     with torch._C.DisableTorchFunctionSubclass():
-        result = func(*_as_plain(args, plain), **_as_plain(kwargs, plain))
+        result = func(*replaced(args, values), **replaced(kwargs, values))
     for weight in weights:
         weight.adopt(plain[id(weight)])
     return next((w for w in weights if result is plain[id(w)]), result)
 
 
-def _weights_in(tree: Any) -> list[SparseWeight]:
-    if isinstance(tree, SparseWeight):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
-    return [weight for branch in tree for weight in _weights_in(branch)]
-
-
-def _as_plain(tree: Any, known: dict[int, Tensor] | None = None) -> Any:
-    """Return `tree` with plain tensors for sparse weights; torch's pytree would take 20 us."""
-    if isinstance(tree, SparseWeight):
-        if known and id(tree) in known:
-            return known[id(tree)]
-        trained = tree.requires_grad and torch.is_grad_enabled()
-        return tree.plain().requires_grad_(trained) if tree.original is None else tree.original
-    if isinstance(tree, dict):
-        return {key: _as_plain(branch, known) for key, branch in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)([_as_plain(branch, known) for branch in tree])
-    return tree
+def _as_plain(weight: SparseWeight) -> Tensor:
+    if weight.original is not None:
+        return weight.original
+    return weight.plain().requires_grad_(weight.requires_grad and torch.is_grad_enabled())
 
 
 def _is_differentiable(result: Any) -> bool:
@@ -234,35 +225,9 @@ def _is_differentiable(result: Any) -> bool:
     return isinstance(result, Tensor) and result.grad_fn is not None
 
 
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-# Their results are those of the weight itself, even when its dense values are freed.
-_GETTERS = """
-    shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cpu is_cuda is_meta
-    is_sparse is_quantized _base _version
-""".split()  # noqa: SIM905
-_METHODS = """
-    size dim numel nelement element_size is_floating_point is_complex requires_grad_ register_hook
-    __hash__ __len__ _is_view stride storage_offset is_contiguous
-""".split()  # noqa: SIM905
-_METADATA = {
-    *(getattr(torch.Tensor, name).__get__ for name in _GETTERS),
-    *(getattr(torch.Tensor, name) for name in _METHODS),
-}
 # They add a parameter to their input, such as a position embedding: nothing is multiplied.
 _ADDING = {
     torch.add, torch.cat, torch.stack, torch.Tensor.add, torch.Tensor.__add__,
     torch.Tensor.__radd__, torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat,
 }  # fmt: skip
 _ADDED = Use(torch.add, torch.empty(0, device="meta"), (), 0)
-_IN_PLACE = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()  # noqa: SIM905
-_WRITES = {"__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
-
-
-def _writes(func: Callable[..., Any]) -> bool:
-    """Whether `func` changes the values of its first argument."""
-    if func in _METADATA:
-        return False
-    name = func.__name__
-    if name.startswith("__"):
-        return name in _WRITES or func == _SET_DATA
-    return name.endswith("_")

@@ -1,0 +1,1 @@
+"""Weights stored as their kept entries alone, which train."""

@@ -1,0 +1,174 @@
+"""The tensor that is read where a weight has kept values alone.
+
+F.linear(x, weight)    ->  the sparse product, with sparse gradients
+other functions        ->  the dense values, differentiably
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parasparse.acceleration.compact.products import product
+from parasparse.acceleration.weight import dispatch
+from parasparse.acceleration.weight.layers import each, format_for, multiplied
+from parasparse.attach.accelerated import StandIn
+from parasparse.masks.places import Places
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A format whose products have gradients; see `formats.format`."""
+
+    values: Tensor
+    places: Places
+
+    def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x @ W.T + bias."""
+        result = product(x, self.values, self.places.indices())
+        return result if bias is None else result + bias
+
+    def columns(self, u: Tensor) -> Tensor:
+        """Return W @ u."""
+        return self.rows(u.t(), None).t()
+
+    def dense(self) -> Tensor:
+        """Return W."""
+        dense: Tensor = self.places(self.values)
+        return dense.flatten(1)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the stored tensors."""
+        return [self.values, *self.places.indices()]
+
+
+class CompactWeight(StandIn):
+    """A weight of which only the kept values exist. It lives for one reading.
+
+    Its own memory is one NaN, so that code that bypasses the subclass does not read wrong numbers.
+    """
+
+    kept: Tensor  # the values
+    places: Places
+
+    def __new__(cls, values: Tensor, places: Places) -> Self:
+        """Make a weight of the values at `places`."""
+        nan = torch.full((1,), torch.nan, dtype=values.dtype, device=values.device)
+        self = torch.Tensor._make_subclass(cls, nan.expand(places.shape))
+        self.kept, self.places = values, places
+        return self
+
+    def __init__(self, *_: object) -> None:
+        """Do nothing, because torch.Tensor would not accept the arguments of `__new__`."""
+
+    @property
+    def inputs(self) -> int:
+        """Size of the second dimension."""
+        return self.places.shape[1]
+
+    def format_for(self, rows: int) -> Trained | None:
+        """Return the format that multiplies `rows` rows; None: the dense kernel."""
+        is_matrix = self.places.shape[2:].numel() == 1
+        return Trained(self.kept, self.places) if rows and is_matrix else None
+
+    def plain(self) -> Tensor:
+        """Return the dense values, with their graph."""
+        dense: Tensor = self.places(self.kept)
+        return dense
+
+    def parts(self, sizes: tuple[int, ...]) -> list[CompactWeight]:
+        """Return the weight split into `sizes` outputs."""
+        places = self.places.parts(sizes)
+        values = self.kept.split([len(part) for part in places])
+        return [CompactWeight(*part) for part in zip(values, places, strict=True)]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif func in _OF_VALUES:
+            return func(args[0].kept)
+        elif func in dispatch.METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        elif dispatch.writes(func) or "out" in kwargs:
+            raise RuntimeError(
+                "a compact weight must not be changed in place, because it is computed from its "
+                "kept values. Write to `parametrizations.<name>.original`, assign a tensor to the "
+                "attribute, or call parasparse.expand(model) first."
+            )
+        args = dispatch.replaced(args, CompactWeight.plain)
+        return func(*args, **dispatch.replaced(kwargs, CompactWeight.plain))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"CompactWeight({self.places.extra_repr()}, {self.dtype})"
+
+
+def _pointwise(
+    func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
+    """Compute a convolution with a kernel of one as a linear layer."""
+    dims = weight.ndim - 2
+    padded = padding not in ("same", "valid") and any(each(padding, dims))
+    if padded or groups != 1 or input.ndim not in (dims + 1, dims + 2):
+        return NotImplemented
+    every: Any = tuple(slice(None, None, step) for step in each(stride, dims))
+    taken = input[(..., *every)].movedim(-dims - 1, -1)
+    result = dispatch.HANDLERS[F.linear](F.linear, taken, weight, bias)
+    if result is NotImplemented:
+        return result
+    result = result.movedim(-1, -dims - 1)
+    last = dims == 2 and input.is_contiguous(memory_format=torch.channels_last)
+    return result if last else result.contiguous()
+
+
+def _addmm(func: Any, bias: Tensor, x: Tensor, weight: Any, **scales: Any) -> Any:
+    """Compute bias + x @ weight, as the Conv1D of transformers does."""
+    if scales or not isinstance(weight, CompactWeight):
+        return NotImplemented
+    result = _matmul(func, x, weight)
+    return result if result is NotImplemented else result + bias
+
+
+def _matmul(func: Any, x: Tensor, weight: Any) -> Any:
+    """Compute x @ weight."""
+    chosen = None
+    if isinstance(weight, CompactWeight) and not isinstance(x, CompactWeight) and x.ndim > 1:
+        chosen = format_for(weight, lambda: None, x.numel(), x)  # type: ignore[arg-type, return-value]
+    if chosen is None or weight.ndim != 2 or x.shape[-1] != len(weight):
+        return NotImplemented
+    places = weight.places.indices()
+
+    def times(x: Tensor) -> Tensor:
+        return product(x, weight.kept, places, transposed=True)
+
+    result = multiplied(times, x.flatten(0, -2), weight)
+    return result.view(*x.shape[:-1], -1)
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dispatch.HANDLERS,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _pointwise),
+    torch.addmm: _addmm,
+    **dict.fromkeys(
+        (torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__),
+        _matmul,
+    ),
+}
+_OF_VALUES = {torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__}  # type: ignore[attr-defined]

@@ -1,0 +1,139 @@
+"""Where the kept entries of a weight are."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Places(nn.Module):
+    """The places of the kept entries of a weight; makes the dense weight of their values.
+
+    A weight of shape (outputs, ...) is seen as a matrix of shape (outputs, inputs). Its places are
+    stored row by row, and once more column by column for the gradient of a layer's input. Indices
+    are int32 wherever they fit.
+
+    Attributes:
+        starts: (outputs + 1,), the number of the first entry of each row.
+        columns: (kept,), the column of each entry.
+        column_starts, rows: the same, column by column. Not in the state dict.
+        order: (kept,), the number by rows of each entry by columns. Not in the state dict.
+        shape: of the weight.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    column_starts: Tensor
+    rows: Tensor
+    order: Tensor
+
+    def __init__(self, starts: Tensor, columns: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+        for name in ("starts", "columns", "column_starts", "rows", "order"):
+            self.register_buffer(name, None, persistent=name in ("starts", "columns"))
+        self.put_(starts, columns)
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Self:
+        """Return the places where a bool mask is True."""
+        return cls.at(mask.flatten().nonzero().flatten(), mask.shape)
+
+    @classmethod
+    def at(cls, positions: Tensor, shape: torch.Size) -> Self:
+        """Return the places at sorted int64 positions of the flattened weight."""
+        inputs = shape[1:].numel()
+        rows = positions.div(inputs, rounding_mode="floor")
+        return cls(_starts(rows, shape[0]), positions - rows * inputs, shape)
+
+    def put_(self, starts: Tensor, columns: Tensor) -> None:
+        """Replace all places."""
+        outputs, inputs = self.matrix_shape
+        dtype = _index_dtype(max(len(columns), outputs, inputs))
+        rows = torch.arange(outputs, device=starts.device).repeat_interleave(starts.diff())
+        order = columns.argsort(stable=True)
+        self.starts, self.columns = starts.to(dtype), columns.to(dtype)
+        self.column_starts = _starts(columns[order], inputs).to(dtype)
+        self.rows, self.order = rows[order].to(dtype), order.to(dtype)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The number of outputs and of inputs."""
+        return self.shape[0], self.shape[1:].numel()
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return `starts`, `columns`, `column_starts`, `rows`, `order`, for `products`."""
+        return self.starts, self.columns, self.column_starts, self.rows, self.order
+
+    def parts(self, sizes: tuple[int, ...]) -> list[Places]:
+        """Return the places of `sizes` outputs each."""
+        starts = [int(self.starts[sum(sizes[:i])]) for i in range(len(sizes) + 1)]
+        return [
+            Places(
+                self.starts[sum(sizes[:i]) : sum(sizes[: i + 1]) + 1] - starts[i],
+                self.columns[starts[i] : starts[i + 1]],
+                torch.Size((size, *self.shape[1:])),
+            )
+            for i, size in enumerate(sizes)
+        ]
+
+    def positions(self) -> Tensor:
+        """Return the position of each entry in the flattened weight, int64 and sorted."""
+        outputs, inputs = self.matrix_shape
+        rows = torch.arange(outputs, device=self.starts.device)
+        return rows.repeat_interleave(self.starts.diff()) * inputs + self.columns
+
+    def mask(self) -> Tensor:
+        """Return a bool tensor of the weight's shape, True at the places."""
+        mask = torch.zeros(self.shape.numel(), dtype=torch.bool, device=self.starts.device)
+        return mask.index_fill_(0, self.positions(), True).view(self.shape)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the dense weight."""
+        dense = values.new_zeros(self.shape.numel())
+        return dense.index_copy(0, self.positions(), values).view(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the values of a dense weight at the places."""
+        return weight.flatten()[self.positions()]
+
+    def extra_repr(self) -> str:
+        """Return the number of entries and the shape."""
+        return f"{len(self)} of {tuple(self.shape)}"
+
+
+def _starts(sorted_numbers: Tensor, count: int) -> Tensor:
+    """Return where each of the numbers 0 to `count` starts in a sorted tensor."""
+    every = torch.arange(count + 1, device=sorted_numbers.device)
+    return torch.searchsorted(sorted_numbers, every)
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    return torch.int32 if largest <= torch.iinfo(torch.int32).max else torch.int64
+
+
+class Kept(nn.Module):
+    """The mask of a weight that `Places` makes, which has its zeros already."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__()
+        self.__dict__["_of"] = places.mask  # not a submodule: the list of parametrizations has it
+
+    @property
+    def mask(self) -> Tensor:
+        """True at the kept places. It is computed at each read."""
+        mask: Tensor = self.__dict__["_of"]()
+        return mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return `weight`."""
+        return weight
+
+    def merged(self, value: Tensor, stored: Tensor) -> Tensor:
+        """Return the dense tensor of which the kept values are stored."""
+        return value.to(stored)
