@@ -70,10 +70,13 @@ test-zoo: .venv/zoo  ## the laws on every model type of transformers, and on tim
 test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
 	$(RUN)/python -m tests.long.large_checkpoints
 
-test-shrink: .venv/zoo  ## shrink on torchvision, timm and transformers; lines go to out/
-	$(RUN)/python -m tests.long.shrink_zoo torchvision
-	$(RUN)/python -m tests.long.shrink_zoo timm
-	$(RUN)/python -m tests.long.shrink_zoo transformers
+test-shrink: .venv/zoo  ## shrink, and others, on torchvision, timm, transformers; writes docs/shrink-zoo.md
+	for zoo in torchvision timm transformers; do \
+		$(RUN)/python -m tests.long.shrink_zoo $$zoo || exit 1; \
+		$(RUN)/python -m tests.long.shrink_peers torch_pruning $$zoo || exit 1; \
+		$(RUN)/python -m tests.long.shrink_peers kirigami $$zoo || exit 1; \
+	done
+	$(RUN)/python -m tests.long.zoo.shrink_page
 
 clean:
 	rm -rf .venv .venv-floor .venv-newest site out

@@ -13,8 +13,11 @@ import importlib
 import re
 import sys
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ from tests.long.zoo.page import RESULTS
 SPARSITY = 0.5
 TOLERANCE = 1e-6  # relative to the largest output, in float64: constants may come from float32
 MODES = ("units", "filters")
+# Models of timm beside one of each module: how many, and their size.
+MORE, MOST_PARAMETERS = 120, 30_000_000
 Inputs = Any
 
 
@@ -89,9 +94,9 @@ def prune(model: nn.Module, example: Inputs, mode: str) -> None:
     ps.sparsify(model, dict.fromkeys(names[:-1], rule))
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return the outputs; of a detector those of its head, as the order of boxes may be a tie."""
-    torch.manual_seed(0)
+@contextmanager
+def head_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the heads of a detector return: the order of its boxes may be a tie."""
     found: list[Tensor] = []
     heads = [m for n, m in model.named_modules() if n in ("head", "rpn.head")]
     detects = type(model).__module__.startswith("torchvision.models.detection")
@@ -99,10 +104,16 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         head.register_forward_hook(lambda *given: found.extend(tensors_in(given[-1])))
         for head in heads * detects
     ]
-    with torch.no_grad(), InDouble():
-        out = tensors_in(call(model, inputs))
+    yield found
     for hook in hooks:
         hook.remove()
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the outputs; of a detector those of its heads."""
+    torch.manual_seed(0)
+    with torch.no_grad(), InDouble(), head_outputs(model) as found:
+        out = tensors_in(call(model, inputs))
     return [t.clone() for t in found or out]
 
 
@@ -134,14 +145,20 @@ def law(model: nn.Module, example: Inputs, others: list[Inputs], mode: str) -> d
             "result": "kept" if nothing else "refused",
             "why": reasons.most_common(5) or first_line(problem),
         }
-    found["left"], found["error"], found["compared"] = round(size(model) / before, 3), 0.0, 0
-    for inputs in (example, *others):
+    found["left"] = round(size(model) / before, 3)
+    return found | compared(masked, model, [example, *others])
+
+
+def compared(masked: nn.Module, small: nn.Module, inputs: list[Inputs]) -> dict[str, Any]:
+    """Return whether two models compute the same from all inputs that the first one takes."""
+    found: dict[str, Any] = {"error": 0.0, "compared": 0}
+    for each in inputs:
         try:
-            want = run(masked, inputs)
+            want = run(masked, each)
         except Exception:  # the model takes no such input
             continue
         try:
-            found["error"] = max(found["error"], error(want, run(model, inputs)))
+            found["error"] = max(found["error"], error(want, run(small, each)))
         except Exception as problem:
             return {"result": "wrong", "why": first_line(problem), **found}
         found["compared"] += 1
@@ -224,6 +241,20 @@ def from_transformers(
     return model, inputs, [twice, longer]
 
 
+def more_of_timm(taken: set[str]) -> list[str]:
+    """Return further models of timm, which are the same ones whatever else timm has."""
+    import timm
+
+    def small(name: str) -> bool:
+        with torch.device("meta"):
+            return size(timm.create_model(name)) < MOST_PARAMETERS
+
+    # The models named test_* are the smallest ones of their modules, and taken.
+    names = [name for name in timm.list_models(exclude_filters="test_*") if name not in taken]
+    names.sort(key=lambda name: zlib.crc32(name.encode()))
+    return list(islice(filter(small, names), MORE))
+
+
 ZOOS = {
     "torchvision": from_torchvision,
     "timm": from_timm,
@@ -240,16 +271,17 @@ def names_of(zoo: str) -> list[str]:
         return [name for name in names if not name.startswith("quantized")]
     if zoo == "timm":
         timm = importlib.import_module("timm")
-        return [module for module in timm.list_modules() if timm.list_models(module=module)]
+        modules = [module for module in timm.list_modules() if timm.list_models(module=module)]
+        return modules + more_of_timm(set(modules))
     return sorted(importlib.import_module("transformers").CONFIG_MAPPING)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[dict[str, Any]], modes: tuple[str, ...] = MODES) -> str:
     """Return how many models of each kind came out how, as Markdown."""
     results = ("equal", "kept", "refused", "wrong", "not finished")
     text = ["| models | mode | " + " | ".join(results) + " |", "|---|---|" + "---:|" * len(results)]
     for kind in sorted({line.get("kind", "not built") for line in lines}):
-        for mode in MODES:
+        for mode in modes:
             counts = Counter(
                 line.get(mode, {"result": "not finished"})["result"]
                 for line in lines
