@@ -82,7 +82,10 @@ def check_clearable(optimizer: Optimizers, parameters: list[Tensor]) -> None:
 
 
 def cut(
-    optimizer: Optimizers, parameter: Tensor, part: Callable[[Tensor], Tensor]
+    optimizer: Optimizers,
+    parameter: Tensor,
+    part: Callable[[Tensor], Tensor],
+    weights: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[], None]:
     """Cut each state of the shape of `parameter`; return a function that undoes it.
 
@@ -92,6 +95,7 @@ def cut(
         optimizer: see `zero_entries`.
         parameter: a parameter of the optimizer.
         part: returns the part of a tensor that stays.
+        weights: the same for a copy of `parameter`; None: `part`.
 
     Examples:
         >>> weight = nn.Parameter(torch.ones(3))
@@ -101,8 +105,9 @@ def cut(
         >>> optimizer.state[weight]["momentum_buffer"].shape
         torch.Size([2])
     """
+    weights = weights or part
     found = [
-        (state, name, value, part(value))
+        (state, name, value, (weights if _is_copy(name, value, parameter) else part)(value))
         for state in _states(optimizer, parameter)
         for name, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape

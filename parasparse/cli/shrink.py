@@ -1,6 +1,7 @@
 """The command `shrink`."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from parasparse.cli.held_masks import computed
@@ -9,7 +10,8 @@ from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.layout import Layout, pieces
 from parasparse.files.opening import open_checkpoint
 from parasparse.files.writing import check_target
-from parasparse.shrink.parts import selected
+from parasparse.names import is_mask_key
+from parasparse.shrink.parts import rescaled, selected
 from parasparse.shrink.plan import Shrinkage, ShrinkRow
 from parasparse.text import nearest
 
@@ -29,7 +31,7 @@ def shrink(args: Namespace) -> str:
             if key in source.ties:
                 continue
             if key in rows:
-                put(key, pieces(selected(source.read(key), rows[key])))
+                put(key, pieces(rescaled(selected(source.read(key), rows[key]), rows[key])))
                 advance(info.nbytes)
             else:
                 copy(source, key, put, advance)
@@ -91,6 +93,7 @@ def _rows(source: Checkpoint, plan: Shrinkage) -> dict[str, ShrinkRow]:
                 raise CheckpointError(
                     f'"{key}" must have the shape {row.shape} of the plan; it has {shape}.'
                 )
-            first[source.ties.get(key, key)] = row
+            is_mask = len(keys[row.name]) > 1 and is_mask_key(key)
+            first[source.ties.get(key, key)] = replace(row, scale=1.0) if is_mask else row
     names = ((key, source.ties.get(key, key)) for key in source.infos)
     return {key: first[origin] for key, origin in names if origin in first}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse.shrink.epsilons import state_epsilons
 from parasparse.shrink.running import call, copied_inputs, tensors_in
 from parasparse.verbs.squash import squash
 
@@ -26,7 +27,8 @@ class Reference:
         self._inputs = example_inputs
         # Constants are added to biases in the dtype of the model.
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
-        self._rounding = 16 * max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        self._eps = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        self._rounding = 16 * self._eps
         try:
             self._run(model, _as_double)
         except Exception:  # whatever a program raises that runs in one dtype only
@@ -37,8 +39,18 @@ class Reference:
         self._model = _copied(model, cast)
         self._outputs = _outputs(self._model, self._cast_inputs())
 
-    def check(self, small: nn.Module, *, equal: bool = True) -> None:
-        """Raise RuntimeError if `small` fails or, if `equal`, computes something else."""
+    def check(self, small: nn.Module, *, equal: bool = True, rescaled: int = 0) -> None:
+        """Raise RuntimeError if `small` fails or, if `equal`, computes something else.
+
+        Args:
+            small: the smaller network.
+            equal: whether it must compute the same.
+            rescaled: how many of its weights were rounded once more. These are weights of norms,
+                which often compute in float32.
+        """
+        if rescaled:
+            float32 = torch.finfo(torch.float32).eps
+            self._rounding = 16 * max(self._eps, float32) * (1 + rescaled)
         small = _copied(small, self._cast)
         try:
             outputs = _outputs(small, self._cast_inputs())
@@ -113,6 +125,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
     copied = squash(copy.deepcopy(model)).eval()
+    state_epsilons(copied)
     copied._apply(cast)
     return copied
 

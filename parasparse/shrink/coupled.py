@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
 from parasparse.shrink.labels import compact
-from parasparse.shrink.needed import distinct
+from parasparse.shrink.needed import distinct, keep_all_of, may_lose
+from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
 from parasparse.shrink.units import Units
+from parasparse.targets.reach import Specs
 from parasparse.text import listed
 
 
@@ -28,10 +30,15 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     Args:
         model: dense or masked; not changed.
         example_inputs: see `shrink`.
+        targets: the tensors that may lose channels: see `shrink`. They decide which units there
+            are; `reaches` stays the target of the rule.
         norm: None ranks units by the mean of the scores of their entries; p > 0 by the p-norm per
             entry.
         uniform: whether every group of units, such as the channels of one layer, gets the sparsity
             of the rule. Otherwise all units are ranked together.
+
+    Raises:
+        ValueError: a target reaches nothing.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -42,15 +49,16 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, *, norm: float | None = None,
-        uniform: bool = True,
+        self, model: nn.Module, example_inputs: Any, *, targets: Specs | None = None,
+        norm: float | None = None, uniform: bool = True,
     ) -> None:  # fmt: skip
         self.norm, self.uniform = norm, uniform
         trace, _, _ = traced(model, example_inputs, {})
         units = Units(trace)
+        keep_all_of(trace, units, may_lose(model, targets))
         for ids, reason in trace.ties.pins:
             units.keep(ids, reason)
-        for label, _ in trace.averaged:
+        for label, _ in Norms(trace, units, {}).averaged:
             units.keep(label, "")
         self._shapes: dict[str, torch.Size] = {}
         found: dict[str, list[Tensor]] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from parasparse import optim
 from parasparse.masks.mask import Mask
 from parasparse.shrink.attention import prepare
 from parasparse.shrink.constants import Constants
-from parasparse.shrink.parts import selected
-from parasparse.shrink.plan import AttributeRow, Shrinkage
+from parasparse.shrink.parts import rescaled, selected
+from parasparse.shrink.plan import AttributeRow, Shrinkage, ShrinkRow
 from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.undo import Undo, resize_mask, set_size, store
 from parasparse.targets.tensors import Target, tensors_of
@@ -49,11 +49,11 @@ def check_fits(model: nn.Module, plan: Shrinkage, optimizer: Any, *, small: bool
         optim.check_cuttable(optimizer, [t for t in tensors if isinstance(t, nn.Parameter)])
 
 
-def _check_size(model: nn.Module, row: AttributeRow, want: int) -> None:
+def _check_size(model: nn.Module, row: AttributeRow, want: float | None) -> None:
     try:
         value = get_attribute(model, Attribute(row.path, row.name, row.index))
     except (AttributeError, KeyError, IndexError, TypeError):
-        value = None
+        value = "missing"
     if value != want:
         raise ValueError(
             f"the plan has {row}, so the attribute must be {want}; it is {value}. Build the model "
@@ -88,8 +88,12 @@ def cut(
                 masks[id(mask)] = mask
                 resize_mask(mask, part(mask.mask), undo)
         if optimizer is not None:
-            undo.steps.append(optim.cut(optimizer, tensor, part))
-        grad = None if tensor.grad is None else part(tensor.grad)
-        store(tensor, part(tensor.detach()), grad, undo)
+            undo.steps.append(optim.cut(optimizer, tensor, part, partial(_small, row=row)))
+        grad = None if tensor.grad is None else part(tensor.grad) / row.scale
+        store(tensor, _small(tensor.detach(), row), grad, undo)
     for attribute in plan.attributes:
         set_size(model, attribute, attribute.new, undo)
+
+
+def _small(tensor: Tensor, row: ShrinkRow) -> Tensor:
+    return rescaled(selected(tensor, row), row)

@@ -5,31 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact
+from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import Reader
 from parasparse.shrink.regular import to_restore
 from parasparse.shrink.sizes import Attribute, solve
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
+from parasparse.targets.reach import Specs, reached
+from parasparse.targets.tensors import tensors_of
 
 
-def keep_all_of(trace: Trace, units: Units, may_lose: set[str]) -> None:
-    """Keep the channels of all tensors but those that `may_lose` some."""
+def may_lose(model: nn.Module, targets: Specs | None) -> set[str]:
+    """Return the names of the tensors that may lose channels."""
+    found = tensors_of(model, pairs=False)
+    if targets is not None:
+        chosen = reached(targets, found, "a tensor")
+        found = [t for t in found if t in chosen or len(t.shape) < 2 or t.is_buffer]
+    return {name for target in found for name in target.names}
+
+
+def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
+    """Keep the channels of all tensors but those of the names `losing`."""
     for leaf in trace.leaves.values():
-        if leaf.name not in may_lose:
+        if leaf.name not in losing:
             for label in leaf.labels:
                 units.need(label, f"no target reaches {leaf.name}")
 
 
-def keep_needed(trace: Trace, units: Units, readers: list[Reader], *, exact: bool) -> None:
+def keep_needed(
+    trace: Trace, units: Units, readers: list[Reader], norms: Norms, *, exact: bool
+) -> None:
     """Keep what the outputs of the network depend on."""
     for ids, reason in trace.ties.pins:
         units.need(ids, reason)
     if exact:
-        for label, module in trace.averaged:
+        norms.need()
+        for label, module in norms.averaged:
             units.need(label, f"{module or 'the model'} takes a mean or norm over it")
     for label, state, module in trace.sums:
         live = torch.broadcast_tensors(label, state)

@@ -23,6 +23,22 @@ def selected(tensor: Tensor, row: ShrinkRow) -> Tensor:
     return part.contiguous(memory_format=memory_format_of(tensor))
 
 
+def rescaled(tensor: Tensor, row: ShrinkRow) -> Tensor:
+    """Return the values of a parameter in the smaller network. `tensor` has any shape."""
+    return _times(tensor, row.scale, row.shift)
+
+
+def restored(tensor: Tensor, row: ShrinkRow) -> Tensor:
+    """Return the values of a parameter before `rescaled`."""
+    return _times(tensor, 1 / row.scale, row.shift)
+
+
+def _times(tensor: Tensor, scale: float, shift: float) -> Tensor:
+    if scale == 1:
+        return tensor
+    return ((tensor.double() + shift) * scale - shift).to(tensor.dtype)
+
+
 def spread(tensor: Tensor, row: ShrinkRow, full: Tensor) -> Tensor:
     """Return `full` with the entries of `tensor` where they were before `selected`."""
     if tensor.is_sparse:

@@ -21,31 +21,35 @@ class ShrinkRow:
         new_shape: its shape in the smaller network.
         kept: the indices that stay along each dimension that loses some. Along dimension 1 of a
             grouped convolution, each row that stays has indices of its own.
+        scale: the factor of its values: of an RMSNorm, which averages over fewer channels.
+        shift: what the norm adds to its values before it multiplies with them, such as 1.
     """
 
     name: str
     shape: tuple[int, ...]
     new_shape: tuple[int, ...]
     kept: dict[int, Kept | tuple[Kept, ...]]
+    scale: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
 class AttributeRow:
-    """An int attribute of a module or config that changes.
+    """A number in a module or config that changes: a size, or the eps of an RMSNorm.
 
     Attributes:
         path: name of the module, or of the config in a module.
         name: the attribute.
         index: its place, if the attribute is a tuple.
-        old: its value.
+        old: its value; None: the eps that torch takes.
         new: its value in the smaller network.
     """
 
     path: str
     name: str
     index: int | None
-    old: int
-    new: int
+    old: int | float | None
+    new: int | float
 
     def __str__(self) -> str:
         place = "" if self.index is None else f"[{self.index}]"
@@ -102,6 +106,7 @@ class Shrinkage:
         for name in ("bytes", "multiply_adds"):
             before, after = getattr(self, name)
             lines.append(f"{name.replace('_', '-')}: {before:,} -> {after:,}")
+        lines += [_scaled(row) for row in self.rows if row.scale != 1]
         lines += [str(row) for row in self.attributes]
         lines += [str(row) for row in self.kept_back]
         lines += [f"{module}: its result changes" for module in self.inexact]
@@ -135,6 +140,11 @@ class Shrinkage:
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"`text` must be a plan written by `to_json`; {error}.") from error
+
+
+def _scaled(row: ShrinkRow) -> str:
+    values = f"({row.name} + {row.shift:g})" if row.shift else row.name
+    return f"{values}: times {row.scale:.6g}"
 
 
 def _tuples(value: Any) -> Any:

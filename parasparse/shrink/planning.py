@@ -12,14 +12,15 @@ from parasparse.shrink.constants import Constants, constants_of
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact, varying
 from parasparse.shrink.layer_sizes import layer_sizes
-from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes
+from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose
+from parasparse.shrink.norms import Changes, Norms
 from parasparse.shrink.plan import AttributeRow, KeptRow, Shrinkage, ShrinkRow
 from parasparse.shrink.readers import readers_of
 from parasparse.shrink.running import masked_entries, traced, zero_entries
-from parasparse.shrink.sizes import Attribute
+from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
-from parasparse.targets.reach import Specs, reached
+from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import tensors_of
 
 
@@ -40,23 +41,28 @@ def work_for(
     multiple_of: int,
 ) -> Work:
     """Return what shrinking `model` does."""
-    may_lose = _may_lose(model, targets)
     masked = masked_entries(model)
     trace, values, twin = traced(model, example_inputs, masked or zero_entries(model))
     units, readers = Units(trace), readers_of(trace, masked)
-    keep_all_of(trace, units, may_lose)
+    norms = Norms(trace, units, masked)
+    keep_all_of(trace, units, may_lose(model, targets))
     while True:
-        keep_needed(trace, units, readers, exact=exact)
+        keep_needed(trace, units, readers, norms, exact=exact)
         attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
         if not changed:
             break
-    rows = tuple(row for leaf in trace.leaves.values() if (row := _row(leaf, units)) is not None)
+    changes = norms.changes()
+    found = (_row(leaf, units, changes) for leaf in trace.leaves.values())
+    rows = tuple(row for row in found if row is not None)
     attributes |= layer_sizes(twin, {row.name: row.new_shape for row in rows}, attributes)
     plan = Shrinkage(
         rows=rows,
-        attributes=tuple(_attribute(a, values[a], new) for a, new in attributes.items()),
+        attributes=(
+            *(_attribute(a, values[a], new) for a, new in attributes.items()),
+            *(_epsilon(model, a, new) for a, new in changes.epsilons.items()),
+        ),
         kept_back=_kept_back(trace, units),
-        inexact=() if exact else _inexact(trace, units),
+        inexact=() if exact else tuple(dict.fromkeys(norms.inexact())),
         bytes=_bytes(model, rows),
         multiply_adds=_multiply_adds(trace, units),
         branches=tuple(dict.fromkeys(trace.branches)),
@@ -64,16 +70,7 @@ def work_for(
     return Work(plan, constants_of(trace, units, readers))
 
 
-def _may_lose(model: nn.Module, targets: Specs | None) -> set[str]:
-    """Return the names of the tensors that may lose channels."""
-    found = tensors_of(model, pairs=False)
-    if targets is not None:
-        chosen = reached(targets, found, "a tensor")
-        found = [t for t in found if t in chosen or len(t.shape) < 2 or t.is_buffer]
-    return {name for target in found for name in target.names}
-
-
-def _row(leaf: Leaf, units: Units) -> ShrinkRow | None:
+def _row(leaf: Leaf, units: Units, changes: Changes) -> ShrinkRow | None:
     """Return the row of a tensor, or None if it keeps its shape."""
     shape, kept = list(leaf.tensor.shape), {}
     for label in sorted(leaf.labels, key=lambda label: len(varying(label))):
@@ -93,11 +90,18 @@ def _row(leaf: Leaf, units: Units) -> ShrinkRow | None:
                 shape[1] = len(each[0])
     if not kept:
         return None
-    return ShrinkRow(leaf.name, tuple(leaf.tensor.shape), tuple(shape), dict(sorted(kept.items())))
+    shift, scale = changes.scales.get(leaf.name, (0.0, 1.0))
+    old, new = tuple(leaf.tensor.shape), tuple(shape)
+    return ShrinkRow(leaf.name, old, new, dict(sorted(kept.items())), scale, shift)
 
 
 def _attribute(attribute: Attribute, old: int, new: int) -> AttributeRow:
     return AttributeRow(attribute.path, attribute.name, attribute.index, int(old), int(new))
+
+
+def _epsilon(model: nn.Module, attribute: Attribute, new: float) -> AttributeRow:
+    old = get_attribute(model, attribute)
+    return AttributeRow(attribute.path, attribute.name, attribute.index, old, new)
 
 
 def _kept_back(trace: Trace, units: Units) -> tuple[KeptRow, ...]:
@@ -118,11 +122,6 @@ def _kept_back(trace: Trace, units: Units) -> tuple[KeptRow, ...]:
                 reasons.setdefault(reason, []).append(channel)
             rows += [KeptRow(leaf.name, dim, tuple(c), reason) for reason, c in reasons.items()]
     return tuple(rows)
-
-
-def _inexact(trace: Trace, units: Units) -> tuple[str, ...]:
-    changed = (m for label, m in trace.averaged if not bool(units.stay(compact(label)).all()))
-    return tuple(dict.fromkeys(changed))
 
 
 def _bytes(model: nn.Module, rows: tuple[ShrinkRow, ...]) -> tuple[int, int]:

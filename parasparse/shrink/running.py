@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
 from parasparse.shrink.rules import rule_for
 from parasparse.shrink.sizes import Attribute, tag_attributes
@@ -42,6 +43,8 @@ def traced(
     for module in list(twin.modules()):
         let_heads_go(module)
     values = tag_attributes(twin)
+    state_epsilons(twin)
+    tag_epsilons(twin)
     trace = Trace(twin, dropped, rule_for)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
@@ -54,7 +57,7 @@ def traced(
         outputs = call(twin, example_inputs)
     trace.hold_numbers(values)
     for tensor in tensors_in(outputs):
-        trace.use(tensor)
+        trace.means.use(tensor)
         for label in trace.labels(tensor):
             trace.ties.pin(label, "an output of the model")
     return trace, values, twin

@@ -47,7 +47,8 @@ def shrink(
     A channel goes if nothing that stays depends on it: its values are 0 whatever the input is, or
     constants that can be added to a bias, or nobody reads them. What belongs to it in other tensors
     goes with it: its bias and norm, the inputs of the layers that read it, whole attention heads.
-    The smaller network computes what the masked one did, up to rounding. Classes, names and order
+    The smaller network computes what the masked one did, up to rounding. An RMSNorm averages over
+    fewer channels then, so its weight and eps are rescaled. Classes, names and order
     of the `state_dict`, Parameter objects, ties and `requires_grad` stay. Masks that drop more than
     whole channels are cut and stay; those that have nothing left to drop are removed. In a model
     without masks, entries that are 0 count as dropped.
@@ -62,7 +63,8 @@ def shrink(
         exact: if False, channels over which a norm or mean is taken are removed as well. The
             result differs; `plan.inexact` names the modules.
         multiple_of: sizes that become smaller stay a multiple of this number.
-        optimizer: one, or a list of them; its state is cut along.
+        optimizer: one, or a list of them; its state is cut along. Moments of rescaled weights keep
+            their values.
         check: whether to run the masked and the smaller network on `example_inputs`, as copies in
             float64. If they differ by more than rounding, the model is put back. With
             `exact=False`, only whether the smaller one runs.
@@ -102,7 +104,8 @@ def shrink(
     try:
         cut(model, work.plan, work.constants, optimizer, undo)
         if reference is not None:
-            reference.check(model, equal=not work.plan.inexact)
+            rescaled = sum(row.scale != 1 for row in work.plan.rows)
+            reference.check(model, equal=not work.plan.inexact, rescaled=rescaled)
         _fold_whole_masks(model)
     except BaseException:
         undo.run()

@@ -260,7 +260,7 @@ def tag_attributes(model: nn.Module) -> dict[Attribute, int]:
     """Replace the int attributes of modules and their configs by `Size`; return what they were."""
     found: dict[Attribute, int] = {}
     seen: set[int] = set()
-    for path, holder in _holders(model):
+    for path, holder in holders(model):
         if id(holder) not in seen:
             seen.add(id(holder))
             for name, value in list(vars(holder).items()):
@@ -268,7 +268,8 @@ def tag_attributes(model: nn.Module) -> dict[Attribute, int]:
     return found
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules and their configs, each with its path."""
     for path, module in model.named_modules():
         yield path, module
         for name, value in list(vars(module).items()):
@@ -311,7 +312,7 @@ def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
     return value if attribute.index is None else value[attribute.index]
 
 
-def set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
+def set_attribute(model: nn.Module, attribute: Attribute, value: float | None) -> None:
     """Set an attribute of a module or config, or an entry of a tuple there."""
     holder = holder_of(model, attribute)
     if attribute.index is None:

@@ -49,10 +49,12 @@ class StatedSizes(TorchFunctionMode):
         if name == "numel":
             return reduce(mul, self._shape(args[0]), 1)
         outer, self._trace.function = self._trace.function, name
+        self._trace.means.give([*args, *kwargs.values()])
         try:
             out = func(*args, **kwargs)
         finally:
             self._trace.function = outer
+            self._trace.means.give([])
         if name.strip("_") in _ARITHMETIC:
             for each in tree_leaves((args, kwargs)):
                 if isinstance(each, Size):

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from parasparse.shrink.facts import KNOWN, UNKNOWN, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, tidy, varying
+from parasparse.shrink.means import Means
 from parasparse.shrink.sizes import (
     Attribute,
     Expression,
@@ -123,6 +124,7 @@ class Trace(TorchDispatchMode):
         reads: the products that sum over channels, in order.
         products: the products with weights.
         averaged: ids over which a norm or a mean is taken, with the module that does it.
+        means: the means over channels that are followed to where they are used.
         sums: ids that are summed up without a weight, their states, and the module that does it.
         groups: ids of the rows and inputs of grouped convolutions, by group, and the module.
         shapes: joint labels that must stay regular.
@@ -152,9 +154,9 @@ class Trace(TorchDispatchMode):
         self.uses: Counter[int] = Counter()
         self.function = ""  # that the program has called
         self.module = ""
-        self._means: dict[int, tuple[Tensor, list[tuple[Tensor, str]]]] = {}
         self._rule_for = rule_for
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
+        self.means = Means(self._names)
         self._dropped = dropped
         self._facts = WeakTensorKeyDictionary()
 
@@ -191,24 +193,17 @@ class Trace(TorchDispatchMode):
         Args:
             values: the attributes as they are.
         """
-        attributes = {a: values[a] for size in self.numbers for a in attributes_in(size)}
+        found = {a for size in self.numbers for a in attributes_in(size)}
+        attributes = {a: values[a] for a in found if a in values}
         for each in (span for size in self.numbers for span in spans_in(size)):
             self.ties.pin(each.ids(), "a number is computed from how many there are")
         self.required = [
             replace(each, given=holding(each.given, attributes)) for each in self.required
         ]
 
-    def average(self, label: Tensor, mean: Tensor | None = None) -> None:
-        """Remember that a norm is taken over `label`, or a `mean`, which counts when it is used."""
-        if mean is None:
-            self.averaged.append((label, self.module))
-        else:
-            self._means.setdefault(id(mean), (mean, []))[1].append((label, self.module))
-
-    def use(self, tensor: Tensor) -> None:
-        """Remember that an operation reads `tensor`, or that the model returns it."""
-        _, averaged = self._means.pop(id(tensor), (tensor, []))
-        self.averaged += averaged
+    def average(self, label: Tensor) -> None:
+        """Remember that a norm is taken over `label`."""
+        self.averaged.append((label, self.module))
 
     def leaf(self, tensor: Any) -> Leaf | None:
         """Return the parameter or buffer that `tensor` is, or None."""
@@ -257,8 +252,7 @@ class Trace(TorchDispatchMode):
     def _follow(self, call: Call, *, mutates: bool) -> None:
         outs = call.outs()
         self.uses.update(id(t) for t in call.tensors() if id(t) in self._names)
-        for tensor in call.tensors():
-            self.use(tensor)
+        self.means.follow(call, mutates=mutates)
         rule = self._rule_for(call)
         found = unknown_operation(self, call) if rule is None else rule(self, call)
         if not self.constants_hold and call.has_float():

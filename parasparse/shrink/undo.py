@@ -43,7 +43,7 @@ def resize_mask(mask: Mask, value: Tensor, undo: Undo) -> None:
     mask.resize_(value)
 
 
-def set_size(model: nn.Module, row: AttributeRow, value: int, undo: Undo) -> None:
+def set_size(model: nn.Module, row: AttributeRow, value: float | None, undo: Undo) -> None:
     """Set an attribute of a module or config."""
     attribute = Attribute(row.path, row.name, row.index)
     old = get_attribute(model, attribute)

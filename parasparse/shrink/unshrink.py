@@ -13,7 +13,7 @@ from parasparse import optim
 from parasparse.masks.mask import Mask
 from parasparse.names import stored_keys
 from parasparse.shrink.cutting import check_fits, named_tensors
-from parasparse.shrink.parts import spread
+from parasparse.shrink.parts import restored, spread
 from parasparse.shrink.plan import Shrinkage, ShrinkRow
 from parasparse.shrink.refusals import check_shrinkable
 from parasparse.shrink.undo import Undo, resize_mask, set_size, store
@@ -107,9 +107,11 @@ def _grow(
                 resize_mask(mask, spread(mask.mask, row, rest), undo)
         in_zeros = partial(_in_zeros, row=row)
         if optimizer is not None:
-            undo.steps.append(optim.cut(optimizer, tensor, in_zeros))
-        grad = None if tensor.grad is None else in_zeros(tensor.grad)
-        store(tensor, spread(tensor.detach(), row, full[row.name]), grad, undo)
+            weights = partial(_restored_in_zeros, row=row)
+            undo.steps.append(optim.cut(optimizer, tensor, in_zeros, weights))
+        grad = None if tensor.grad is None else in_zeros(tensor.grad) * row.scale
+        values = restored(tensor.detach(), row)
+        store(tensor, spread(values, row, full[row.name]), grad, undo)
     for attribute in plan.attributes:
         set_size(model, attribute, attribute.old, undo)
 
@@ -117,6 +119,10 @@ def _grow(
 def _in_zeros(tensor: Tensor, row: ShrinkRow) -> Tensor:
     layout: Any = {"dtype": tensor.dtype, "device": tensor.device}
     return spread(tensor, row, torch.zeros(row.shape, **layout))
+
+
+def _restored_in_zeros(tensor: Tensor, row: ShrinkRow) -> Tensor:
+    return _in_zeros(restored(tensor, row), row)
 
 
 def _mask_the_rest(model: nn.Module, plan: Shrinkage) -> None:

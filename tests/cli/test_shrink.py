@@ -157,3 +157,38 @@ def test_what_does_not_fit_is_refused(folder, capsys, checkpoint, plan, text):
     assert text in error
     assert len(error.splitlines()) == 1
     assert not out.exists()
+
+
+class Normed(nn.Module):
+    """An RMSNorm over a stream: its weight is rescaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(4, 8), nn.RMSNorm(8, eps=0.1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.down(self.norm(self.up(x)))
+
+
+@pytest.mark.parametrize("kind_of", ["masked", "dense", "of torch.nn.utils.prune"])
+def test_the_weight_of_an_rms_norm_is_rescaled_and_its_mask_is_not(tmp_path, kind_of):
+    model, x = Normed(), torch.randn(2, 4)
+    units = ps.coupled(model, x)
+    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    plan = ps.plan_shrink(model, x)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    state = dict(model.state_dict() if kind_of == "masked" else ps.dense_state_dict(model))
+    if kind_of.endswith("prune"):
+        state["norm.weight_orig"] = state.pop("norm.weight")
+        state["norm.weight_mask"] = ps.mask_of(model, "norm.weight").float()
+    source, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save(state, source)
+    assert run("shrink", source, out, "--plan", tmp_path / "plan.json") == 0
+    got = torch.load(out)
+    if kind_of.endswith("prune"):
+        assert got.pop("norm.weight_mask").tolist() == [1.0] * 4
+        got["norm.weight"] = got.pop("norm.weight_orig")
+    small = ps.shrink(Normed(), plan)
+    ps.load_state_dict(small, got)
+    torch.testing.assert_close(small(x), model(x))
+    assert small.norm.eps == 0.2

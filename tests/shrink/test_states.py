@@ -13,6 +13,7 @@ import parasparse as ps
 from parasparse.shrink.facts import UNKNOWN, ZERO
 from parasparse.shrink.labels import compact
 from parasparse.shrink.needed import keep_needed
+from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import readers_of
 from parasparse.shrink.running import masked_entries, traced
 from parasparse.shrink.units import Units
@@ -170,7 +171,7 @@ def assert_unneeded_is_unneeded(model, size):
     masked = masked_entries(model)
     trace, _, _ = traced(model, images(2, size), masked)
     units, readers = Units(trace), readers_of(trace, masked)
-    keep_needed(trace, units, readers, exact=True)
+    keep_needed(trace, units, readers, Norms(trace, units, masked), exact=True)
     idle = ~units.kept
     for reader in readers:  # constants that are folded are needed
         columns = reader.read.columns.expand_as(reader.needed(units))

@@ -41,3 +41,12 @@ def test_a_target_that_reaches_nothing_is_an_error_with_the_nearest_names():
 def test_a_plan_takes_no_targets():
     with pytest.raises(ValueError, match="must be None with a plan"):
         ps.shrink(nn.Linear(2, 2), ps.Shrinkage(()), targets="weight")
+
+
+def test_targets_of_coupled_limit_the_units():
+    model, example, _ = built("flatten")
+    units = ps.coupled(model, example, targets=["6", "8"])
+    reached = {n for n, p in model.named_parameters() if units.reaches(n, model, p)}
+    assert reached == {"6.weight", "6.bias", "8.weight"}
+    with pytest.raises(ValueError, match=r'nearest: "6.weight"'):
+        ps.coupled(model, example, targets="6.wieght")

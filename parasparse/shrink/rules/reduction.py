@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere, facts, with_zeros, worst
 from parasparse.shrink.labels import along, varies, varying
+from parasparse.shrink.means import RMS_NORMS
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.tracing import Call, Rule, Trace
@@ -41,7 +42,7 @@ def _reduced(trace: Trace, call: Call) -> list[Facts]:
 def _reduced_whole(trace: Trace, call: Call, label: Tensor) -> None:
     if call.name in _AVERAGES:
         for out in call.outs():
-            trace.average(label, out)
+            trace.means.start(label, trace.state(call.args[0]), trace.module, out, of=call.name)
     elif call.name in _SUMS and not _is_least(call):
         trace.sums.append((label, trace.state(call.args[0]), trace.module))
     else:
@@ -151,7 +152,10 @@ def _layer_norm(trace: Trace, call: Call) -> list[Facts]:
     """`layer_norm` and `rms_norm`: the last dimensions are averaged over."""
     x, shape = call.args[0], call.args[1]
     dims = list(range(x.ndim - len(shape), x.ndim))
-    _averaged(trace, x, dims)
+    if call.name in RMS_NORMS:
+        _rms_norm(trace, call, dims)
+    else:
+        _averaged(trace, x, dims)
     weights = [t for t in call.args[2:4] if isinstance(t, Tensor)]
     if len(shape) == 1:
         _tie_channels(trace, x, weights, -1)
@@ -159,6 +163,17 @@ def _layer_norm(trace: Trace, call: Call) -> list[Facts]:
         for label in (label for t in weights for label in trace.labels(t)):
             trace.ties.pin(label, "norm over several dimensions")
     return _normed(trace, call, worst(trace.state(x), dims, x.shape))
+
+
+def _rms_norm(trace: Trace, call: Call, dims: list[int]) -> None:
+    x, weight, epsilon = call.args[0], call.arg(2, "weight"), call.arg(3, "eps")
+    labels = [label for label in trace.labels(x) if set(dims) & set(varying(label))]
+    if len(labels) == 1 and set(varying(labels[0])) <= set(dims):
+        trace.means.norm(labels[0], trace.state(x), trace.module, weight, epsilon)
+        return
+    _averaged(trace, x, dims)
+    for tensor in call.tensors():
+        trace.means.use(tensor)
 
 
 def _group_norm(trace: Trace, call: Call) -> list[Facts]:
