@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from parasparse.shrink.running import call, tensors_in
 from tests.long.shrink_zoo import (
+    GIBIBYTES,
+    SECONDS,
     SPARSITY,
     ZOOS,
     InDouble,
@@ -201,7 +203,8 @@ def main(library: str, zoo: str, names: list[str]) -> int:
     results = RESULTS / f"shrink_{library}_{zoo}.jsonl"
     if zoo == "transformers":
         importlib.import_module("transformers").logging.set_verbosity(50)
-    processes.run(names or names_of(zoo), check(library, zoo), results)
+    limits = {"seconds": SECONDS, "gibibytes": GIBIBYTES}
+    processes.run(names or names_of(zoo), check(library, zoo), results, **limits)
     print(table(list(processes.read(results).values()), ("units",)))
     return 0
 

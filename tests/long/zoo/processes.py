@@ -15,7 +15,10 @@ SECONDS, GIBIBYTES = 120, 10  # of one processor; a process that waits may take 
 Check = Callable[[str, dict[str, object]], None]
 
 
-def run(names: Iterable[str], check: Check, results: Path) -> None:
+def run(
+    names: Iterable[str], check: Check, results: Path,
+    *, seconds: int = SECONDS, gibibytes: int = GIBIBYTES,
+) -> None:  # fmt: skip
     """Write one line of JSON for each name; lines of other names stay.
 
     `check(name, found)` adds to `found`. What it has added before an error is written too.
@@ -24,7 +27,7 @@ def run(names: Iterable[str], check: Check, results: Path) -> None:
     lines = read(results)
     gc.freeze()  # so that processes do not visit, and so copy, what they share
     for name in names:
-        lines[name] = {"name": name, **_apart(check, name)}
+        lines[name] = {"name": name, **_apart(check, name, seconds, gibibytes)}
         results.write_text("".join(json.dumps(line) + "\n" for _, line in sorted(lines.items())))
         print(name, {k: v for k, v in lines[name].items() if k != "name"}, flush=True)
 
@@ -35,32 +38,32 @@ def read(results: Path) -> dict[str, dict[str, object]]:
     return {line["name"]: line for line in map(json.loads, lines)}
 
 
-def _apart(check: Check, name: str) -> dict[str, object]:
+def _apart(check: Check, name: str, seconds: int, gibibytes: int) -> dict[str, object]:
     context = multiprocessing.get_context("fork")  # the libraries are imported once
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(check, name, there))
+    process = context.Process(target=_child, args=(check, name, there, seconds, gibibytes))
     process.start()
     there.close()
     found: dict[str, object] = {}
-    end = time.monotonic() + 5 * SECONDS
+    end = time.monotonic() + 5 * seconds
     try:
         while True:
             if not here.poll(max(end - time.monotonic(), 0)):
-                return {**found, "error": f"more than {SECONDS} s"}
+                return {**found, "error": f"more than {seconds} s"}
             found, done = here.recv()
             if done:
                 return found
     except EOFError:
-        return {**found, "error": f"the process ended, at {SECONDS} s or {GIBIBYTES} GiB"}
+        return {**found, "error": f"the process ended, at {seconds} s or {gibibytes} GiB"}
     finally:
         process.kill()
         process.join()
 
 
-def _child(check: Check, name: str, connection: Connection) -> None:
-    limit = GIBIBYTES << 30
+def _child(check: Check, name: str, connection: Connection, seconds: int, gibibytes: int) -> None:
+    limit = gibibytes << 30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     found = Sent(connection)
     try:
         check(name, found)

@@ -214,8 +214,7 @@ def lines(parts: Iterable[str]) -> str:
 
 def write() -> None:
     """Write the page from the files of results that are there."""
-    from tests.long.shrink_zoo import MORE
-    from tests.long.zoo.processes import GIBIBYTES, SECONDS
+    from tests.long.shrink_zoo import GIBIBYTES, MORE, SECONDS
 
     found, missing = models()
     page = TEXT.format(
