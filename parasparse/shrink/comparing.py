@@ -105,7 +105,8 @@ class Reference:
 
 _UNCHANGED = (
     "The model is as it was. Its program depends on a size or value in a way that one run does not "
-    "show; leave the channels of this module out with `targets`."
+    "show, such as `1.0 / size`, with a float on the left: write `size**-1`, or leave the channels "
+    "of this module out with `targets`."
 )
 
 

@@ -41,7 +41,7 @@ def constants_of(trace: Trace, units: Units, readers: list[Reader]) -> Constants
                 column for column in reader.heirs(units) if units.stay(read.columns[0, column])
             )
             values = torch.where(gone, read.constants[0], 0.0).nan_to_num(0.0)
-            change = torch.zeros(weight.shape, dtype=torch.float64)
+            change = torch.zeros(weight.shape, dtype=values.dtype)
             change[:, heir] = _weighted(weight, values / read.constants[0, heir])
             added[read.weight] = change.movedim(1, read.summed)
     return Constants(added)
@@ -50,5 +50,5 @@ def constants_of(trace: Trace, units: Units, readers: list[Reader]) -> Constants
 def _weighted(weight: Tensor, values: Tensor) -> Tensor:
     """Return the sum over the inputs of a weight (outputs, inputs, ...), times their `values`."""
     there = values.nonzero().flatten()
-    chosen = weight[:, there.to(weight.device)].cpu().double()
+    chosen = weight[:, there.to(weight.device)].cpu().to(values.dtype)
     return torch.einsum("oi...,i->o...", chosen, values[there])

@@ -12,7 +12,7 @@ from parasparse.shrink.labels import compact
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import Reader
 from parasparse.shrink.regular import to_restore
-from parasparse.shrink.sizes import Attribute, solve
+from parasparse.shrink.sizes import Attribute, solve, spans_in
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs, reached
@@ -97,15 +97,15 @@ def keep_shapes(
     before = int(units.kept.sum())
     while True:
         changed = _keep_regular(units, shapes)
-        changed |= _keep_one(trace, units)
+        changed |= _keep_least(trace, units)
         changed |= _keep_groups(trace, units)
         changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
         if changed:
             continue
         new, unmet = solve(trace.required, values, {}, units.kept[units.of])
         for requirement in unmet:
-            ids = requirement.span.label
-            changed |= units.keep(ids, f"a size in {requirement.where} cannot follow")
+            for each in (requirement.span, *spans_in(requirement.given)):
+                changed |= units.keep(each.label, f"a size in {requirement.where} cannot follow")
         if not changed:
             return new, int(units.kept.sum()) > before
 
@@ -130,13 +130,16 @@ def _keep_regular(units: Units, shapes: list[Tensor]) -> bool:
     return changed
 
 
-def _keep_one(trace: Trace, units: Units) -> bool:
+def _keep_least(trace: Trace, units: Units) -> bool:
+    """Keep one channel of each tensor, and as many of others as the program needs."""
     changed = False
-    for leaf in trace.leaves.values():
-        for label in leaf.labels:
-            ids = compact(label)
-            if not bool(units.stay(ids).any()):
-                changed |= units.keep(ids.flatten()[:1], "one channel of a tensor must stay")
+    leaves = [(label, 1) for leaf in trace.leaves.values() for label in leaf.labels]
+    for label, number in leaves + trace.least:
+        ids = compact(label).flatten()
+        stay = units.stay(ids)
+        missing = number - int(stay.sum())
+        if missing > 0:
+            changed |= units.keep(ids[~stay][:missing], "one channel of a tensor must stay")
     return changed
 
 

@@ -46,13 +46,14 @@ def check_shrinkable(model: object) -> None:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Raise RuntimeError if a tensor of `model` is on the meta device."""
+    """Raise RuntimeError if a tensor or mask of `model` is on the meta device."""
     for target in tensors_of(model, pairs=False):
-        if any(tensor.is_meta for tensor in target.originals()):
+        masks = [mask.mask for mask in target.masks() if isinstance(mask, Mask)]
+        if any(t is not None and t.is_meta for t in (*target.originals(), *masks)):
             raise RuntimeError(
-                f'"{target.name}" is on the meta device and has no values, so nothing tells which '
-                "channels are dropped. Load the weights first, or pass a `Shrinkage` instead of "
-                "`example_inputs`."
+                f'"{target.name}" or its mask is on the meta device and has no values, so '
+                "nothing tells which channels are dropped. Load the weights first, or pass a "
+                "`Shrinkage` instead of `example_inputs`."
             )
 
 

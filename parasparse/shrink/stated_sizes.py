@@ -46,6 +46,8 @@ class StatedSizes(TorchFunctionMode):
             shape = self._shape(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
+        if name == "__len__":  # an int, whatever we return
+            numbers.get().extend(map(expression, self._shape(args[0])[:1]))
         if name == "numel":
             return reduce(mul, self._shape(args[0]), 1)
         outer, self._trace.function = self._trace.function, name
@@ -74,12 +76,17 @@ class StatedSizes(TorchFunctionMode):
         numbers.reset(self._token)
 
     def _shape(self, tensor: Tensor) -> torch.Size:
-        sizes = list(_SHAPE(tensor))
-        for label in self._trace.labels(tensor):
-            for dim, size in enumerate(sizes):
-                if varies(label, dim):
-                    sizes[dim] = Size(int(size), span(label, dim))
-        return torch.Size(sizes)
+        return _sizes(self._trace, tensor)
+
+
+def _sizes(trace: Trace, tensor: Tensor) -> torch.Size:
+    """Return the shape of `tensor`, whose sizes remember that they are of this tensor."""
+    sizes = list(_SHAPE(tensor))
+    for label in trace.labels(tensor):
+        for dim, size in enumerate(sizes):
+            if varies(label, dim):
+                sizes[dim] = Size(int(size), span(label, dim))
+    return torch.Size(sizes)
 
 
 def _require(trace: Trace, size: Any, tensor: Tensor, dim: int, where: str) -> None:
@@ -103,6 +110,12 @@ def _viewed(name: str) -> Callable[..., None]:
             _require(trace, size, out, dim, name)
 
     return check
+
+
+def _like(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A tensor gets the sizes of another one."""
+    for dim, size in enumerate(_sizes(trace, args[1] if len(args) > 1 else kwargs["other"])):
+        _require(trace, size, out, dim, "expand_as")
 
 
 def _unflattened(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -133,12 +146,17 @@ def _made(name: str) -> Callable[..., None]:
 
 def _split(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
     sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if k != "dim")
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    dim, start = args[2] if len(args) > 2 else kwargs.get("dim", 0), 0
     for number, piece in enumerate(out):
         size = sizes[number] if isinstance(sizes, (tuple, list)) else sizes
         if int(size) != piece.shape[dim]:  # the rest, in the last piece
             size = piece.shape[dim]
-        _require(trace, size, piece, dim, "split")
+        stop = start + piece.shape[dim]
+        for label in trace.labels(args[0]):
+            if varies(label, dim % label.ndim):
+                trace.require(expression(size), span(label, dim, start, stop), "split")
+                trace.least.append((label.narrow(dim, start, stop - start), min(stop - start, 1)))
+        start = stop
 
 
 def _chunked(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
@@ -190,10 +208,13 @@ def _sliced(
         if step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int):
             trace.ties.pin(label, "slice")
             continue
+        first, last, _ = slice(int(start), int(stop)).indices(size)
+        trace.least.append((label.narrow(dim, first, max(last - first, 0)), min(last - first, 1)))
         for bound in (start, stop):
             place = int(bound) + size if bound < 0 else int(bound)
             if not 0 < place < size:
                 continue
+            trace.least.append((label.narrow(dim, 0, place), 1))
             if not isinstance(bound, Size):
                 trace.ties.pin(label, "the program takes a part of it by number")
             elif bound < 0:  # counted from the end
@@ -232,6 +253,7 @@ def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 _CHECKS: dict[str, Callable[..., None]] = {
     **{name: _viewed(name) for name in _VIEWS},
     **{name: _made(name) for name in _FACTORIES},
+    **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     "unflatten": _unflattened,
     "split": _split,
     "split_with_sizes": _split,

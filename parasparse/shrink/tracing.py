@@ -128,6 +128,7 @@ class Trace(TorchDispatchMode):
         sums: ids that are summed up without a weight, their states, and the module that does it.
         groups: ids of the rows and inputs of grouped convolutions, by group, and the module.
         shapes: joint labels that must stay regular.
+        least: ids of which some must stay, and how many: of a slice, so that it is not empty.
         required: sizes that the program states.
         numbers: sizes from which the program has computed numbers, such as a scale.
         branches: operations on input data that may decide which branch the program takes.
@@ -147,6 +148,7 @@ class Trace(TorchDispatchMode):
         self.sums: list[tuple[Tensor, Tensor, str]] = []
         self.groups: list[tuple[Tensor, Tensor, str]] = []
         self.shapes: list[Tensor] = []
+        self.least: list[tuple[Tensor, int]] = []
         self.required: list[Requirement] = []
         self.numbers: list[Expression] = []
         self.branches: list[str] = []

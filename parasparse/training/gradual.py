@@ -24,7 +24,7 @@ from parasparse.schedules import as_every
 from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
 from parasparse.training.controller import Controller
-from parasparse.training.history import copied, loaded, masks_of, saved, update_of
+from parasparse.training.history import check_shapes, copied, loaded, masks_of, saved, update_of
 from parasparse.training.present import counts_of, kept_now
 from parasparse.training.scaled_rules import (
     as_rules,
@@ -184,6 +184,7 @@ class GradualPruning(Controller):
 
     def _update(self, step: int) -> None:
         before = copied(masks_of(self.model, self._names))
+        check_shapes(before, self._start)
         targets = [t for t in masked_targets(self.model) if t.name in before]
         if self.optimizer is not None:
             check_clearable(self.optimizer, [p for t in targets for p in parameters_of(t)])

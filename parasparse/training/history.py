@@ -61,6 +61,19 @@ def masks_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     return masks
 
 
+def check_shapes(masks: Masks, start: Masks) -> None:
+    """Raise RuntimeError if `masks` do not have the shapes that they had at the `start`."""
+    other = [
+        f"{name} {tuple(mask.shape)}" for name, mask in masks.items()
+        if mask.shape != start[name].shape
+    ]  # fmt: skip
+    if other:
+        raise RuntimeError(
+            "the masks of a controller must keep their shapes; others have "
+            f"{listed(other)}. Create a new controller after `shrink` or `unshrink`."
+        )
+
+
 def copied(masks: Masks) -> dict[str, Tensor]:
     """Return copies of `masks`."""
     return {name: torch.clone(mask) for name, mask in masks.items()}

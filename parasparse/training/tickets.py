@@ -18,7 +18,7 @@ from parasparse.rules.types import Rules
 from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.scores.weights_alone import Score
 from parasparse.training.controller import Controller
-from parasparse.training.history import copied, loaded, masks_of, saved, update_of
+from parasparse.training.history import check_shapes, copied, loaded, masks_of, saved, update_of
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.training.scaled_rules import (
     as_rules,
@@ -127,6 +127,7 @@ class LotteryTicket(Controller):
                 f"`step()` has been called {self.steps} times."
             )
         before = copied(masks_of(self.model, self._names))
+        check_shapes(before, self._start)
         assigned = assignments(self.model, self._rules_at(self.round + 1, before), pairs=True)
         warn_emptied(assigned, stacklevel=2)
         apply(self.model, assigned)

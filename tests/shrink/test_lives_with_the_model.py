@@ -41,10 +41,25 @@ def step(model, optimizer, x):
     optimizer.step()
 
 
+class Lion(torch.optim.Optimizer):
+    """Chen et al., 2023, arXiv:2302.06675, algorithm 2."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+            mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            p.sub_(0.01 * ((0.9 * mean + 0.1 * p.grad).sign() + 0.1 * p))
+            mean.mul_(0.99).add_(0.01 * p.grad)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, amsgrad=True),
+    "lion": Lion,
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
 }
 
@@ -52,6 +67,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_first_and_shrinking_first_end_in_the_same_network(name):
     model = coupled_network()
+    # Before a norm, the gradient of a bias is rounding alone, of which Lion takes the sign.
+    model[0].parametrizations.bias.original.requires_grad_(False)
     optimizer = OPTIMIZERS[name](model.parameters())
     batches = [images(4) for _ in range(5)]
     for x in batches[:2]:
@@ -208,14 +225,18 @@ def test_the_mask_of_a_pair_is_cut_once():
     assert_same(model, masked, x)
 
 
-def test_complex_parameters_are_cut():
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("second", [True, False])
+def test_complex_parameters_are_cut_and_their_constants_are_folded(first, second):
     model = nn.Sequential(
-        nn.Linear(4, 6, bias=False, dtype=torch.complex64), nn.Linear(6, 2, dtype=torch.complex64)
+        nn.Linear(4, 6, bias=first, dtype=torch.complex64),
+        nn.Linear(6, 2, bias=second, dtype=torch.complex64),
     )
-    ps.sparsify(model, {"0": filters(0.5)})
+    ps.sparsify(model, {"0.weight": filters(0.5)})
     masked, x = copy.deepcopy(model), torch.randn(3, 4, dtype=torch.complex64)
     ps.shrink(model, x)
-    assert model[0].weight.shape == (3, 4)
+    # Without a bias to add to, one constant stands for the others.
+    assert model[0].weight.shape == (4 if first and not second else 3, 4)
     torch.testing.assert_close(model(x), masked(x))
 
 
@@ -322,4 +343,35 @@ def test_a_controller_that_is_over_goes_on_and_another_says_that_its_masks_are_g
             for _ in range(2):
                 controller.step()
     else:
+        controller.step()
+
+
+CONTROLLERS = {
+    "gradual": lambda model, optimizer: ps.GradualPruning(
+        model, {"5": 0.5}, optimizer, schedule=ps.schedules.Linear(0.0, 1.0, stop=20), every=2
+    ),
+    "rigl": lambda model, optimizer: ps.rigl(model, {"5": 0.5}, optimizer, every=2, stop=100),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_a_controller_whose_masks_have_been_cut_says_so_before_it_changes_them(name):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    controller = CONTROLLERS[name](model, optimizer)
+    for _ in range(2):
+        step(model, optimizer, images(4))
+        controller.step()
+    ps.sparsify(model, {"3": filters(0.5)})
+    ps.shrink(model, images(), optimizer=optimizer)
+    mask = ps.mask_of(model, "5.weight").clone()
+    with pytest.raises(RuntimeError, match="Create a new controller after `shrink`"):
+        for _ in range(3):
+            step(model, optimizer, images(4))
+            controller.step()
+    assert torch.equal(ps.mask_of(model, "5.weight"), mask)
+    controller.close()
+    controller = CONTROLLERS[name](model, optimizer)
+    for _ in range(3):
+        step(model, optimizer, images(4))
         controller.step()

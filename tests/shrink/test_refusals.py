@@ -108,6 +108,14 @@ def checkpointed():
     return checkpoint_wrapper(network())
 
 
+def with_masks_on_meta():
+    model = network()
+    for module in model.modules():
+        if isinstance(module, ps.Mask):
+            module.to("meta")
+    return model
+
+
 def lazy():
     return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
 
@@ -132,6 +140,7 @@ CASES = {  # a model, words of the message
     "old weight norm": (with_old_weight_norm, "remove_weight_norm"),
     "old pruning": (with_old_prune, "prune.remove"),
     "meta": (lambda: network().to("meta"), "has no values"),
+    "a mask on meta": (with_masks_on_meta, "has no values"),
     "lazy": (lazy, "dummy batch"),
 }  # fmt: skip
 
@@ -254,16 +263,15 @@ class Fails(Lies):
 
 
 @torch.library.custom_op("parasparse_tests::scaled_by_width", mutates_args=())
-def scaled_by_width(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x * weight.numel()
+def scaled_by_width(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x * (width * 1e-4)
 
 
 class CustomOperation(Lies):
     """Has the size of a weight decide, in an operation that is not the usual ones."""
 
     def forward(self, x):
-        size = torch.zeros(self.layer.weight.shape[1])
-        return scaled_by_width(self.layer(x), size)
+        return scaled_by_width(self.layer(x), self.layer.weight.untyped_storage().nbytes())
 
 
 @pytest.mark.parametrize("kind", [Lies, Fails, CustomOperation])

@@ -54,6 +54,7 @@ NUMBERS = {
     "tensor": lambda self, x: x / torch.tensor(x.shape[-1]),
     "size times tensor": lambda self, x: x.shape[-1] * x,
     "float": lambda self, x: x * (x.shape[-1] * 0.5),
+    "len": lambda self, x: x + x.sum(-1, keepdim=True) / len(x[0, 0]),
     "numel": lambda self, x: x + x.sum(-1, keepdim=True) / x[0, 0].numel(),
 }
 
@@ -64,6 +65,15 @@ def test_sizes_from_which_a_number_is_computed_stay(f):
     plan = ps.plan_shrink(model, example())
     assert not plan.rows
     assert all(row.reason for row in plan.kept_back)
+
+
+def test_a_number_that_python_computes_out_of_sight_is_found_by_the_check():
+    """A float on the left asks a size for its value in a way that no subclass of int can see."""
+    model = zeroed(Between(lambda self, x: x * (1.0 / x.shape[-1])), 0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="a float on the left"):
+        ps.shrink(model, example())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_a_mean_counts_only_if_it_is_used():
@@ -154,5 +164,31 @@ def test_channels_go_through(f):
     reference = copy.deepcopy(model)
     ps.shrink(model, example())
     assert model.one.out_features == 4
+    x = example(3)
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)
+
+
+def expanded(self, x):
+    """A parameter gets the sizes of a tensor that it does not meet."""
+    return torch.cat([x, self.two.weight[:1, 8:].expand_as(x)], -1)
+
+
+FEW = {  # one channel is left
+    "expanded like another": (expanded, 16),
+    "pixel shuffle": (lambda self, x: (F.pixel_shuffle(x.mT.unsqueeze(-1), 2), x)[1], 8),
+    "channel shuffle": (lambda self, x: F.channel_shuffle(x.mT.unsqueeze(-1), 2)[..., 0].mT, 8),
+    "squeezed": (lambda self, x: x.unsqueeze(1).squeeze(), 8),
+    "halves": (lambda self, x: (x.split(x.shape[-1] // 2, -1), x)[1], 8),
+    "second half": (lambda self, x: x + x[..., x.shape[-1] // 2 :].amax(-1, True), 8),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_programs_run_with_few_channels(name):
+    f, read = FEW[name]
+    model = zeroed(Between(f, read=read), *range(7))
+    reference = copy.deepcopy(model)
+    if ps.plan_shrink(model, example()).rows:
+        ps.shrink(model, example())
     x = example(3)
     torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)

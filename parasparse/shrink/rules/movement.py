@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, facts, worst
-from parasparse.shrink.labels import fixed_along, varies, varying
+from parasparse.shrink.labels import compact, fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose, merge
 from parasparse.shrink.rules.products import only_zeros
-from parasparse.shrink.sizes import span
+from parasparse.shrink.sizes import expression, span
 from parasparse.shrink.tracing import Call, Rule, Trace
 
 # Functions whose pieces `stated_sizes` checks, where it sees how the program computed the places.
@@ -53,9 +53,12 @@ def _checked(run: Callable[..., Any]) -> Rule:
 def _pieces_stay(trace: Trace, call: Call) -> None:
     """Require that the places of pieces do not move: nobody has said how they would."""
     x, name = call.args[0], call.name
-    dim = call.arg(2, "dim", 0) if name.startswith("split") else call.arg(1, "dim", 0)
+    if name.startswith("unsafe_") and trace.function != name:
+        return  # the gates of a recurrent layer, which are equal parts, and meet
+    dim = call.arg(2, "dim", 0) if "split" in name or "chunk" in name else call.arg(1, "dim", 0)
+    dim %= x.ndim
     for label in trace.labels(x):
-        if not varies(label, dim % label.ndim):
+        if not varies(label, dim):
             continue
         if name in ("select", "unbind"):
             trace.require(int(label.shape[dim]), span(label, dim), name)
@@ -81,6 +84,44 @@ def _shifted(run: Callable[..., Any], dims_of: Callable[[Call], Any]) -> Rule:
         return _moved(run)(trace, call)
 
     return rule
+
+
+def _squeezed(trace: Trace, call: Call) -> list[Facts]:
+    """`squeeze`: a dimension that is larger than 1 must stay so, or it would go."""
+    x, dims = call.args[0], call.arg(1, "dim", range(call.args[0].ndim))
+    for dim in [dims] if isinstance(dims, int) else dims:
+        for label in trace.labels(x):
+            if varying(label) == (dim % x.ndim,):
+                trace.least.append((label, 2))
+            elif varies(label, dim % x.ndim):
+                trace.ties.pin(label, "squeeze")
+    return _moved(torch.squeeze)(trace, call)
+
+
+def _shuffled(run: Callable[..., Tensor]) -> Rule:
+    """Return the rule of a shuffle between channels and places: (N, C, H, W)."""
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        (x, number, *_), inverse = call.args, "unshuffle" in call.name
+        for label in trace.labels(x):
+            if inverse and any(varies(label, dim) for dim in (-1 % x.ndim, -2 % x.ndim)):
+                trace.ties.pin(label, call.name)
+            elif not inverse and varies(label, x.ndim - 3):  # become places of one channel
+                parts = label.unflatten(-3, (-1, number * number))
+                trace.ties.tie(parts, fixed_along(parts, -3, number * number))
+        return _moved(run)(trace, call)
+
+    return rule
+
+
+def _channels_shuffled(trace: Trace, call: Call) -> list[Facts]:
+    """`channel_shuffle`: the groups of channels stay, with equally many in each."""
+    for label in trace.labels(call.args[0]):
+        if varies(label, 1):
+            apart = label.unflatten(1, (call.args[1], -1))
+            trace.shapes.append(compact(apart))
+            trace.require(expression(call.args[1]), span(apart, 1), call.name)
+    return _moved(torch.channel_shuffle)(trace, call)
 
 
 def _tiled(trace: Trace, call: Call) -> list[Facts]:
@@ -205,9 +246,9 @@ MOVEMENTS: dict[str, Rule] = {
                      "lift_fresh_copy", "_conj", "conj", "resolve_conj"),
                     _moved(_same)),
     "permute": _moved(torch.permute), "transpose": _moved(torch.transpose),
-    "t": _moved(torch.t), "unsqueeze": _moved(torch.unsqueeze), "squeeze": _moved(torch.squeeze),
+    "t": _moved(torch.t), "unsqueeze": _moved(torch.unsqueeze), "squeeze": _squeezed,
     "expand": _moved(lambda t, sizes, **_: t.expand(sizes)),
-    "flip": _moved(torch.flip), "pixel_shuffle": _moved(torch.pixel_shuffle),
+    "flip": _moved(torch.flip), "pixel_shuffle": _shuffled(torch.pixel_shuffle),
     "unfold": _shifted(lambda t, *a: t.unfold(*a), lambda call: [call.args[1]]),
     "diagonal": _shifted(torch.diagonal, lambda call: [call.arg(2, "dim1", 0),
                                                        call.arg(3, "dim2", 1)]),
@@ -216,9 +257,8 @@ MOVEMENTS: dict[str, Rule] = {
     "view_as_real": _moved(lambda t: t.unsqueeze(-1).expand(*t.shape, 2)),
     "view_as_complex": _paired,
     "roll": _shifted(torch.roll, lambda call: call.arg(2, "dims", [])),
-    "pixel_unshuffle": _moved(torch.pixel_unshuffle),
-    "channel_shuffle": _moved(torch.channel_shuffle),
-    "native_channel_shuffle": _moved(torch.channel_shuffle),
+    "pixel_unshuffle": _shuffled(torch.pixel_unshuffle),
+    "channel_shuffle": _channels_shuffled, "native_channel_shuffle": _channels_shuffled,
     "repeat": _tiled, "constant_pad_nd": _padded, "im2col": _patched,
     "cat": _concatenated, "stack": _concatenated,
     "slice": _checked(_aten.slice), "select": _checked(torch.select),

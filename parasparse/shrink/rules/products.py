@@ -13,12 +13,13 @@ from parasparse.shrink.tracing import Trace
 
 def constants_of(x: Tensor, state: Tensor) -> Tensor:
     """Return the value of each column of `x` if it is the same whatever the input is, or NaN."""
-    values = torch.full((x.shape[-1],), torch.nan, dtype=torch.float64)
+    kind = torch.complex128 if x.is_complex() else torch.float64
+    values = torch.full((x.shape[-1],), torch.nan, dtype=kind)
     known = (state != UNKNOWN).nonzero().flatten()
-    if x.is_meta or not len(known) or x.is_complex():
+    if x.is_meta or not len(known):
         values[state == ZERO] = 0.0
         return values
-    columns = x[:, known.to(x.device)].cpu().double()
+    columns = x[:, known.to(x.device)].cpu().to(kind)
     # A kernel computes the last entries of a row by other instructions, which may round otherwise.
     rounding = 8 * torch.finfo(x.dtype).eps * columns[:1].abs()
     same = ((columns - columns[:1]).abs() <= rounding).all(0)

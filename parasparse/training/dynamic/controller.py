@@ -30,7 +30,7 @@ from parasparse.training.dynamic.layer import view
 from parasparse.training.dynamic.start import Init, check_moves, first_masks
 from parasparse.training.dynamic.update import Moves, next_masks
 from parasparse.training.dynamic.view import needs_of
-from parasparse.training.history import copied, loaded, saved, update_of
+from parasparse.training.history import check_shapes, copied, loaded, saved, update_of
 from parasparse.verbs.dense_gradients import DenseGradients, collecting
 from parasparse.verbs.sparsify import apply
 
@@ -238,6 +238,7 @@ class DynamicSparsity(Controller):
         return self._is_due or (self.every is not None and bool(self.every(self.steps + 1)))
 
     def _update(self, step: int) -> None:
+        check_shapes(self._masks(), self._start)
         check_clearable(
             self.optimizer, [p for layer in self._layers.values() for p in layer.parameters]
         )
