@@ -16,6 +16,7 @@ from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
+from parasparse.targets.tensors import tensors_of
 from parasparse.text import listed
 
 
@@ -55,7 +56,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self.norm, self.uniform = norm, uniform
         trace, _, _ = traced(model, example_inputs, {})
         units = Units(trace)
-        keep_all_of(trace, units, may_lose(model, targets))
+        keep_all_of(trace, units, may_lose(tensors_of(model, pairs=False), targets))
         for ids, reason in trace.ties.pins:
             units.keep(ids, reason)
         for label, _ in Norms(trace, units, {}).averaged:

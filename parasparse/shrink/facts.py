@@ -1,6 +1,7 @@
 """What is known of a tensor in a run: its labels, and which entries do not depend on the input."""
 
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def everywhere(state: int, shape: torch.Size) -> Tensor:
     return torch.tensor(state, dtype=torch.uint8).expand(shape)
 
 
+def is_not_zero(state: Tensor) -> Tensor:
+    """Return whether a state is not ZERO. For a large one, this is much faster than `!=`."""
+    return ((state >> 1) ^ 1).view(torch.bool)  # of 0, 1 and 2
+
+
 def with_zeros(state: Tensor, value: Tensor) -> Tensor:
     """Return `state` where known entries are ZERO if `value` is 0 there, and KNOWN if not.
 
@@ -48,8 +54,30 @@ def with_zeros(state: Tensor, value: Tensor) -> Tensor:
     if value.is_meta or not bool(small.any()):
         return torch.clamp(small, max=KNOWN).expand(state.shape)
     same = [dim for dim in range(value.ndim) if small.shape[dim] == 1 < value.shape[dim]]
-    there = (value != 0).any(dim=same, keepdim=True) if same else value != 0
+    there = _has_others_than_0(value, same) if same else value != 0
     return (torch.clamp(small, max=KNOWN) * (2 - there.cpu().to(torch.uint8))).expand(state.shape)
+
+
+def _has_others_than_0(value: Tensor, dims: list[int]) -> Tensor:
+    """Return whether there are entries along `dims` that are not 0, with sizes 1 there."""
+    if value.is_complex():
+        return (value != 0).any(dim=dims, keepdim=True)
+    high, low = value.amax(dims, keepdim=True), value.amin(dims, keepdim=True)
+    return (high != 0) | (low != 0)  # much faster than `any`
+
+
+def lowest_of(states: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return the lowest of states that broadcast to `shape`, entry by entry."""
+    small = [compact(state) for state in states]
+    return reduce(torch.minimum, small).expand(shape)
+
+
+def zero_where(state: Tensor, zero: Tensor) -> Tensor:
+    """Return `state` with ZERO where `zero`, of a shape that broadcasts to that of it, is ZERO."""
+    small = compact(zero)
+    if not bool((small == ZERO).any()):
+        return state
+    return torch.where(small == ZERO, small, compact(state)).expand(state.shape)
 
 
 def worst(state: Tensor, dims: list[int], size: torch.Size) -> Tensor:

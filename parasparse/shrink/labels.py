@@ -17,19 +17,21 @@ def tidy(label: Tensor) -> Tensor:
     for dim in reversed(range(label.ndim)):
         if varies(label, dim):
             small = compact(label)
-            first, second = small.narrow(dim, 0, 1), small.narrow(dim, 1, 1)
-            # The second index tells most dimensions that vary from others.
-            if torch.equal(first, second) and torch.equal(small, first.expand_as(small)):
+            first = small.narrow(dim, 0, 1)
+            # A few indices tell most dimensions that vary from others.
+            some = (small.narrow(dim, 1, 1), small[(slice(None),) * dim + (slice(None, None, 61),)])
+            if all(torch.equal(part, first.expand_as(part)) for part in (*some, small)):
                 label = label.narrow(dim, 0, 1).expand(label.shape)
     return label
 
 
 def compact(label: Tensor) -> Tensor:
     """Return `label` with size 1 along the dimensions where it does not vary."""
-    for dim in range(label.ndim):
-        if label.shape[dim] > 1 and label.stride(dim) == 0:
-            label = label.narrow(dim, 0, 1)
-    return label
+    shape, strides = label.shape, label.stride()
+    if 0 not in strides:
+        return label
+    sizes = [1 if n and not s else n for n, s in zip(shape, strides, strict=True)]
+    return label.as_strided(sizes, strides)
 
 
 def varies(label: Tensor, dim: int) -> bool:
@@ -39,7 +41,8 @@ def varies(label: Tensor, dim: int) -> bool:
 
 def varying(label: Tensor) -> tuple[int, ...]:
     """Return the dimensions along which the ids of a tidy label change."""
-    return tuple(dim for dim in range(label.ndim) if varies(label, dim))
+    places = enumerate(zip(label.shape, label.stride(), strict=True))
+    return tuple(dim for dim, (size, stride) in places if size > 1 and stride)
 
 
 def fixed_along(label: Tensor, dim: int, size: int) -> Tensor:
@@ -85,11 +88,16 @@ class Ties:
             if a.shape[dim] > 1 and a.stride(dim) == 0 and b.stride(dim) == 0:
                 a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
         a, b = a.flatten(), b.flatten()
-        for kept, dropped in ((a, b), (b, a)):
-            self.pin(kept[(dropped == 0) & (kept != 0)], "it meets a size that stays")
-        differ = (a != b) & (a != 0) & (b != 0)
-        if differ.any():
-            self._edges.append(torch.unique(a[differ] * _MANY + b[differ]))
+        differ = a != b
+        if not differ.all():
+            a, b = a[differ], b[differ]
+        stays = (a == 0) | (b == 0)
+        if stays.any():
+            self.pin((a + b)[stays], "it meets a size that stays")
+            a, b = a[~stays], b[~stays]
+        if len(a):
+            edges = a * _MANY + b
+            self._edges.append(torch.unique(edges) if len(edges) > 10_000 else edges)
 
     def pin(self, label: Tensor, reason: str) -> None:
         """Keep all ids of `label`, for `reason`."""

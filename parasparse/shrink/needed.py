@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact
@@ -16,12 +16,11 @@ from parasparse.shrink.sizes import Attribute, solve, spans_in
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs, reached
-from parasparse.targets.tensors import tensors_of
+from parasparse.targets.tensors import Target
 
 
-def may_lose(model: nn.Module, targets: Specs | None) -> set[str]:
-    """Return the names of the tensors that may lose channels."""
-    found = tensors_of(model, pairs=False)
+def may_lose(found: list[Target], targets: Specs | None) -> set[str]:
+    """Return the names of the tensors, of those `found`, that may lose channels."""
     if targets is not None:
         chosen = reached(targets, found, "a tensor")
         found = [t for t in found if t in chosen or len(t.shape) < 2 or t.is_buffer]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parasparse.shrink.constants import Constants, constants_of
 from parasparse.shrink.facts import ZERO
@@ -21,7 +21,7 @@ from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
-from parasparse.targets.tensors import tensors_of
+from parasparse.targets.tensors import Target, tensors_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ def work_for(
     multiple_of: int,
 ) -> Work:
     """Return what shrinking `model` does."""
+    tensors = tensors_of(model, pairs=False)
     masked = masked_entries(model)
     trace, values, twin = traced(model, example_inputs, masked or zero_entries(model))
     units, readers = Units(trace), readers_of(trace, masked)
     norms = Norms(trace, units, masked)
-    keep_all_of(trace, units, may_lose(model, targets))
+    keep_all_of(trace, units, may_lose(tensors, targets))
     while True:
         keep_needed(trace, units, readers, norms, exact=exact)
         attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
@@ -63,7 +64,7 @@ def work_for(
         ),
         kept_back=_kept_back(trace, units),
         inexact=() if exact else tuple(dict.fromkeys(norms.inexact())),
-        bytes=_bytes(model, rows),
+        bytes=_bytes(tensors, rows),
         multiply_adds=_multiply_adds(trace, units),
         branches=tuple(dict.fromkeys(trace.branches)),
     )
@@ -112,22 +113,30 @@ def _kept_back(trace: Trace, units: Units) -> tuple[KeptRow, ...]:
             if len(varying(label)) != 1:
                 continue
             (dim,) = varying(label)
-            others = [d for d in range(leaf.tensor.ndim) if d != dim]
-            state = compact(trace.state(leaf.tensor))
-            dead = (state.amin(others) if others else state) == ZERO
             ids = compact(label).flatten()
             reasons: dict[str, list[int]] = {}
-            for channel in (dead & units.stay(ids)).nonzero().flatten().tolist():
+            for channel in _dead(compact(trace.state(leaf.tensor)), dim, units.stay(ids)):
                 reason = units.reason(int(units.of[ids[channel]]))
                 reasons.setdefault(reason, []).append(channel)
             rows += [KeptRow(leaf.name, dim, tuple(c), reason) for reason, c in reasons.items()]
     return tuple(rows)
 
 
-def _bytes(model: nn.Module, rows: tuple[ShrinkRow, ...]) -> tuple[int, int]:
+def _dead(state: Tensor, dim: int, among: Tensor) -> list[int]:
+    """Return the indices of `dim`, of those `among` which to look, that are ZERO everywhere."""
+    others = [d for d in range(state.ndim) if d != dim]
+    some = state[tuple(slice(None, None, 1 if d == dim else 31) for d in range(state.ndim))]
+    for part in (some, state):  # a part tells most that are not
+        zero = (part.amin(others) if others else part) == ZERO
+        if not bool((zero & among).any()):
+            return []
+    return (zero & among).nonzero().flatten().tolist()
+
+
+def _bytes(tensors: list[Target], rows: tuple[ShrinkRow, ...]) -> tuple[int, int]:
     sizes = {row.name: row for row in rows}
     before = after = 0
-    for target in tensors_of(model, pairs=False):
+    for target in tensors:
         tensor = target.stored()
         before += tensor.numel() * tensor.element_size()
         row = sizes.get(target.name)

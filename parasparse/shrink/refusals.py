@@ -27,8 +27,8 @@ _WRAPPED = {  # the name of a submodule, and who calls it so
 }
 
 
-def check_shrinkable(model: object) -> None:
-    """Raise an error if `model` is no module, or one that cannot be shrunk as it is.
+def check_shrinkable(model: object) -> list[Target]:
+    """Return the tensors of `model`, unless it is no module, or cannot be shrunk as it is.
 
     Raises:
         TypeError: it is no module.
@@ -40,14 +40,16 @@ def check_shrinkable(model: object) -> None:
     for name, module in model.named_modules():
         _check_unwrapped(name, module)
         _check_parametrizations(name, module)
-    for target in tensors_of(model, pairs=False):
+    tensors = tensors_of(model, pairs=False)
+    for target in tensors:
         _check_tensor(target)
         _check_masks(target)
+    return tensors
 
 
-def check_has_values(model: nn.Module) -> None:
-    """Raise RuntimeError if a tensor or mask of `model` is on the meta device."""
-    for target in tensors_of(model, pairs=False):
+def check_has_values(tensors: list[Target]) -> None:
+    """Raise RuntimeError if one of `tensors` or its mask is on the meta device."""
+    for target in tensors:
         masks = [mask.mask for mask in target.masks() if isinstance(mask, Mask)]
         if any(t is not None and t.is_meta for t in (*target.originals(), *masks)):
             raise RuntimeError(

@@ -15,20 +15,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
 from parasparse.shrink.rules import rule_for
 from parasparse.shrink.sizes import Attribute, tag_attributes
+from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
 from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
 from parasparse.targets.tensors import tensors_of
-from parasparse.verbs.squash import squash
 
 
 def traced(
     model: nn.Module, example_inputs: Any, dropped: dict[str, Tensor]
 ) -> tuple[Trace, dict[Attribute, int], nn.Module]:
     """Run a copy of `model` on `example_inputs`.
+
+    Most values are not computed, unless the program reads some that depend on the input.
 
     Args:
         model: dense or masked.
@@ -38,14 +41,23 @@ def traced(
     Returns:
         The trace, the int attributes of modules and configs, and the copy.
     """
-    twin = squash(copy.deepcopy(model)).eval()
+    try:
+        twin = shared_copy(model)
+        return _traced(twin, example_inputs, dropped, StandIns(twin))
+    except (ValuesNeeded, Exception):  # an error may come from values that were not computed
+        return _traced(full_copy(model), example_inputs, dropped, None)
+
+
+def _traced(
+    twin: nn.Module, example_inputs: Any, dropped: dict[str, Tensor], stand_ins: StandIns | None
+) -> tuple[Trace, dict[Attribute, int], nn.Module]:
     example_inputs = copied_inputs(example_inputs)
     for module in list(twin.modules()):
         let_heads_go(module)
     values = tag_attributes(twin)
     state_epsilons(twin)
     tag_epsilons(twin)
-    trace = Trace(twin, dropped, rule_for)
+    trace = Trace(twin, dropped, rule_for, stand_ins)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
             trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))

@@ -116,8 +116,7 @@ def shrink(
 def _planned(
     model: nn.Module, example_inputs: Any, *, targets: Specs | None, exact: bool, multiple_of: int
 ) -> Work:
-    check_shrinkable(model)
-    check_has_values(model)
+    check_has_values(check_shrinkable(model))
     if multiple_of < 1:
         raise ValueError(f"`multiple_of` must be at least 1; got {multiple_of}.")
     try:

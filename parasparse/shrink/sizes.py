@@ -8,6 +8,7 @@ that the smaller tensor will have is known, and the attribute is solved for.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -263,9 +264,14 @@ def tag_attributes(model: nn.Module) -> dict[Attribute, int]:
     for path, holder in holders(model):
         if id(holder) not in seen:
             seen.add(id(holder))
-            for name, value in list(vars(holder).items()):
-                vars(holder)[name] = _tagged(value, path, name, found)
+            for name, value in vars(holder).items():  # which stay the same names
+                if type(value) in (int, tuple, list):
+                    vars(holder)[name] = _tagged(value, path, name, found)
     return found
+
+
+# Types of most attributes, which are looked at quickly.
+_PLAIN = frozenset((int, float, bool, str, tuple, list, dict, set, OrderedDict, type(None)))
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -273,7 +279,7 @@ def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         yield path, module
         for name, value in list(vars(module).items()):
-            if _is_config(value):
+            if type(value) not in _PLAIN and _is_config(value):
                 yield f"{path}.{name}" if path else name, value
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.facts import facts
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.sizes import Size, expression, numbers, span
+from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -50,6 +52,8 @@ class StatedSizes(TorchFunctionMode):
             numbers.get().extend(map(expression, self._shape(args[0])[:1]))
         if name == "numel":
             return reduce(mul, self._shape(args[0]), 1)
+        if name in READS and self._trace.stand_ins:
+            raise ValuesNeeded
         outer, self._trace.function = self._trace.function, name
         self._trace.means.give([*args, *kwargs.values()])
         try:
@@ -63,7 +67,8 @@ class StatedSizes(TorchFunctionMode):
                     numbers.get().append(each.expression)
         check = _CHECKS.get(name)
         if check is not None:
-            check(self._trace, args, kwargs, out)
+            with _disable_current_modes():
+                check(self._trace, args, kwargs, out)
         return out
 
     def __enter__(self) -> StatedSizes:
@@ -82,10 +87,11 @@ class StatedSizes(TorchFunctionMode):
 def _sizes(trace: Trace, tensor: Tensor) -> torch.Size:
     """Return the shape of `tensor`, whose sizes remember that they are of this tensor."""
     sizes = list(_SHAPE(tensor))
-    for label in trace.labels(tensor):
-        for dim, size in enumerate(sizes):
-            if varies(label, dim):
-                sizes[dim] = Size(int(size), span(label, dim))
+    with _disable_current_modes():
+        for label in trace.labels(tensor):
+            for dim, size in enumerate(sizes):
+                if varies(label, dim):
+                    sizes[dim] = Size(int(size), span(label, dim))
     return torch.Size(sizes)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from parasparse.shrink.facts import KNOWN, UNKNOWN, Facts, everywhere, facts
-from parasparse.shrink.labels import Ties, along, compact, tidy, varying
+from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
 from parasparse.shrink.sizes import (
     Attribute,
@@ -25,6 +26,7 @@ from parasparse.shrink.sizes import (
     holding,
     spans_in,
 )  # fmt: skip
+from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,40 @@ class Product:
 
 @dataclass
 class Call:
-    """An operation that has run: its name, arguments and results."""
+    """An operation that has run: its name, arguments and results.
+
+    Attributes:
+        function: the operation.
+        is_stand_in: whether its result has other values: see `values_where`.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    pointwise: bool
+    function: Any
+    is_stand_in: bool = False
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it works entry by entry."""
+        return torch.Tag.pointwise in self.function.tags
 
     def outs(self) -> list[Tensor]:
         """Return the tensors among the results."""
-        return [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
+        return self._outs
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments."""
-        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        return self._tensors
+
+    @cached_property
+    def _outs(self) -> list[Tensor]:
+        return _tensors_in([self.out])
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        return _tensors_in([*self.args, *self.kwargs.values()])
 
     def has_float(self) -> bool:
         """Whether a Python number that may come from the input is among the arguments."""
@@ -96,6 +117,16 @@ class Call:
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """Return an argument given by position or by name."""
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors_in(value)
+    return found
 
 
 Rule = Callable[["Trace", Call], list[Facts]]
@@ -117,6 +148,7 @@ class Trace(TorchDispatchMode):
         model: a model without masks, whose parameters have their masked values.
         dropped: by name of a parameter, the entries that are 0 because they are pruned.
         rule_for: returns the rule of an operation, or None.
+        stand_ins: makes results of products that are not computed; None: all are computed.
 
     Attributes:
         ties: the ids and what ties them.
@@ -137,8 +169,9 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(
-        self, model: nn.Module, dropped: dict[str, Tensor], rule_for: Callable[[Call], Rule | None]
-    ) -> None:
+        self, model: nn.Module, dropped: dict[str, Tensor],
+        rule_for: Callable[[Call], Rule | None], stand_ins: StandIns | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]
         self.ties = Ties()
         self.leaves: dict[int, Leaf] = {}
@@ -156,17 +189,21 @@ class Trace(TorchDispatchMode):
         self.uses: Counter[int] = Counter()
         self.function = ""  # that the program has called
         self.module = ""
+        self.stand_ins = stand_ins
         self._rule_for = rule_for
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
         self.means = Means(self._names)
         self._dropped = dropped
         self._facts = WeakTensorKeyDictionary()
+        self._in_memory: dict[int, list[WeakIdRef]] = {}
 
     def facts(self, tensor: Tensor) -> Facts:
         """Return what is known of `tensor`. What no operation made is a constant."""
-        if tensor not in self._facts:
-            self._facts[tensor] = self._leaf(tensor)
-        return self._facts[tensor]  # type: ignore[no-any-return]
+        found = self._facts.get(tensor)
+        if found is None:
+            self._facts[tensor] = found = self._leaf(tensor)
+            self._remember_memory(tensor)
+        return found  # type: ignore[no-any-return]
 
     def labels(self, tensor: Any) -> tuple[Tensor, ...]:
         """Return the labels of `tensor`, none if it is no tensor."""
@@ -181,6 +218,7 @@ class Trace(TorchDispatchMode):
         assert found.state.shape == tensor.shape, (found.state.shape, tensor.shape)
         assert all(label.shape == tensor.shape for label in found.labels)
         self._facts[tensor] = found
+        self._remember_memory(tensor)
         self.shapes += [compact(label) for label in found.labels if len(varying(label)) > 1]
 
     def require(self, given: Expression, where: Span, operation: str) -> None:
@@ -234,22 +272,32 @@ class Trace(TorchDispatchMode):
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
         state = everywhere(KNOWN, tensor.shape)
         if name in self._dropped:
-            state = tidy(self._dropped[name]).view(torch.uint8) + KNOWN  # ZERO where dropped
-        return facts(labels, state)
+            state = self._dropped[name].view(torch.uint8) + KNOWN  # ZERO where dropped
+        return Facts(tuple(labels), state)  # not tidied, which takes long
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            call = self._run(name, func, args, kwargs)
+            self._follow(call, mutates=func._schema.is_mutable)
+            made = self.stand_ins is not None and self.stand_ins.made
+            if made and reads_values(name, func, args) and lowest(self, call.tensors()) == UNKNOWN:
+                raise ValuesNeeded
+        return call.out
+
+    def _run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if name == "_local_scalar_dense" and args[0].is_meta:
             out = torch.ones((), dtype=args[0].dtype).item()  # of a model without values
-        else:
-            out = func(*args, **kwargs)
-        call = Call(name, args, kwargs, out, torch.Tag.pointwise in func.tags)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            self._follow(call, mutates=func._schema.is_mutable)
-        return out
+            return Call(name, args, kwargs, out, func)
+        if self.stand_ins:
+            self.stand_ins.check(func, args, kwargs)
+            stand_in = None if kwargs else self.stand_ins.instead(name, func, args)
+            if stand_in is not None:
+                return Call(name, args, kwargs, stand_in, func, is_stand_in=True)
+        return Call(name, args, kwargs, func(*args, **kwargs), func)
 
     def _follow(self, call: Call, *, mutates: bool) -> None:
         outs = call.outs()
@@ -266,11 +314,15 @@ class Trace(TorchDispatchMode):
 
     def _written(self, outs: list[Tensor]) -> None:
         """Forget the states of other tensors in memory that has been written to."""
-        storages = {out.untyped_storage()._cdata for out in outs}
-        for tensor in list(self._facts):
-            if tensor.untyped_storage()._cdata in storages and not any(tensor is o for o in outs):
-                labels = self._facts[tensor].labels
-                self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
+        for storage in {out.untyped_storage()._cdata for out in outs}:
+            for tensor in [reference() for reference in self._in_memory[storage]]:
+                if tensor is not None and not any(tensor is out for out in outs):
+                    labels = self._facts[tensor].labels
+                    self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
+
+    def _remember_memory(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()._cdata
+        self._in_memory.setdefault(storage, []).append(WeakIdRef(tensor))
 
 
 def unknown_operation(trace: Trace, call: Call) -> list[Facts]:

@@ -161,7 +161,8 @@ def assert_known_values_stay(model, size, inputs):
         found.clear()
         with torch.no_grad():
             model(images(2, size, 1e3))
-        for (value, state), other in zip(run, found, strict=True):
+        # A run that was given up, because the program read a value, has left outputs as well.
+        for (value, state), other in zip(run[-len(found) :], found, strict=True):
             known = state != UNKNOWN
             torch.testing.assert_close(other[known], value[known], rtol=1e-9, atol=1e-12)
             assert not bool(other[state == ZERO].any())

@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 from parasparse.shrink.facts import (
-    KNOWN,
     UNKNOWN,
-    ZERO,
     Facts,
     everywhere,
     facts,
+    is_not_zero,
     lowest_along,
-    with_zeros,
 )  # fmt: skip
 from parasparse.shrink.labels import along, compact, varying
-from parasparse.shrink.rules.products import constants_of, depends_on_input, name_of, only_zeros
+from parasparse.shrink.rules.products import (
+    constants_of,
+    name_of,
+    only_zeros,
+    product_state,
+    sums_of,
+)  # fmt: skip
 from parasparse.shrink.tracing import Call, Product, Read, Rule, Trace
 
 
@@ -38,15 +42,18 @@ def _convolution(trace: Trace, call: Call) -> list[Facts]:
     if isinstance(bias, Tensor):
         _tie_or_pin(trace, rows, trace.labels(bias)[0] if trace.labels(bias) else None)
     padded = any(call.args[4]) or transposed
-    state, needs = _convolution_state(trace, x, w, groups, transposed, padded)
+    zero, known, needs = _convolution_state(trace, x, w, groups, transposed, padded)
     if bias is not None:
-        state = torch.minimum(state, trace.state(bias))
+        known = known & (trace.state(bias) != UNKNOWN)
     outs = torch.zeros(out.shape[1], dtype=torch.long) if rows is None else rows
     if columns is not None and inputs is not None:
         _read(trace, call, outs, columns, needs)
     kernel = w.shape[2:].numel() * (x if transposed else out)[0, 0].numel() * out.shape[0]
     trace.products.append(Product(kernel, outs, _inputs_of_one(columns, w.shape[in_dim])))
-    state = with_zeros(along(state, 1, out.shape), out)
+    channel = (1, -1, *[1] * (out.ndim - 2))
+    state = product_state(
+        call, zero.view(channel), known.view(channel), None if bias is None else bias.view(channel)
+    )
     return [facts([along(rows, 1, out.shape)] if rows is not None else [], state)]
 
 
@@ -56,13 +63,14 @@ def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, needs: Tensor
     padding, transposed, groups = call.args[4], call.args[6], call.args[8]
     channels = x.transpose(0, 1).flatten(1).t()
     constants = constants_of(channels, lowest_along(trace.state(x), 1)).view(groups, 1, -1)
-    each = constants.expand(groups, len(rows) // groups, -1).flatten(0, 1)
     trace.reads.append(
         Read(
             columns=columns.reshape(-1, needs.shape[1]),
             rows=rows,
             needs=needs,
-            constants=each if groups > 1 else constants[0],
+            constants=constants.expand(-1, len(rows) // groups, -1).flatten(0, 1)
+            if groups > 1
+            else constants[0],
             weight=name_of(trace, w),
             summed=0 if transposed else 1,
             bias=name_of(trace, bias),
@@ -154,16 +162,21 @@ def _pinned(trace: Trace, call: Call) -> list[Facts]:
 
 def _convolution_state(
     trace: Trace, x: Tensor, w: Tensor, groups: int, transposed: bool, padded: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the state of each output channel, and which weights are needed: (O, I / groups)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which output channels are 0, which are known, and which weights are needed.
+
+    The last are (O, I / groups).
+    """
     x_state, w_state = lowest_along(trace.state(x), 1), compact(trace.state(w))
     x_state = only_zeros(x_state) if padded else x_state
-    w_state = w_state.flatten(2).amin(2).expand(w.shape[:2])
+    w_state = w_state.flatten(2)
+    w_state = (w_state.amin(2) if w_state.shape[2] > 1 else w_state[..., 0]).expand(w.shape[:2])
     w_state = w_state.t() if transposed else w_state
-    each = x_state.view(groups, 1, -1).expand(groups, w_state.shape[0] // groups, -1)
-    each = each.reshape(w_state.shape)
-    state = torch.where(depends_on_input(each, w_state, 1).squeeze(1), UNKNOWN, KNOWN)
-    return state.to(torch.uint8), w_state != ZERO
+    each = x_state.view(groups, 1, -1)
+    if groups > 1:
+        each = each.expand(-1, w_state.shape[0] // groups, -1)
+    zero, depends = sums_of(each.reshape(-1, w_state.shape[1]), w_state, 1)
+    return zero.squeeze(1), ~depends.squeeze(1), is_not_zero(w_state)
 
 
 def _inputs_of_one(columns: Tensor | None, size: int) -> Tensor:

@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts, with_zeros
+from parasparse.shrink.facts import (
+    KNOWN,
+    UNKNOWN,
+    Facts,
+    everywhere,
+    facts,
+    lowest_of,
+    with_zeros,
+    zero_where,
+)  # fmt: skip
 from parasparse.shrink.labels import fixed_along, varies, varying
 from parasparse.shrink.tracing import Call, Rule, Trace
 
@@ -93,19 +102,17 @@ def _meet_fixed(
 
 
 def _state(trace: Trace, call: Call, out: Tensor, shape: torch.Size) -> Tensor:
-    states = [trace.state(t).expand(shape) for t in call.tensors()]
+    states = [trace.state(t) for t in call.tensors()]
     if call.name in RANDOM or not states:
         return everywhere(UNKNOWN if call.name in RANDOM else KNOWN, shape)
-    known = states[0]
-    for state in states[1:]:
-        known = torch.minimum(known, state)
+    known = lowest_of(states, shape)
     if out.shape == shape:
         known = with_zeros(known, out)
     if call.name.removesuffix("_") in ("mul", "bitwise_and", "logical_and"):
         for state in states:
-            known = torch.where(state == ZERO, state, known)
+            known = zero_where(known, state)
     if call.name.removesuffix("_") == "div" and isinstance(call.args[0], Tensor):
-        known = torch.where(states[0] == ZERO, states[0], known)
+        known = zero_where(known, states[0])
     return known
 
 
@@ -120,7 +127,7 @@ def _filled(trace: Trace, call: Call) -> list[Facts]:
     (out,) = call.outs()
     state = with_zeros(everywhere(KNOWN, out.shape), out)
     for tensor in call.tensors()[1:]:
-        state = torch.minimum(state, trace.state(tensor).expand(out.shape))
+        state = lowest_of([state, trace.state(tensor)], out.shape)
     return [Facts(trace.labels(call.args[0]), state)]
 
 

@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import KNOWN, UNKNOWN, Facts, everywhere, facts, lowest_along, worst
+from parasparse.shrink.facts import (
+    KNOWN,
+    UNKNOWN,
+    Facts,
+    everywhere,
+    facts,
+    lowest_along,
+    lowest_of,
+    worst,
+)  # fmt: skip
 from parasparse.shrink.labels import fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
@@ -73,7 +82,7 @@ def _picked(
         for label in trace.labels(tensor):
             trace.ties.pin(label, "used as an index")
     others = lowest(trace, call.tensors()[1:])
-    state = torch.minimum(run(state), everywhere(others, out.shape))
+    state = lowest_of([run(state), everywhere(others, out.shape)], out.shape)
     return facts(labels, state)
 
 

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from parasparse.shrink.facts import (
-    KNOWN,
     UNKNOWN,
-    ZERO,
     Facts,
     facts,
+    is_not_zero,
     lowest_along,
-    with_zeros,
 )  # fmt: skip
 from parasparse.shrink.labels import compact, varies, varying
 from parasparse.shrink.rules.elementwise import along_all, merge
-from parasparse.shrink.rules.products import constants_of, depends_on_input, name_of, only_zeros
+from parasparse.shrink.rules.products import (
+    constants_of,
+    name_of,
+    only_zeros,
+    product_state,
+    sums_of,
+)  # fmt: skip
 from parasparse.shrink.tracing import Call, Product, Read, Rule, Trace
 
 
@@ -53,7 +57,7 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
         merge(trace, labels, label.narrow(-1, 0, 1).expand(out.shape))
     for label in w_other:
         merge(trace, labels, label.narrow(-2, 0, 1).expand(out.shape))
-    state = _product_state(trace, x, w, bias, out)
+    state = _product_state(trace, call, x, w, bias)
     return [facts(_with_bias(trace, labels, bias, out), state)]
 
 
@@ -92,7 +96,7 @@ def _read(trace: Trace, x: Tensor, w: Tensor, over: Tensor, rows: list[Tensor], 
     size = w.shape[-1]
     pure = [label for label in rows if varying(label) == (w.ndim - 1,)]
     state = lowest_along(trace.state(x), x.ndim - 1)
-    needs = compact(trace.state(w)) != ZERO
+    needs = is_not_zero(compact(trace.state(w)))
     needs = needs if w.ndim == 2 else needs.flatten(0, -3).any(0)
     name, summed = _stored(trace, w)
     trace.reads.append(
@@ -139,16 +143,16 @@ def _with_bias(trace: Trace, labels: list[Tensor], bias: Any, out: Tensor) -> li
     return labels
 
 
-def _product_state(trace: Trace, x: Tensor, w: Tensor, bias: Any, out: Tensor) -> Tensor:
+def _product_state(trace: Trace, call: Call, x: Tensor, w: Tensor, bias: Any) -> Tensor:
     """Return which sums do not depend on the input: those whose terms are all known or ZERO."""
     rows = compact(trace.state(x)).amin(-2, keepdim=True).transpose(-1, -2)
     if not (trace.leaf(w) or trace.leaf(w._base)):  # perhaps a sum over the places of a sequence
         rows = only_zeros(rows)
-    free = depends_on_input(rows, compact(trace.state(w)), -2)
-    state = torch.where(free, UNKNOWN, KNOWN).to(torch.uint8).expand(out.shape)
+    zero, depends = sums_of(rows, compact(trace.state(w)), -2)
+    known = ~depends
     if isinstance(bias, Tensor):
-        state = torch.minimum(state, trace.state(bias).expand(out.shape))
-    return with_zeros(state, out)
+        known = known & (compact(trace.state(bias)) != UNKNOWN)
+    return product_state(call, zero, known, bias)
 
 
 MATRIX_PRODUCTS: dict[str, Rule] = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product)

@@ -38,6 +38,18 @@ def _moved(run: Callable[..., Any]) -> Rule:
     return rule
 
 
+def _turned(run: Callable[..., Any]) -> Rule:
+    """Return the rule of an operation after which labels that were tidy are so, and as many."""
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        x, (out,) = call.args[0], call.outs()
+        labels = [run(label, *call.args[1:], **call.kwargs) for label in trace.labels(x)]
+        state = run(trace.state(x), *call.args[1:], **call.kwargs)
+        return [Facts(tuple(labels), state.expand(out.shape))]
+
+    return rule
+
+
 def _checked(run: Callable[..., Any]) -> Rule:
     """Return the rule of an operation that takes pieces whose sizes or places are numbers."""
     move = _moved(run)
@@ -244,10 +256,10 @@ MOVEMENTS: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape"), _moved(_viewed)),
     **dict.fromkeys(("clone", "alias", "detach", "_to_copy", "contiguous", "lift_fresh", "lift",
                      "lift_fresh_copy", "_conj", "conj", "resolve_conj"),
-                    _moved(_same)),
-    "permute": _moved(torch.permute), "transpose": _moved(torch.transpose),
-    "t": _moved(torch.t), "unsqueeze": _moved(torch.unsqueeze), "squeeze": _squeezed,
-    "expand": _moved(lambda t, sizes, **_: t.expand(sizes)),
+                    _turned(_same)),
+    "permute": _turned(torch.permute), "transpose": _turned(torch.transpose),
+    "t": _turned(torch.t), "unsqueeze": _turned(torch.unsqueeze), "squeeze": _squeezed,
+    "expand": _turned(lambda t, sizes, **_: t.expand(sizes)),
     "flip": _moved(torch.flip), "pixel_shuffle": _shuffled(torch.pixel_shuffle),
     "unfold": _shifted(lambda t, *a: t.unfold(*a), lambda call: [call.args[1]]),
     "diagonal": _shifted(torch.diagonal, lambda call: [call.arg(2, "dim1", 0),

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO
-from parasparse.shrink.tracing import Trace
+from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, with_zeros
+from parasparse.shrink.tracing import Call, Trace
 
 
 def constants_of(x: Tensor, state: Tensor) -> Tensor:
     """Return the value of each column of `x` if it is the same whatever the input is, or NaN."""
     kind = torch.complex128 if x.is_complex() else torch.float64
     values = torch.full((x.shape[-1],), torch.nan, dtype=kind)
-    known = (state != UNKNOWN).nonzero().flatten()
+    values[state == ZERO] = 0.0
+    known = (state == KNOWN).nonzero().flatten()
     if x.is_meta or not len(known):
-        values[state == ZERO] = 0.0
         return values
     columns = x[:, known.to(x.device)].cpu().to(kind)
     # A kernel computes the last entries of a row by other instructions, which may round otherwise.
@@ -41,18 +41,48 @@ def only_zeros(state: Tensor) -> Tensor:
     return torch.where(state == KNOWN, UNKNOWN, state).to(torch.uint8)
 
 
-def depends_on_input(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Return which sums over `dim` of products depend on the input, with that dimension of size 1.
+def sums_of(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return which sums over `dim` of products are 0, and which depend on the input.
 
     Args:
         a: states of the one operand.
-        b: states of the other one, often of a large weight: so this passes over them twice.
-        dim: the dimension.
+        b: states of the other one, often of a large weight: so few passes are made over them.
+        dim: the dimension, of size 1 in the results.
     """
     if not a.numel() or not b.numel():
-        return torch.zeros_like((a + b).sum(dim, keepdim=True), dtype=torch.bool)
+        nothing = torch.zeros_like((a + b).sum(dim, keepdim=True), dtype=torch.bool)
+        return ~nothing, nothing
+    zero = torch.maximum(b, a).amin(dim, keepdim=True) == ZERO
+    has_unknown = int(b.amin()) == UNKNOWN
+    if not has_unknown and not bool((a == KNOWN).any()):
+        return zero, ~zero
     known = (a != UNKNOWN).to(torch.uint8) * ZERO
     depends = torch.maximum(b, known).amin(dim, keepdim=True) != ZERO
-    if int(b.amin()) == UNKNOWN:
+    if has_unknown:
         depends = depends | ((a != ZERO) & (b == UNKNOWN)).any(dim, keepdim=True)
-    return depends
+    return zero, depends
+
+
+def product_state(call: Call, zero: Tensor, known: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the state of a product, and compute the entries of a stand-in that are known.
+
+    Args:
+        call: the product.
+        zero: whether the products that are summed up are all 0; broadcasts to the result.
+        known: whether the result does not depend on the input, of the shape of `zero`.
+        bias: what is added, of a shape that broadcasts to that of the result.
+    """
+    (out,) = call.outs()
+    if bias is not None:
+        known = known.expand(torch.broadcast_shapes(known.shape, bias.shape))
+    state = torch.where(known, KNOWN, UNKNOWN).to(torch.uint8)
+    if not call.is_stand_in or not bool(known.any()):
+        return with_zeros(state.expand(out.shape), out)
+    if bool((known & ~zero).any()):
+        out.copy_(call.function(*call.args))
+        return with_zeros(state.expand(out.shape), out)
+    out.mul_((~known).to(out))
+    if bias is None:
+        return (state * ZERO).expand(out.shape)
+    out.add_(torch.where(known.to(out.device), bias, 0))
+    return with_zeros(state, bias.expand(state.shape)).expand(out.shape)

@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere, facts, with_zeros, worst
-from parasparse.shrink.labels import along, varies, varying
+from parasparse.shrink.facts import (
+    KNOWN,
+    UNKNOWN,
+    ZERO,
+    Facts,
+    everywhere,
+    facts,
+    lowest_of,
+    with_zeros,
+    worst,
+)  # fmt: skip
+from parasparse.shrink.labels import along, compact, varies, varying
 from parasparse.shrink.means import RMS_NORMS
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
@@ -110,7 +120,7 @@ def _glu(trace: Trace, call: Call) -> list[Facts]:
             label = label.narrow(dim, 0, 1).expand(out.shape)
         labels.append(label)
     a, b = trace.state(x).chunk(2, dim)
-    return [facts(labels, with_zeros(torch.minimum(a, b), out))]
+    return [facts(labels, with_zeros(lowest_of([a, b], out.shape), out))]
 
 
 def _batch_norm(trace: Trace, call: Call) -> list[Facts]:
@@ -122,11 +132,12 @@ def _batch_norm(trace: Trace, call: Call) -> list[Facts]:
     state = worst(trace.state(x), [d for d in range(x.ndim) if d != 1], x.shape)
     _tie_channels(trace, x, per_channel, 1)
     for tensor in per_channel:
-        state = torch.minimum(state, along(trace.state(tensor).contiguous(), 1, x.shape))
+        state = lowest_of([state, along(trace.state(tensor).contiguous(), 1, x.shape)], x.shape)
     weight = call.args[1]
     if isinstance(weight, Tensor):
         gains = along(trace.state(weight).contiguous(), 1, x.shape)
-        state = torch.where(gains == ZERO, torch.ones_like(state), state)
+        state = torch.where(compact(gains) == ZERO, KNOWN, compact(state)).to(torch.uint8)
+        state = state.expand(x.shape)
     return [facts(list(trace.labels(x)), with_zeros(state, out))] + [
         Facts((), everywhere(UNKNOWN, o.shape)) for o in rest
     ]

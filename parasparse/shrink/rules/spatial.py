@@ -40,7 +40,7 @@ def _resized(trace: Trace, call: Call) -> list[Facts]:
         for dim in range(min(x.ndim, out.ndim)):
             if state.shape[dim] != out.shape[dim]:
                 state = fixed_along(state, dim, out.shape[dim])
-        found.append(facts(labels, with_zeros(torch.minimum(state, torch.ones_like(state)), out)))
+        found.append(facts(labels, with_zeros(state, out)))
     return found
 
 
