@@ -145,7 +145,8 @@ class Means:
         return self._gains.get(tensor) if name is None else _Gain(name, 0.0)
 
     def _gain_after(self, name: str, call: Any) -> _Gain | None:
-        gain, number = self._gain(call.args[0]) if call.args else None, _number(call)
+        first, number = call.args[0], _number(call)
+        gain = self._gain(first) if isinstance(first, Tensor) else None
         if gain is not None and name in _ALIKE:
             return gain
         if gain is not None and name == "add" and number is not None:

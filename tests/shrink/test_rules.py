@@ -124,6 +124,9 @@ STAY = {
     "softmax": lambda self, x: x.softmax(-1),
     "variance": lambda self, x: x * x.var(-1, keepdim=True),
     "positions": lambda self, x: x * torch.arange(8.0),
+    "as many matrices": lambda self, x: (x.permute(2, 0, 1) @ torch.ones(8, 4, 4).to(x)).permute(
+        1, 2, 0
+    ),
     "Fourier": lambda self, x: torch.fft.fft(x).real,
 }
 
@@ -177,6 +180,7 @@ FEW = {  # one channel is left
     "expanded like another": (expanded, 16),
     "pixel shuffle": (lambda self, x: (F.pixel_shuffle(x.mT.unsqueeze(-1), 2), x)[1], 8),
     "channel shuffle": (lambda self, x: F.channel_shuffle(x.mT.unsqueeze(-1), 2)[..., 0].mT, 8),
+    "parameters put together": (lambda self, x: (torch.cat([self.two.bias] * 2), x)[1], 8),
     "squeezed": (lambda self, x: x.unsqueeze(1).squeeze(), 8),
     "halves": (lambda self, x: (x.split(x.shape[-1] // 2, -1), x)[1], 8),
     "second half": (lambda self, x: x + x[..., x.shape[-1] // 2 :].amax(-1, True), 8),

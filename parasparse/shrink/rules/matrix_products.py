@@ -36,6 +36,8 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
         if here and not there and x.shape[-1] > 1:
             for label in here:
                 trace.ties.pin(label, "multiplied by a tensor whose size stays")
+    for one, other in ((x, w), (w, x)):
+        _keep_batches(trace, one, other)
     for a in x_over:
         for b in w_over:
             trace.ties.tie(_ids(trace, a, -1), _ids(trace, b, -2))
@@ -59,6 +61,16 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
         merge(trace, labels, label.narrow(-2, 0, 1).expand(out.shape))
     state = _product_state(trace, call, x, w, bias)
     return [facts(_with_bias(trace, labels, bias, out), state)]
+
+
+def _keep_batches(trace: Trace, x: Tensor, other: Tensor) -> None:
+    """Keep what varies over the matrices of `x` if `other` would not have fewer matrices."""
+    if x.ndim < 3 or other.stride(0) == 0:  # one matrix, repeated as often as needed
+        return
+    if not any(varies(label, 0) for label in trace.labels(other)):
+        for label in trace.labels(x):
+            if varies(label, 0):
+                trace.ties.pin(label, "multiplied by a tensor whose size stays")
 
 
 def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[Tensor]]:
