@@ -239,12 +239,12 @@ def from_transformers(
     cls = model_class(CONFIG_MAPPING[name])
     config = default(CONFIG_MAPPING[name])
     found["class"] = cls.__name__
-    if hasattr(config, "experts_implementation"):
-        config.experts_implementation = "eager"
     found["small"], model, inputs = smallest(cls, config, found)
     found["kind"] = kind(model, config)
     if inputs is None:
         raise LookupError("no inputs are known")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the default is not there in float64
     twice = {n: torch.cat([t, t.flip(-1)]) if t.ndim > 1 else t for n, t in inputs.items()}
     longer = {n: torch.cat([t, t], 1) if t.ndim == 2 else t for n, t in inputs.items()}
     return model, inputs, [twice, longer]
