@@ -44,6 +44,7 @@ from parasparse.verbs.dense_gradients import DenseGradients, dense_gradients
 from parasparse.verbs.deploy import deploy_masks
 from parasparse.verbs.frozen import frozen
 from parasparse.verbs.masks import is_sparse, mask_of, named_masks, penalty, stored
+from parasparse.verbs.materialize import materialize
 from parasparse.verbs.plan import Plan, PlanRow, plan
 from parasparse.verbs.sparsify import sparsify
 from parasparse.verbs.squash import squash, unsparsify
@@ -59,8 +60,8 @@ __all__ = [
     "accelerate", "accelerated", "binarize", "binarize_masks", "compact", "coupled",
     "dense_gradients", "dense_state_dict", "deploy_masks", "distributed", "distributions",
     "expand", "frozen", "gates", "is_sparse", "load_packed", "load_state_dict", "mask_of",
-    "moves", "named_masks", "optim", "pack", "patterns", "penalty", "plan", "plan_shrink",
-    "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "materialize", "moves", "named_masks", "optim", "pack", "patterns", "penalty", "plan",
+    "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
     "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
     "summary", "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Prune:
             return {n: self._mask({n: self._score(t, n)})[n] for n, t in tensors.items()}
         if self.scope == "global":
             return self._ranked(tensors, self.sparsity)
-        shares = self._shares(tensors, self.sparsity)
+        shares = self.shares(tensors)
         return {n: self._ranked({n: t}, shares[n])[n] for n, t in tensors.items()}
 
     def _ranked(self, tensors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -120,8 +120,9 @@ class Prune:
             sparsity = bounded(total, sparsity, self.max_sparsity)
         return highest_by_entry(tensors, score, sparsity, max_sparsity=self.max_sparsity)
 
-    def _shares(self, tensors: dict[str, Tensor], sparsity: float) -> Mapping[str, float]:
-        """Return the sparsity of each of `tensors`."""
+    def shares(self, tensors: Mapping[str, Any]) -> Mapping[str, float]:
+        """Return the sparsity of each of `tensors`, which have a shape, for scope "local"."""
+        sparsity = self.sparsity or 0.0
         if self.distribution is None:
             return dict.fromkeys(tensors, sparsity)
         shares = self.distribution({n: t.shape for n, t in tensors.items()}, sparsity)

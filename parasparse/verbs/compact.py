@@ -143,6 +143,11 @@ def _check(target: Target) -> None:
             f'"{target.name}" must be an ordinary Parameter below its mask to become compact; it '
             f"is {what}. Leave it out of `targets`."
         )
+    if any(tensor.is_meta for tensor in target.originals()):
+        raise RuntimeError(
+            f'"{target.name}" is on the meta device, so it has no values to keep. Call '
+            "`materialize` instead of `sparsify` and `compact`, or load a checkpoint first."
+        )
 
 
 def _check_optimizer(optimizer: Any, chosen: list[Target]) -> None:

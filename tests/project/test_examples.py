@@ -132,3 +132,13 @@ def test_the_pictures_of_the_documentation_are_drawn(tmp_path, run):
     assert min(accuracies) > 0.9  # a tenth by chance
     names = {path.name for path in (EXAMPLES.parent / "docs" / "images").glob("*.png")}
     assert {path.name for path in tmp_path.glob("*.png")} == names
+
+
+def test_a_network_from_meta_is_trained_by_set(mnist, run):
+    arguments = ["--neurons", 2000, "--steps", 3]
+    for data in ([], ["--data", mnist]):
+        shown = run("million_neurons", *arguments, *data)
+        assert "2,011 neurons" in shown
+        assert "dense weights would have" in shown
+        assert "step 3/3: loss" in shown
+        assert "peak memory" in shown
