@@ -19,6 +19,7 @@ from parasparse.acceleration.saved_choices import SavedChoices, checked_names, c
 from parasparse.acceleration.table import Acceleration
 from parasparse.acceleration.weight.sparse_weight import ON_CPU
 from parasparse.attach.accelerated import is_accelerated
+from parasparse.attach.compacted import check_not_compact
 from parasparse.sharding.dtensors import is_dtensor
 from parasparse.targets.tensors import Target, masked_tensors_of
 from parasparse.text import listed, nearest
@@ -54,7 +55,8 @@ def accelerate(
         ValueError: no weight is at least half zeros or has channels of zeros; a format, or a weight
             of the plan, is not known; masked weights with `keep_dense=False`.
         TypeError: such a weight on a CPU is not float32 or float64.
-        RuntimeError: the model is accelerated already; a mask is not set; weights are DTensors.
+        RuntimeError: the model is accelerated already; a mask is not set; weights are compact or
+            DTensors.
 
     Examples:
         >>> model = sparsify(nn.Linear(64, 64), 0.95)
@@ -65,6 +67,7 @@ def accelerate(
         raise RuntimeError(
             "`model` must not be accelerated already. Call parasparse.restore(model) first."
         )
+    check_not_compact(model, "`accelerate`", ", or parasparse.squash(model)")
     if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise RuntimeError(
             "`model` must not be sharded over processes. Gather its weights into a dense model "

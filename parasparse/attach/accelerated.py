@@ -1,11 +1,15 @@
 """The sparse weights of accelerated models, and the check that refuses changes meanwhile."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class StandIn(torch.Tensor):
     """A tensor that replaces a weight and implements its own multiplication."""
+
+    def plain(self) -> Tensor:
+        """Return the dense values as a plain tensor."""
+        raise NotImplementedError
 
 
 def is_accelerated(model: nn.Module) -> bool:

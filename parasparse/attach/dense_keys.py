@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from parasparse import names
+from parasparse.attach.compact_keys import to_compact, to_masked
 from parasparse.attach.reading import masked_stacks, stacks_of
+from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.masks import protocol
 from parasparse.sharding.dtensors import PLAIN
 
@@ -30,23 +32,25 @@ def _is_ours(hook: Any) -> bool:
 
 
 def accept_dense_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: object
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any
 ) -> None:
     """Rename the keys of other formats in `state_dict` to those of `module` (a load pre-hook).
 
     `weight` and `weight_orig` become the stored tensor, `weight_mask` and `mask` the mask; see
-    `parasparse.names`. Tensors that are missing beside a dense value stay, such as the mask. But a
-    mask on the meta device, which has no values, is unset when values are assigned.
+    `parasparse.names`. Masked and dense weights become compact ones, or the reverse, as `module`
+    has them. Tensors that are missing beside a dense value stay, such as the mask. But a mask on
+    the meta device, which has no values, is unset when values are assigned.
     """
     used: dict[str, None] = {}
     for name, stack in masked_stacks(module):
         inside = names.inside(f"{prefix}{name}")
-        mask_key = f"{inside}{len(stack) - 1}.mask"
+        mask_key = f"{inside}{0 if stack.is_compact else len(stack) - 1}.mask"
         for key in _mask_keys(f"{prefix}{name}"):
             own = key.removeprefix(prefix)
             if key in state_dict and key == prefix + own and not _owns(module, own):
                 state_dict[mask_key] = state_dict[key]
                 used[key] = None  # kept until the other component of a pair has read it
+        _change_format(stack, state_dict, f"{prefix}{name}", *rest[3:])
         if f"{inside}original" in state_dict:  # some modules write the plain key as well
             state_dict.pop(f"{prefix}{name}", None)
         for key in (f"{prefix}{name}", f"{prefix}{name}_orig"):
@@ -64,6 +68,20 @@ def accept_dense_keys(
         del state_dict[key]
     if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict:
         _store_early(module, state_dict, prefix)
+
+
+def _change_format(
+    stack: MaskedParametrizationList, state_dict: dict[str, Any], name: str, error_msgs: list[str]
+) -> None:
+    """Make a masked or dense weight compact, or a compact one masked, if `stack` is so."""
+    inside = names.inside(name)
+    try:
+        if stack.is_compact:
+            to_compact(state_dict, inside, name, stack[0])  # type: ignore[arg-type]
+        elif len(stack) == 1:
+            to_masked(state_dict, inside, stack.original.shape)
+    except (ValueError, TypeError, RuntimeError) as error:
+        error_msgs.append(f'While loading "{name}": {error}')
 
 
 def _store_early(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

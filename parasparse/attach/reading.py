@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +36,14 @@ def stored(module: nn.Module, name: str) -> Tensor:
         return getattr(module, f"{name}_orig")  # type: ignore[no-any-return]
     with evaluating(stack):
         return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def shape(module: nn.Module, name: str) -> torch.Size:
+    """Return the shape of tensor `name` of `module`. A compact weight is not made dense for it."""
+    stack: Any = stack_of(module, name)
+    if isinstance(stack, MaskedParametrizationList) and stack.is_compact:
+        return stack[0].shape  # type: ignore[return-value]
+    return stored(module, name).shape
 
 
 def effective(module: nn.Module, name: str) -> Tensor:

@@ -28,7 +28,7 @@ def binarize_masks(
 
     Raises:
         ValueError: a key of `masks` names no weight of `state_dict`, or one that another key names;
-            or a mask that is not 0 or 1 lies over another parametrization.
+            or a mask that is not 0 or 1 lies over another parametrization; or a weight is compact.
         RuntimeError: a mask's shape does not match.
 
     Examples:
@@ -92,6 +92,11 @@ def _product(name: str, mask: Any, state: Mapping[str, Any]) -> Tensor:
     if not others - {"original", "0.mask"}:
         full = as_mask(mask, weight.shape, weight.dtype).to(weight.device)
         return apply_mask(weight.detach(), laid_out_like(full, weight))
+    if {"0.starts", "0.columns"} <= others:
+        raise ValueError(
+            f'"{names.dense_name(name)}" is compact, so its shape is not known. Give '
+            "`dense_state_dict(model)` instead of the state of the compact model."
+        )
     values = torch.as_tensor(mask)
     if not bool(((values == 0) | (values == 1)).all()):
         raise ValueError(

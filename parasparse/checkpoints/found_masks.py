@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse import names
+from parasparse.attach.compact_keys import to_masked
 from parasparse.masks.mask import Mask
 from parasparse.rules.treatments import Fixed
 from parasparse.sharding.dtensors import is_dtensor
@@ -38,6 +39,20 @@ def attach_found(model: nn.Module, state: dict[str, Any]) -> list[str]:
     if joint or single:
         _set_values(model, {k: v for k, v in state.items() if k in found or names.is_own_mask(k)})
     return [*joint, *single]
+
+
+def mask_compact_entries(model: nn.Module, state: dict[str, Any]) -> None:
+    """Replace compact weights in `state` by masked ones where those of `model` are dense.
+
+    Raises:
+        RuntimeError: the weights do not fit.
+    """
+    for target in tensors_of(model):
+        for name in () if target.masks() else target.names:
+            try:
+                to_masked(state, names.inside(name), target.shape)
+            except ValueError as error:
+                raise RuntimeError(f'"{name}" cannot be loaded: {error}') from error
 
 
 def _set_values(model: nn.Module, masks: Mapping[str, Any]) -> None:

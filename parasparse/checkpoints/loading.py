@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parasparse import names
-from parasparse.checkpoints.found_masks import attach_found
+from parasparse.checkpoints.found_masks import attach_found, mask_compact_entries
 from parasparse.files.headers import FORMAT
 from parasparse.sharding.dtensors import is_dtensor
 from parasparse.sharding.fsdp import is_sharded
@@ -18,13 +18,13 @@ def load_state_dict(
 ) -> Any:
     """Attach the masks of `state_dict` and load it; return the missing and unexpected keys.
 
-    Reads dense and masked checkpoints, also of torch.nn.utils.prune (`weight_orig`, `weight_mask`)
-    and cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None unsets). The
-    prefixes of torch.compile, FSDP and activation checkpointing do not matter, and neither does
-    DDP's `module.` if all keys, of the checkpoint or of the model, start with it.
+    Reads dense, masked and compact checkpoints, also of torch.nn.utils.prune (`weight_orig`,
+    `weight_mask`) and cplxmodule (`weight`, or `weight.real` and `weight.imag`, with `mask`; None
+    unsets). The prefixes of torch.compile, FSDP and activation checkpointing do not matter, and
+    neither does DDP's `module.` if all keys, of the checkpoint or of the model, start with it.
 
     Args:
-        model: dense or with masks; changed in place.
+        model: dense or with masks; changed in place. Weights that are compact stay so.
         state_dict: not changed.
         strict: see `torch.nn.Module.load_state_dict`.
         assign: see `torch.nn.Module.load_state_dict`.
@@ -58,6 +58,7 @@ def load_state_dict(
         )
     spelled = names.spelled_like(state, model.state_dict())
     state = {spelled[key]: value for key, value in state.items()}
+    mask_compact_entries(model, state)
     attached = attach_found(model, state)
     try:
         return model.load_state_dict(state, strict=strict, assign=assign)

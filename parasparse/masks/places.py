@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Places(nn.Module):
     def __init__(self, starts: Tensor, columns: Tensor, shape: torch.Size) -> None:
         super().__init__()
         self.shape = shape
+        self._parts: dict[tuple[int, ...], list[Places]] = {}
         for name in ("starts", "columns", "column_starts", "rows", "order"):
             self.register_buffer(name, None, persistent=name in ("starts", "columns"))
         self.put_(starts, columns)
@@ -52,11 +54,12 @@ class Places(nn.Module):
         """Replace all places."""
         outputs, inputs = self.matrix_shape
         dtype = _index_dtype(max(len(columns), outputs, inputs))
-        rows = torch.arange(outputs, device=starts.device).repeat_interleave(starts.diff())
+        rows = _rows(starts, len(columns))
         order = columns.argsort(stable=True)
         self.starts, self.columns = starts.to(dtype), columns.to(dtype)
         self.column_starts = _starts(columns[order], inputs).to(dtype)
         self.rows, self.order = rows[order].to(dtype), order.to(dtype)
+        self._parts = {}
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -71,22 +74,22 @@ class Places(nn.Module):
         return self.starts, self.columns, self.column_starts, self.rows, self.order
 
     def parts(self, sizes: tuple[int, ...]) -> list[Places]:
-        """Return the places of `sizes` outputs each."""
-        starts = [int(self.starts[sum(sizes[:i])]) for i in range(len(sizes) + 1)]
-        return [
-            Places(
-                self.starts[sum(sizes[:i]) : sum(sizes[: i + 1]) + 1] - starts[i],
-                self.columns[starts[i] : starts[i + 1]],
-                torch.Size((size, *self.shape[1:])),
-            )
-            for i, size in enumerate(sizes)
-        ]
+        """Return the places of `sizes` outputs each, which are computed once."""
+        if sizes not in self._parts:
+            starts = [int(self.starts[sum(sizes[:i])]) for i in range(len(sizes) + 1)]
+            self._parts[sizes] = [
+                Places(
+                    self.starts[sum(sizes[:i]) : sum(sizes[: i + 1]) + 1] - starts[i],
+                    self.columns[starts[i] : starts[i + 1]],
+                    torch.Size((size, *self.shape[1:])),
+                )
+                for i, size in enumerate(sizes)
+            ]
+        return self._parts[sizes]
 
     def positions(self) -> Tensor:
         """Return the position of each entry in the flattened weight, int64 and sorted."""
-        outputs, inputs = self.matrix_shape
-        rows = torch.arange(outputs, device=self.starts.device)
-        return rows.repeat_interleave(self.starts.diff()) * inputs + self.columns
+        return _rows(self.starts, len(self)) * self.matrix_shape[1] + self.columns
 
     def mask(self) -> Tensor:
         """Return a bool tensor of the weight's shape, True at the places."""
@@ -98,13 +101,68 @@ class Places(nn.Module):
         dense = values.new_zeros(self.shape.numel())
         return dense.index_copy(0, self.positions(), values).view(self.shape)
 
+    def traced(self, values: Tensor) -> Tensor:
+        """Return the dense weight by operations that every exporter knows, though more slowly."""
+        order = self.order.long()
+        positions = self.rows.long() * self.matrix_shape[1] + self.columns[order]
+        dense = values.new_zeros(self.shape.numel())
+        return dense.index_copy(0, positions, values[order]).view(self.shape)
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the values of a dense weight at the places."""
         return weight.flatten()[self.positions()]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._parts = {}  # they are on the old device
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Only report keys: the list of parametrizations loads values and places together."""
+        _, strict, missing_keys, unexpected_keys, _ = rest
+        own = [f"{prefix}{name}" for name in ("starts", "columns")]
+        if strict:
+            missing_keys += [key for key in own if key not in state_dict]
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in own]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": {}}
+
     def extra_repr(self) -> str:
         """Return the number of entries and the shape."""
         return f"{len(self)} of {tuple(self.shape)}"
+
+
+def check_places(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError if these cannot be the values and places of a weight of `shape`."""
+    outputs, inputs = shape[0], shape[1:].numel()
+    shapes = [tuple(tensor.shape) for tensor in (values, starts, columns)]
+    kept = values.numel()
+    if shapes != [(kept,), (outputs + 1,), (kept,)]:
+        raise ValueError(
+            f"a compact weight of shape {tuple(shape)} must have `starts` of shape "
+            f"({outputs + 1},), and as many `columns` as values; got {shapes[1]} starts, "
+            f"{shapes[2]} columns and {shapes[0]} values."
+        )
+    if starts.is_meta or columns.is_meta:
+        return
+    counts = starts.diff()
+    good = int(starts[0]) == 0 and int(starts[-1]) == kept and bool((counts >= 0).all())
+    if good and kept:
+        inside = int(columns.min()) >= 0 and int(columns.max()) < inputs
+        positions = _rows(starts, kept) * inputs + columns
+        good = inside and bool((positions.diff() > 0).all())
+    if not good:
+        raise ValueError(
+            f"the places of a compact weight of shape {tuple(shape)} must be in it, row by row and "
+            "each once; the checkpoint is damaged, or made for another shape."
+        )
+
+
+def _rows(starts: Tensor, kept: int) -> Tensor:
+    """Return the row of each of `kept` entries, int64."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    # With the size, torch.compile can trace it, and an accelerator need not wait.
+    return rows.repeat_interleave(starts.diff(), output_size=kept)
 
 
 def _starts(sorted_numbers: Tensor, count: int) -> Tensor:

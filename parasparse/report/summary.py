@@ -27,11 +27,12 @@ class SummaryRow:
         pattern: recognised patterns of the mask, separated by commas: "dense", "empty",
             "channel(dim)" ("in runs of k": heads of size k), "block(a x b)", "n:m" (along dimension
             1, or "along dim"), "nearly_diagonal(k)", "unstructured"; "soft" or "real-valued" if it
-            is not bool; "custom" for your own mask module; "unset"; "unknown" on the meta device.
+            is not bool; "custom" for your own mask module; "unset"; "unknown" on the meta device
+            and for a compact weight of more than 2**28 entries.
         numel: number of entries.
         kept: number of entries whose mask is not 0; None if the mask is not set.
-        bytes_dense: bytes of the tensor alone.
-        bytes_now: bytes of the tensor and its mask.
+        bytes_dense: bytes of the dense tensor alone.
+        bytes_now: bytes of the tensor and its mask; of the values and their places if compact.
         bytes_packed: bytes of the packed tensor. This and the next two attributes are None unless
             example inputs are given.
         multiply_adds_dense: multiply-adds of the dense tensor in one call of the model; None if it
@@ -115,6 +116,7 @@ _COLUMNS: dict[str, Callable[[SummaryRow], str]] = {
     "bytes dense": lambda row: _number(row.bytes_dense),
     "bytes now": lambda row: _number(row.bytes_now),
 }
+_RECOGNISED = 2**28  # a larger mask may not fit into memory
 _ASKED = {
     "bytes packed": "bytes_packed",
     "mult-adds dense": "multiply_adds_dense",
@@ -166,11 +168,14 @@ def summary(model: nn.Module, example_inputs: Any = None, *, latency: bool = Fal
 
 
 def _row(target: Target, known: Mapping[Site, Payoff]) -> SummaryRow:
-    tensor = target.stored()
-    numel = tensor.numel() * len(target.components)
-    size = sum(site.stored().nbytes for site in target.firsts)
-    row = SummaryRow(target.name, tuple(tensor.shape), "", numel, numel, size, size)
-    row = _with_mask(row, target) if target.masks() else row
+    each = target.shape.numel()
+    numel = each * len(target.components)
+    size = sum(each * site.originals()[0].itemsize for site in target.firsts)
+    row = SummaryRow(target.name, tuple(target.shape), "", numel, numel, size, size)
+    if target.is_compact:
+        row = _with_places(row, target)
+    elif target.masks():
+        row = _with_mask(row, target)
     return _with_payoff(row, target, known) if known else row
 
 
@@ -183,6 +188,19 @@ def _with_mask(row: SummaryRow, target: Target) -> SummaryRow:
         pattern=_pattern(module, mask),
         kept=None if kept is None else kept * len(target.components),
         bytes_now=row.bytes_now + sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
+    )
+
+
+def _with_places(row: SummaryRow, target: Target) -> SummaryRow:
+    places = target.firsts[0].stack().below()[0]
+    kept = sum(site.originals()[0].numel() for site in target.firsts)
+    held = [*target.originals(), *places.buffers()]
+    mask = target.mask() if row.numel <= _RECOGNISED else None
+    return replace(
+        row,
+        pattern="unknown" if mask is None or mask.is_meta else ", ".join(recognised(mask)),
+        kept=kept,
+        bytes_now=sum(tensor.nbytes for tensor in held),
     )
 
 

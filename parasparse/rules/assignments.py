@@ -252,6 +252,11 @@ def _checked(
 def _check_replaceable(target: Target, result: Any) -> None:
     """Raise ValueError if `target` has a mask that `result` cannot replace."""
     masks = target.masks()
+    if target.is_compact:
+        raise ValueError(
+            f'"{target.name}" is compact: there are no values for entries that a new mask would '
+            "keep. Call parasparse.expand(model) first."
+        )
     soft = any(not isinstance(mask, Mask) for mask in masks)
     if masks and (soft or isinstance(result, nn.Module)):
         what = "a mask" if soft else type(result).__name__

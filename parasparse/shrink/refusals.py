@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parasparse.attach.accelerated import check_not_accelerated
+from parasparse.attach.compacted import check_not_compact
 from parasparse.attach.offloading import check_not_offloaded
 from parasparse.attach.older_hooks import legacy_hook, pruned_names
 from parasparse.attach.reading import masked_stacks, stacks_of
@@ -37,6 +38,7 @@ def check_shrinkable(model: object) -> list[Target]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
     check_not_accelerated(model)
+    check_not_compact(model, "`shrink`")
     for name, module in model.named_modules():
         _check_unwrapped(name, module)
         _check_parametrizations(name, module)

@@ -122,7 +122,12 @@ class Target:
     def has_bool_mask(self) -> bool:
         """Whether it has a plain bool mask."""
         module = self.masks()[0]
-        return isinstance(module, Mask) and module.is_bool
+        return self.is_compact or (isinstance(module, Mask) and module.is_bool)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether only its kept entries are stored."""
+        return any(stack.is_compact for part in self.stacks() for stack in part)
 
     def originals(self) -> list[Tensor]:
         """Return the stored tensors, each once."""
@@ -222,7 +227,7 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
         owners=tuple(owners),
         components=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
-        shape=entry.first().stored().shape,
+        shape=reading.shape(entry.first().module, entry.first().attr),
         paths=frozenset(path for name in names for path in ancestors(name)),
     )
 

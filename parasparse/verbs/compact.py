@@ -51,7 +51,7 @@ def compact(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = 
         torch.Size([10])
     """
     chosen = _chosen(model, targets)
-    chosen = [target for target in chosen if not _is_compact(target)]
+    chosen = [target for target in chosen if not target.is_compact]
     for target in chosen:
         _check(target)
     _check_optimizer(optimizer, chosen)
@@ -67,8 +67,8 @@ def compact(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = 
 def expand(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = None) -> nn.Module:
     """Undo `compact`: store dense weights with masks again.
 
-    The stored Parameter stays the same object and gets its dense shape back. Entries that the mask
-    drops are 0, as is their state in the optimizer.
+    The stored Parameter stays the same object and gets its dense shape back, contiguous. Entries
+    that the mask drops are 0, as is their state in the optimizer.
 
     Args:
         model: changed in place. Weights that are not compact do not change.
@@ -76,6 +76,7 @@ def expand(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = N
         optimizer: see `compact`.
 
     Raises:
+        RuntimeError: a weight is sharded, or the model is wrapped in DDP. The model is unchanged.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -83,26 +84,27 @@ def expand(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = N
         >>> model.parametrizations.weight.original.shape
         torch.Size([10, 10])
     """
-    chosen = [target for target in _chosen(model, targets) if _is_compact(target)]
+    chosen = [target for target in _chosen(model, targets) if target.is_compact]
     _check_optimizer(optimizer, chosen)
-    for target in chosen:
-        stack = target.firsts[0].stack()
+    for stack in (site.stack() for target in chosen for site in target.sites):
         assert isinstance(stack, CompactParametrizationList)
-        places = stack.places
-        _replace(target, places.forward, optimizer, _masked_list_of(places))
+        stack.check_whole()
+    for target in chosen:
+        expand_target(target, optimizer)
     return model
+
+
+def expand_target(target: Target, optimizer: Any = None) -> None:
+    """Store dense weights with a mask again."""
+    stack = target.firsts[0].stack()
+    assert isinstance(stack, CompactParametrizationList)
+    places = stack.places
+    _replace(target, places.forward, optimizer, _masked_list_of(places))
 
 
 def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
     check_not_accelerated(model)
-    wrappers = [
-        m for m in model.modules() if isinstance(m, (DistributedDataParallel, DataParallel))
-    ]
-    if wrappers:
-        raise RuntimeError(
-            f"`model` must not be wrapped in {type(wrappers[0]).__name__}, which keeps the shapes "
-            "of its Parameters. Pass its `.module`, and wrap the model afterwards."
-        )
+    check_not_wrapped(model)
     chosen = masked_targets(model, targets)
     if targets is None:
         return [target for target in chosen if len(target.shape) > 1]
@@ -115,8 +117,14 @@ def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
     return chosen
 
 
-def _is_compact(target: Target) -> bool:
-    return any(stack.is_compact for part in target.stacks() for stack in part)
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise RuntimeError if a wrapper in `model` keeps the shapes of its Parameters."""
+    for module in model.modules():
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            raise RuntimeError(
+                f"`model` must not be wrapped in {type(module).__name__}, which keeps the shapes "
+                "of its Parameters. Pass its `.module`, and wrap the model afterwards."
+            )
 
 
 def _check(target: Target) -> None:
@@ -132,7 +140,7 @@ def _check(target: Target) -> None:
         masked = site.mask_module() is not None
         stored, *more = site.originals()
         if not masked or type(site.stack()) is not MaskedParametrizationList:
-            what = "part of a pair, or tied to a tensor without a mask"
+            what = "under a gate, or tied to a tensor without a mask"
         elif more or site.stack().below():
             what = f"parametrized by {type(site.stack()[0]).__name__}"
         elif type(stored) not in PLAIN or not isinstance(stored, nn.Parameter):
@@ -152,7 +160,7 @@ def _check(target: Target) -> None:
 
 def _check_optimizer(optimizer: Any, chosen: list[Target]) -> None:
     if optimizer is not None:
-        tensors = [target.originals()[0] for target in chosen]
+        tensors = [tensor for target in chosen for tensor in target.originals()]
         optim.check_cuttable(optimizer, tensors)
 
 
@@ -162,16 +170,17 @@ def _replace(
     optimizer: Any,
     stack_of: Callable[[nn.Parameter], MaskedParametrizationList],
 ) -> None:
-    """Change the stored Parameter, its gradient and its state, and its parametrizations."""
-    (parameter,) = target.originals()
-    assert isinstance(parameter, nn.Parameter)
-    with torch.no_grad():
-        if optimizer is not None:
-            optim.cut(optimizer, parameter, changed)
-        grad = None if parameter.grad is None else changed(parameter.grad)
-        give(parameter, changed(parameter.detach()), grad)
-        for site in target.sites:
-            _put(site, stack_of(parameter))
+    """Change the stored Parameters, their gradients and states, and their parametrizations."""
+    for sites in target.components:
+        (parameter,) = sites[0].originals()
+        assert isinstance(parameter, nn.Parameter)
+        with torch.no_grad():
+            if optimizer is not None:
+                optim.cut(optimizer, parameter, changed)
+            grad = None if parameter.grad is None else changed(parameter.grad)
+            give(parameter, changed(parameter.detach()), grad)
+            for site in sites:
+                _put(site, stack_of(parameter))
 
 
 def _put(site: Site, stack: MaskedParametrizationList) -> None:

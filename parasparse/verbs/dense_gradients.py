@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from parasparse.attach.compacted import check_not_compact
 from parasparse.attach.finding import all_masked_stacks
 from parasparse.attach.fsdp_gradients import reduced
 from parasparse.attach.probes import probed
@@ -56,8 +57,8 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
         A mapping from plain name to gradient, None before the first backward pass.
 
     Raises:
-        RuntimeError: a block is already open for the model, or `fully_shard` manages weights with
-            masks that are not bool.
+        RuntimeError: a block is already open for the model, a weight is compact, or `fully_shard`
+            manages weights with masks that are not bool.
 
     Examples:
         >>> model = sparsify(nn.Linear(2, 1, bias=False), {"weight": [[True, False]]})
@@ -68,6 +69,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
 
     Reference: Evci et al., "Rigging the Lottery", 2020, arXiv:1911.11134, section 3 (4).
     """
+    check_not_compact(model, "`dense_gradients`")
     with collecting(model, masked_targets(model)) as grads:
         yield grads
 

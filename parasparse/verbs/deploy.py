@@ -127,6 +127,6 @@ def _plain_mask(target: Target) -> Mask:
     if not isinstance(mask, Mask):
         raise ValueError(
             f'the mask of "{target.name}" is a {type(mask).__name__}, which cannot be set. Call '
-            "`binarize` first."
+            f"`{'expand' if target.is_compact else 'binarize'}` first."
         )
     return mask

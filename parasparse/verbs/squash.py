@@ -16,6 +16,7 @@ from parasparse.sharding.fsdp import follow, is_sharded, reshard
 from parasparse.targets.reach import Specs, masked_targets
 from parasparse.targets.tensors import Site, Target, masked_tensors_of
 from parasparse.text import listed
+from parasparse.verbs.compact import check_not_wrapped, expand_target
 from parasparse.verbs.writable import check_writable
 
 
@@ -38,8 +39,8 @@ def squash(
 
     Raises:
         RuntimeError: a mask is not set, a weight is not writable, tied weights have different
-            masks, or `fully_shard` manages a tensor parametrized under its mask. The model is
-            unchanged.
+            masks, `fully_shard` manages a tensor parametrized under its mask, or a model with
+            compact weights is wrapped in DDP. The model is unchanged.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -58,6 +59,7 @@ def squash(
             check_not_offloaded(site.module, site.attr, target.name)
         target.effective()  # an unset mask raises here, before anything has changed
     _check_foldable(model, chosen)
+    _expand(model, chosen)
     with restored_on_error(site.module for target in chosen for site in target.sites):
         for target in chosen:
             mask = target.masks()[0]
@@ -75,14 +77,17 @@ def squash(
 def unsparsify(model: nn.Module, targets: Specs | None = None) -> nn.Module:
     """Remove masks without folding them, so the stored weights come back; return the model.
 
-    See `squash` for the arguments. Masks need not be set.
+    Entries that a compact weight drops are not stored, and become 0. See `squash` for the
+    arguments. Masks need not be set.
 
     Examples:
         >>> model = unsparsify(sparsify(nn.Linear(10, 10), 0.9))
         >>> int((model.weight != 0).sum())
         100
     """
-    for target in _to_take_off(model, targets):
+    chosen = _to_take_off(model, targets)
+    _expand(model, chosen)
+    for target in chosen:
         for site in target.sites:
             attaching.detach(site.module, site.attr)
     _moved(model)
@@ -93,6 +98,15 @@ def _to_take_off(model: nn.Module, targets: Specs | None) -> list[Target]:
     check_not_accelerated(model)
     reshard(model)
     return masked_targets(model, targets)
+
+
+def _expand(model: nn.Module, chosen: list[Target]) -> None:
+    """Make compact weights dense, whose Parameters stay the same objects."""
+    compact = [target for target in chosen if target.is_compact]
+    if compact:
+        check_not_wrapped(model)
+    for target in compact:
+        expand_target(target)
 
 
 def _check_foldable(model: nn.Module, chosen: list[Target]) -> None:

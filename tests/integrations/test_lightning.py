@@ -366,3 +366,18 @@ def test_training_goes_on_after_shrink(tmp_path):
     assert module.body[0].out_features < 32
     for parameter, state in trainer.optimizers[0].state.items():
         assert state["momentum_buffer"].shape == parameter.shape
+
+
+def test_compact_weights_train_and_resume(tmp_path):
+    def compact():
+        return ps.compact(ps.sparsify(Net(), {"body.0": 0.5}))
+
+    module, resumed = compact(), compact()
+    whole = trainer([], tmp_path / "whole", max_epochs=2)
+    whole.fit(module, data())
+    half = trainer([], tmp_path / "half", max_epochs=1)
+    half.fit(compact(), data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    trainer([], tmp_path, max_epochs=2).fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.body[0].parametrizations.weight.original.shape == (128,)
+    assert_equal(state_of(resumed), state_of(module))

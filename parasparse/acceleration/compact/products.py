@@ -23,6 +23,12 @@ _HALF = (torch.float16, torch.bfloat16)
 Indices: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # `Places.tensors()`
 
 
+def can_multiply(values: Tensor) -> bool:
+    """Whether there are kernels for the device and dtype of `values`."""
+    in_float32 = values.dtype in _HALF or values.dtype == torch.float32
+    return not values.is_meta and (in_float32 or CSR.can_multiply(values))
+
+
 def product(x: Tensor, values: Tensor, places: Indices, *, transposed: bool = False) -> Tensor:
     """Return x @ W.T, or x @ W if `transposed`, for x with two dimensions and at least one row."""
     run = _product if torch.compiler.is_compiling() else _Product.apply
@@ -48,7 +54,7 @@ def _times(
     if transposed:
         values, starts, columns = values.index_select(0, order), column_starts, rows
     shape = (len(starts) - 1, x.shape[1])
-    fast = Bag.can_multiply(values) and len(x) > 1
+    fast = Bag.can_multiply(values) and (len(x) > 1 or not CSR.can_multiply(values))
     matrix = (Bag if fast else CSR)(starts, columns, values, shape)
     return matrix.rows(x, None).to(dtype)
 

@@ -6,7 +6,7 @@ other functions        ->  the dense values, differentiably
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parasparse.acceleration.compact.products import product
+from parasparse.acceleration.compact.products import can_multiply, product
 from parasparse.acceleration.weight import dispatch
 from parasparse.acceleration.weight.layers import each, format_for, multiplied
 from parasparse.attach.accelerated import StandIn
@@ -74,15 +74,19 @@ class CompactWeight(StandIn):
     def format_for(self, rows: int) -> Trained | None:
         """Return the format that multiplies `rows` rows; None: the dense kernel."""
         is_matrix = self.places.shape[2:].numel() == 1
-        return Trained(self.kept, self.places) if rows and is_matrix else None
+        usable = is_matrix and can_multiply(self.kept)
+        return Trained(self.kept, self.places) if rows and usable else None
 
     def plain(self) -> Tensor:
         """Return the dense values, with their graph."""
         dense: Tensor = self.places(self.kept)
         return dense
 
-    def parts(self, sizes: tuple[int, ...]) -> list[CompactWeight]:
-        """Return the weight split into `sizes` outputs."""
+    def parts(self, sizes: tuple[int, ...]) -> Sequence[Tensor]:
+        """Return the weight split into `sizes` outputs; dense ones under torch.compile."""
+        if torch.compiler.is_compiling():  # the sizes of the parts depend on data
+            dense: Sequence[Tensor] = self.plain().split(sizes)
+            return dense
         places = self.places.parts(sizes)
         values = self.kept.split([len(part) for part in places])
         return [CompactWeight(*part) for part in zip(values, places, strict=True)]
@@ -162,8 +166,19 @@ def _matmul(func: Any, x: Tensor, weight: Any) -> Any:
     return result.view(*x.shape[:-1], -1)
 
 
+def _lookup(func: Any, input: Tensor, weight: Any, *more: Any, **options: Any) -> Any:  # noqa: A002
+    """Look rows up in the dense values; the gradient of the kept values is no sparse tensor."""
+    at = 4 if func is F.embedding else 5  # of `sparse`
+    if len(more) > at:
+        more = (*more[:at], False, *more[at + 1 :])
+    else:
+        options["sparse"] = False
+    return func(input, weight.plain(), *more, **options)
+
+
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **dispatch.HANDLERS,
+    **dict.fromkeys((F.embedding, F.embedding_bag), _lookup),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _pointwise),
     torch.addmm: _addmm,
     **dict.fromkeys(

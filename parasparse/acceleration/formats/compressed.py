@@ -64,6 +64,7 @@ class CSR(_Rows):
 
     @cached_property
     def _transposed(self) -> Tensor:
+        _warn_once()
         starts, rows, kept = self.tensors()
         shape = self.shape[::-1]
         return torch.sparse_csc_tensor(starts, rows, kept, shape, check_invariants=False)

@@ -108,9 +108,11 @@ def nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     There, torch.compile takes a subclass for an ordinary tensor, which eager mode does not.
     """
-    result = linear(F.linear, x, weight, bias) if isinstance(weight, StandIn) else NotImplemented
-    if result is NotImplemented:
+    if not isinstance(weight, StandIn):
         return F.linear(x, weight, bias)
+    result = linear(F.linear, x, weight, bias)
+    if result is NotImplemented:  # `F.linear` of the weight would count this use once more
+        return F.linear(x, weight.plain(), bias)
     return result  # type: ignore[no-any-return]
 
 
