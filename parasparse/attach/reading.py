@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from parasparse.attach.evaluating import evaluating
 from parasparse.attach.older_hooks import prune_mask, pruned_names
 from parasparse.attach.stack import MaskedParametrizationList, originals_in, stack_of
+from parasparse.masks.places import Kept
 
 
 def masked_stacks(module: nn.Module) -> Iterator[tuple[str, MaskedParametrizationList]]:
@@ -38,14 +39,6 @@ def stored(module: nn.Module, name: str) -> Tensor:
         return getattr(module, name)  # type: ignore[no-any-return]
 
 
-def shape(module: nn.Module, name: str) -> torch.Size:
-    """Return the shape of tensor `name` of `module`. A compact weight is not made dense for it."""
-    stack: Any = stack_of(module, name)
-    if isinstance(stack, MaskedParametrizationList) and stack.is_compact:
-        return stack[0].shape  # type: ignore[return-value]
-    return stored(module, name).shape
-
-
 def effective(module: nn.Module, name: str) -> Tensor:
     """Return tensor `name` of `module` as the module reads it."""
     if name in pruned_names(module):  # the attribute is stale until the next forward
@@ -55,6 +48,12 @@ def effective(module: nn.Module, name: str) -> Tensor:
         if isinstance(stack, MaskedParametrizationList) and stack.is_compact:
             return stack.stored()
         return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def shape(module: nn.Module, name: str) -> torch.Size:
+    """Return the shape of `stored`, without computing it for a compact weight."""
+    mask = mask_module(module, name)
+    return mask.places.shape if isinstance(mask, Kept) else stored(module, name).shape
 
 
 def originals(module: nn.Module, name: str) -> tuple[Tensor, ...]:

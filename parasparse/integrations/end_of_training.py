@@ -1,13 +1,15 @@
 """Shared by the trainers' callbacks: the best checkpoint is as sparse as asked, schedules end."""
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parasparse.sharding.dtensors import count_nonzero
 from parasparse.training.controller import Controller
+from parasparse.training.history import saved_number, saved_shape
 from parasparse.verbs.masks import named_masks
 
 
@@ -53,7 +55,7 @@ def warn_if_unfinished(controller: Controller) -> None:
         warnings.warn(f"training has ended before the schedule: {missing}", stacklevel=3)
 
 
-def _zeros(masks: Iterable[Tensor]) -> float:
-    counts = [(count_nonzero(mask), mask.numel()) for mask in masks]
+def _zeros(masks: Iterable[Tensor | Mapping[str, Any]]) -> float:
+    counts = [(saved_number(mask), math.prod(saved_shape(mask))) for mask in masks]
     numel = sum(size for _, size in counts)
     return 1 - sum(kept for kept, _ in counts) / numel if numel else 0.0

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from parasparse.masks.kept_entries import KeptEntries
+
 
 class Places(nn.Module):
     """The places of the kept entries of a weight; makes the dense weight of their values.
@@ -34,7 +36,7 @@ class Places(nn.Module):
         super().__init__()
         self.shape = shape
         self._parts: dict[tuple[int, ...], list[Places]] = {}
-        for name in ("starts", "columns", "column_starts", "rows", "order"):
+        for name in _INDICES:
             self.register_buffer(name, None, persistent=name in ("starts", "columns"))
         self.put_(starts, columns)
 
@@ -50,16 +52,28 @@ class Places(nn.Module):
         rows = positions.div(inputs, rounding_mode="floor")
         return cls(_starts(rows, shape[0]), positions - rows * inputs, shape)
 
+    def move_to(self, positions: Tensor) -> None:
+        """Replace all places by those at sorted int64 positions of the flattened weight."""
+        outputs, inputs = self.matrix_shape
+        rows = positions.div(inputs, rounding_mode="floor")
+        self.put_(_starts(rows, outputs), positions - rows * inputs)
+
     def put_(self, starts: Tensor, columns: Tensor) -> None:
-        """Replace all places."""
+        """Replace all places, in place if their number stays."""
         outputs, inputs = self.matrix_shape
         dtype = _index_dtype(max(len(columns), outputs, inputs))
         rows = _rows(starts, len(columns))
         order = columns.argsort(stable=True)
-        self.starts, self.columns = starts.to(dtype), columns.to(dtype)
-        self.column_starts = _starts(columns[order], inputs).to(dtype)
-        self.rows, self.order = rows[order].to(dtype), order.to(dtype)
         self._parts = {}
+        column_starts = _starts(columns[order], inputs)
+        new = (starts, columns, column_starts, rows[order], order)
+        for name, tensor in zip(_INDICES, new, strict=True):
+            held = self._buffers[name]
+            like = dtype, tensor.shape, tensor.device
+            if held is not None and (held.dtype, held.shape, held.device) == like:
+                held.copy_(tensor)
+            else:
+                self._buffers[name] = tensor.to(dtype)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -132,6 +146,9 @@ class Places(nn.Module):
         return f"{len(self)} of {tuple(self.shape)}"
 
 
+_INDICES = ("starts", "columns", "column_starts", "rows", "order")
+
+
 def check_places(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> None:
     """Raise ValueError if these cannot be the values and places of a weight of `shape`."""
     outputs, inputs = shape[0], shape[1:].numel()
@@ -178,15 +195,20 @@ def _index_dtype(largest: int) -> torch.dtype:
 class Kept(nn.Module):
     """The mask of a weight that `Places` makes, which has its zeros already."""
 
+    places: Places
+
     def __init__(self, places: Places) -> None:
         super().__init__()
-        self.__dict__["_of"] = places.mask  # not a submodule: the list of parametrizations has it
+        self.__dict__["places"] = places  # not a submodule: the list of parametrizations has it
 
     @property
     def mask(self) -> Tensor:
         """True at the kept places. It is computed at each read."""
-        mask: Tensor = self.__dict__["_of"]()
-        return mask
+        return self.places.mask()
+
+    def entries(self) -> KeptEntries:
+        """Return the kept places."""
+        return KeptEntries(self.places.positions(), self.places.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight`."""

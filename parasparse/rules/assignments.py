@@ -21,10 +21,12 @@ from parasparse.attach.reading import stacks_of
 from parasparse.attach.stack import stack_of
 from parasparse.dtypes import is_maskable
 from parasparse.masks.convert import as_mask
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.patterns import chain, n_of_m, unstructured
 from parasparse.rules.prune import Prune
+from parasparse.rules.prune_kept import results_of_kept
 from parasparse.rules.treatments import Fixed, as_treatment, is_array, keep_nonzero
 from parasparse.rules.types import Rules, Treatment
 from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
@@ -43,14 +45,15 @@ class Assignment:
         target: the tensor.
         rule: the target of its rule, as the user wrote it; None for a treatment alone.
         treatment: the treatment of its rule, as the user wrote it.
-        result: a mask, a module that masks, or None for a mask that is not set.
+        result: a mask, a module that masks, or None for a mask that is not set; for a compact
+            weight, its kept entries.
         reuse: the tensor's present Mask, to be set again; None: a new one.
     """
 
     target: Target
     rule: Spec | None
     treatment: Any
-    result: Tensor | nn.Module | None
+    result: Tensor | nn.Module | KeptEntries | None
     reuse: Mask | None
 
 
@@ -73,8 +76,13 @@ def _treatment(spec: Spec | None, treatment: Any) -> Any:
         raise
 
 
-def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> Assignments:
-    """Return an assignment for each tensor of `model` that `rules` change; raise as `sparsify`."""
+def assignments(
+    model: nn.Module, rules: Rules, *, pairs: bool, compact: bool = False
+) -> Assignments:
+    """Return an assignment for each tensor of `model` that `rules` change; raise as `sparsify`.
+
+    Compact weights are refused unless `compact`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     check_not_accelerated(model)
@@ -92,7 +100,7 @@ def assignments(model: nn.Module, rules: Rules, *, pairs: bool) -> Assignments:
         if treatment is None:
             continue
         for target in group:
-            _check_target(target)
+            _check_target(target, compact=compact)
         _check_dim(treatment, group)
         with same_draws(model):
             results = _results(treatment, group)
@@ -147,8 +155,15 @@ def _check_dim(treatment: Any, group: list[Target]) -> None:
                 )
 
 
-def _check_target(target: Target) -> None:
+def _check_target(target: Target, *, compact: bool) -> None:
     """Raise an error if nothing can mask `target`."""
+    if target.is_compact:
+        if not compact:
+            raise ValueError(
+                f'"{target.name}" is compact, and only GradualPruning and DynamicSparsity change '
+                "which entries a compact weight keeps. Call parasparse.expand(model) first."
+            )
+        return
     dtype = target.stored().dtype
     if not is_maskable(dtype):
         raise TypeError(
@@ -206,6 +221,9 @@ def _check_site(site: Site, name: str) -> None:
 
 def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     """Return the results of `treatment` for `group`, by name."""
+    if any(target.is_compact for target in group):
+        with torch.no_grad():
+            return results_of_kept(treatment, group)
     # "zeros" reads masked values; scores read stored ones.
     now = treatment is keep_nonzero
     tensors = {t.name: t.effective() if now else t.stored() for t in group}
@@ -234,8 +252,10 @@ def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
 
 def _checked(
     target: Target, result: Any, treatment: Treatment, *, sharded: bool
-) -> Tensor | nn.Module | None:
+) -> Tensor | nn.Module | KeptEntries | None:
     """Return `result` as the mask or module for `target`, or raise an error if it does not fit."""
+    if isinstance(result, KeptEntries):
+        return result
     _check_replaceable(target, result)
     if result is None:
         return None
@@ -252,11 +272,6 @@ def _checked(
 def _check_replaceable(target: Target, result: Any) -> None:
     """Raise ValueError if `target` has a mask that `result` cannot replace."""
     masks = target.masks()
-    if target.is_compact:
-        raise ValueError(
-            f'"{target.name}" is compact: there are no values for entries that a new mask would '
-            "keep. Call parasparse.expand(model) first."
-        )
     soft = any(not isinstance(mask, Mask) for mask in masks)
     if masks and (soft or isinstance(result, nn.Module)):
         what = "a mask" if soft else type(result).__name__

@@ -103,7 +103,7 @@ class Prune:
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a bool mask for each of `tensors`."""
         if self.sparsity is None:
-            return {n: self._mask({n: self._score(t, n)})[n] for n, t in tensors.items()}
+            return {n: self._mask({n: self.scores_of(t, n)})[n] for n, t in tensors.items()}
         if self.scope == "global":
             return self._ranked(tensors, self.sparsity)
         shares = self.shares(tensors)
@@ -113,8 +113,8 @@ class Prune:
         """Return the masks of tensors that share one sparsity."""
         by_entry = self.pattern is patterns.unstructured and is_entrywise(self.score)
         if not by_entry or any(tensor.is_meta for tensor in tensors.values()):
-            return self._mask({n: self._score(t, n) for n, t in tensors.items()}, sparsity)
-        score = magnitude if self.score is magnitude else self._score
+            return self._mask({n: self.scores_of(t, n) for n, t in tensors.items()}, sparsity)
+        score = magnitude if self.score is magnitude else self.scores_of
         if self.scope == "local":
             total = sum(tensor.numel() for tensor in tensors.values())
             sparsity = bounded(total, sparsity, self.max_sparsity)
@@ -133,9 +133,10 @@ class Prune:
             )
         return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
 
-    def _score(self, tensor: Tensor, name: str) -> Tensor:
+    def scores_of(self, tensor: Tensor, name: str) -> Tensor:
+        """Return the checked scores of `tensor`."""
         if is_dtensor(tensor):  # each process keeps its part
-            return laid_out_like(self._score(full_tensor(tensor), name), tensor)
+            return laid_out_like(self.scores_of(full_tensor(tensor), name), tensor)
         try:
             result = self.score(tensor, name)
         except Exception as error:

@@ -4,6 +4,7 @@ import warnings
 
 from torch import Tensor
 
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
 from parasparse.rules.assignments import Assignment, Assignments
 from parasparse.rules.prune import Prune
@@ -44,10 +45,14 @@ def _is_emptied(each: Assignment) -> bool:
 
 
 def _was_empty(each: Assignment) -> bool:
-    return any(_is_empty(mask.mask) for mask in each.target.masks() if isinstance(mask, Mask))
+    kept = each.target.kept()
+    masks = [mask.mask for mask in each.target.masks() if isinstance(mask, Mask)]
+    return any(_is_empty(mask) for mask in (*masks, kept))
 
 
 def _is_empty(mask: object) -> bool:
+    if isinstance(mask, KeptEntries):
+        return not len(mask)
     if not isinstance(mask, Tensor) or mask.is_meta:
         return False
     return mask.numel() > 0 and not count_nonzero(mask)

@@ -13,7 +13,9 @@ from torch.optim.swa_utils import AveragedModel
 from parasparse.attach import finding, reading
 from parasparse.attach.pair_stack import joined
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
+from parasparse.masks.places import Kept
 from parasparse.masks.protocol import has_mask
 from parasparse.names import PAIR_ENDINGS, WRAPPED, ancestors, join
 
@@ -47,6 +49,10 @@ class Site:
     def stored(self) -> Tensor:
         """Return the tensor without its mask."""
         return reading.stored(self.module, self.attr)
+
+    def shape(self) -> torch.Size:
+        """Return the shape of the tensor."""
+        return reading.shape(self.module, self.attr)
 
     def effective(self) -> Tensor:
         """Return the tensor as its module reads it."""
@@ -124,10 +130,15 @@ class Target:
         module = self.masks()[0]
         return self.is_compact or (isinstance(module, Mask) and module.is_bool)
 
+    def kept(self) -> KeptEntries | None:
+        """Return the kept entries if it is compact, else None."""
+        masks = self.masks()
+        return masks[0].entries() if masks and isinstance(masks[0], Kept) else None
+
     @property
     def is_compact(self) -> bool:
-        """Whether only its kept entries are stored."""
-        return any(stack.is_compact for part in self.stacks() for stack in part)
+        """Whether it is stored as its kept entries alone."""
+        return any(isinstance(mask, Kept) for mask in self.masks())
 
     def originals(self) -> list[Tensor]:
         """Return the stored tensors, each once."""

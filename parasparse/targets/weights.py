@@ -115,9 +115,8 @@ def _has_bias_of_outputs(site: Site) -> bool:
     """
     if "bias" not in reading.tensor_names(site.module)[0]:
         return False
-    bias, weight = reading.stored(site.module, "bias"), site.stored()
-    shape = weight.shape
-    if bias.ndim != 1 or bias.dtype != weight.dtype or shape[-2:] == (2, 2):
+    bias, shape = reading.stored(site.module, "bias"), site.shape()
+    if bias.ndim != 1 or bias.dtype != site.originals()[0].dtype or shape[-2:] == (2, 2):
         return False
     return bias.shape[0] in (*shape[:2], shape[-1])
 
@@ -180,11 +179,11 @@ def _is_router(target: Target, with_experts: set[str]) -> bool:
 def _is_companion(site: Site) -> bool:
     if isinstance(site.module, _RECURRENT):  # weight_ih_l0 and weight_ih_l0_reverse
         return False
-    own, gain_of = site.stored().shape, re.sub("_g$", "_v", site.attr)
+    own, gain_of = site.shape(), re.sub("_g$", "_v", site.attr)
     for name in reading.tensor_names(site.module)[0]:
         extends = site.attr.startswith(f"{name}_") or (name == gain_of and name != site.attr)
         if extends:
-            shape = reading.stored(site.module, name).shape
+            shape = reading.shape(site.module, name)
             added = set(re.findall("[a-z]+", site.attr.removeprefix(name)))
             is_scale = bool(added & _SCALES) or sum(size > 1 for size in own) < 2
             if is_scale and own.numel() < shape.numel() and _scales(own, shape):

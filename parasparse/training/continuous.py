@@ -20,7 +20,15 @@ from parasparse.sharding.dtensors import count_nonzero
 from parasparse.targets.reach import masked_targets
 from parasparse.text import listed
 from parasparse.training.controller import Controller
-from parasparse.training.history import copied, laid_out_as, loaded, masks_lost, saved, update_of
+from parasparse.training.history import (
+    Masks,
+    copied,
+    laid_out_as,
+    loaded,
+    masks_lost,
+    saved,
+    update_of,
+)
 from parasparse.training.rewinding import rewind, snapshot, snapshot_keys
 from parasparse.verbs.sparsify import apply
 
@@ -89,7 +97,7 @@ class ContinuousSparsification(Controller):
         self._names = [each.target.name for each in assigned]
         warn_left_dense(assigned, stacklevel=2)
         apply(model, assigned)
-        self._last = self._hard()
+        self._last: Masks = self._hard()
         self._start, self.history = copied(self._last), []
         self._checkpoint: dict[str, Any] | None = None
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from parasparse.counts import check_sparsity
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.optim import (
     Optimizers,
     check_clearable,
@@ -24,7 +25,15 @@ from parasparse.schedules import as_every
 from parasparse.sharding.fsdp import reshard
 from parasparse.targets.reach import masked_targets
 from parasparse.training.controller import Controller
-from parasparse.training.history import check_shapes, copied, loaded, masks_of, saved, update_of
+from parasparse.training.history import (
+    Masks,
+    check_shapes,
+    copied,
+    loaded,
+    masks_of,
+    saved,
+    update_of,
+)  # fmt: skip
 from parasparse.training.present import counts_of, kept_now
 from parasparse.training.scaled_rules import (
     as_rules,
@@ -33,6 +42,7 @@ from parasparse.training.scaled_rules import (
     sparsities,
     with_sparsity,
 )
+from parasparse.verbs.moving import check_may_resize
 from parasparse.verbs.sparsify import apply
 
 
@@ -46,6 +56,9 @@ class GradualPruning(Controller):
     Sparsities are absolute, and every update ranks all stored weights again, so entries come back
     when the schedule falls or when other entries have become smaller. The optimizer state of
     dropped and of returning entries is set to 0.
+
+    Compact weights become shorter, and the optimizer's state with them. What they drop is gone, so
+    no entry comes back.
 
     Args:
         model: is changed in place; schedule(0) is applied immediately.
@@ -93,10 +106,11 @@ class GradualPruning(Controller):
         self.steps, self._is_over = 0, False
         self._rules = [(spec, with_sparsity(treatment)) for spec, treatment in as_pairs(rules)]
         self._present: list[dict[str, tuple[int, int]]] = [{} for _ in self._rules]
-        assigned = assignments(model, self._rules_at(0), pairs=True)
+        assigned = assignments(model, self._rules_at(0), pairs=True, compact=True)
         check_floors_at_the_end(assigned, self._rules)
         if optimizer is not None:
             check_in_optimizer(optimizer, [each.target for each in assigned])
+        check_may_resize(model, [each.target for each in assigned])
         warn_left_dense(assigned, stacklevel=2)
         self._names = {each.target.name for each in assigned}
         kept = {each.target.name: kept_now(each, reopen=reopen) for each in assigned}
@@ -104,9 +118,9 @@ class GradualPruning(Controller):
         if self.schedule(0) == 0:
             assigned[:] = [replace(each, result=kept[each.target.name]) for each in assigned]
         elif any(zeros for group in self._present for zeros, _ in group.values()):
-            assigned = assignments(model, self._rules_at(0), pairs=True)
+            assigned = assignments(model, self._rules_at(0), pairs=True, compact=True)
         warn_emptied(assigned, stacklevel=2)
-        apply(model, assigned)
+        apply(model, assigned, optimizer)
         self._start, self.history = copied(masks_of(model, self._names)), []
 
     def step(self) -> None:
@@ -161,7 +175,7 @@ class GradualPruning(Controller):
         same = ours == {name: state_dict.get(name, ours[name]) for name in ours}  # older have none
         self.steps, self._is_over = steps, is_over and same
 
-    def _find_present(self, assigned: list[Assignment], kept: Mapping[str, Tensor]) -> None:
+    def _find_present(self, assigned: list[Assignment], kept: Masks) -> None:
         """Count the zeros that are there, where `kept` are the masks that drop them."""
         for (spec, prune), group in zip(self._rules, self._present, strict=True):
             names = [each.target.name for each in assigned if each.rule is spec]
@@ -189,13 +203,16 @@ class GradualPruning(Controller):
         if self.optimizer is not None:
             check_clearable(self.optimizer, [p for t in targets for p in parameters_of(t)])
         if not self._waits_at(step):
-            assigned = assignments(self.model, self._rules_at(step), pairs=True)
+            assigned = assignments(self.model, self._rules_at(step), pairs=True, compact=True)
             warn_emptied(assigned, stacklevel=3)
-            apply(self.model, assigned)
+            apply(self.model, assigned, self.optimizer)
         after = masks_of(self.model, self._names)
         if self.optimizer is not None:
             for target in targets:
-                changed = before[target.name] ^ after[target.name]
+                old, new = before[target.name], after[target.name]
+                if isinstance(old, KeptEntries) or isinstance(new, KeptEntries):
+                    continue  # their state has followed them
+                changed = old ^ new
                 for parameter in parameters_of(target):
                     zero_entries(self.optimizer, parameter, changed)
         self.history.append(update_of(step, before, after, self._start))

@@ -18,7 +18,15 @@ from parasparse.rules.types import Rules
 from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.scores.weights_alone import Score
 from parasparse.training.controller import Controller
-from parasparse.training.history import check_shapes, copied, loaded, masks_of, saved, update_of
+from parasparse.training.history import (
+    Masks,
+    check_shapes,
+    copied,
+    loaded,
+    masks_of,
+    saved,
+    update_of,
+)  # fmt: skip
 from parasparse.training.rewinding import rewind, snapshot
 from parasparse.training.scaled_rules import (
     as_rules,
@@ -184,10 +192,10 @@ class LotteryTicket(Controller):
                 states = tuple(each.state_dict() for each in each_optimizer(self.optimizer))
             self._checkpoint = {"model": snapshot(self.model), "optimizer": copy.deepcopy(states)}
 
-    def _rules_at(self, number: int, masks: Mapping[str, Tensor]) -> Any:
+    def _rules_at(self, number: int, masks: Masks) -> Any:
         return as_rules([(spec, self._at(prune, number, masks)) for spec, prune in self._rules])
 
-    def _at(self, prune: Prune | None, number: int, masks: Mapping[str, Tensor]) -> Prune | None:
+    def _at(self, prune: Prune | None, number: int, masks: Masks) -> Prune | None:
         if prune is None or prune.sparsity is None or number == 0:
             return scaled(prune, 0.0)
         kept = (1 - prune.sparsity) ** (number / self.rounds)
@@ -196,7 +204,7 @@ class LotteryTicket(Controller):
         return replace(prune, sparsity=1 - kept, score=_among(prune.score, masks, lowest))
 
 
-def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:
+def _among(score: Score, masks: Masks, lowest: float) -> Score:
     """Return `score` with `lowest` where `masks` drop, so dropped entries do not come back."""
 
     def scored(tensor: Tensor, name: str) -> Tensor:
@@ -204,6 +212,8 @@ def _among(score: Score, masks: Mapping[str, Tensor], lowest: float) -> Score:
         if name not in masks or scores.shape != tensor.shape:  # `Prune` refuses them
             return scores
         values = scores if scores.is_floating_point() else scores.double()
-        return torch.where(masks[name], values, lowest)
+        mask = masks[name]
+        assert isinstance(mask, Tensor)  # compact weights have been refused
+        return torch.where(mask, values, lowest)
 
     return scored

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from parasparse.attach import attaching
 from parasparse.attach.pair_stack import join
 from parasparse.attach.undo import restored_on_error
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.assignments import Assignment, assignments
 from parasparse.rules.types import Rules
 from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.sharding.fsdp import follow
+from parasparse.verbs.moving import check_movable, move
 
 
 def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
@@ -51,8 +55,17 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
     return model
 
 
-def apply(model: nn.Module, assigned: list[Assignment]) -> None:
-    """Attach the masks of `assigned` to `model`: all of them, or none if one fails."""
+def apply(model: nn.Module, assigned: list[Assignment], optimizer: Any = None) -> None:
+    """Attach the masks of `assigned` to `model`: all of them, or none if one fails.
+
+    Compact weights keep the entries of `assigned`, and the state of `optimizer` follows them.
+    """
+    moves = [
+        (each.target, each.result) for each in assigned if isinstance(each.result, KeptEntries)
+    ]
+    for target, _ in moves:
+        check_movable(target, optimizer)
+    assigned = [each for each in assigned if not isinstance(each.result, KeptEntries)]
     with restored_on_error(site.module for each in assigned for site in each.target.sites):
         masks = [_attached(each) for each in assigned]
     for each, mask in zip(assigned, masks, strict=True):
@@ -60,12 +73,15 @@ def apply(model: nn.Module, assigned: list[Assignment]) -> None:
             mask.mask_(each.result, copy=False)
             # These were set by a controller, which has now lost its masks.
             mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
+    for target, entries in moves:
+        move(target, entries, optimizer)
     follow(model)
 
 
 def _attached(each: Assignment) -> nn.Module:
     """Attach one mask module to a tensor wherever it is used; return the module."""
     mask: nn.Module
+    assert not isinstance(each.result, KeptEntries)
     if isinstance(each.result, nn.Module):
         mask = each.result
     else:

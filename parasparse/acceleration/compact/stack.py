@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from parasparse.acceleration.compact.uses import Recorder
 from parasparse.acceleration.compact.weight import CompactWeight
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.attach.storing import give
@@ -25,6 +26,7 @@ class CompactParametrizationList(MaskedParametrizationList):
     """Reads a `CompactWeight` of its kept values."""
 
     is_compact: ClassVar[bool] = True
+    recorder: Recorder | None = None  # inside `recorded`
 
     def __init__(self, values: nn.Parameter, places: Places, mask: Kept) -> None:
         super().__init__(values, places)
@@ -44,7 +46,10 @@ class CompactParametrizationList(MaskedParametrizationList):
         self.check_whole()
         if _needs_plain_tensors(self.original):
             return self.places.traced(self.original)
-        return CompactWeight(self.original, self.places)
+        return CompactWeight(self.original, self.places, self.recorder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "recorder"}
 
     def stored(self) -> Tensor:
         """Return the dense weight."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parasparse.acceleration.compact.products import can_multiply, product
+from parasparse.acceleration.compact.uses import Recorder
 from parasparse.acceleration.weight import dispatch
 from parasparse.acceleration.weight.layers import each, format_for, multiplied
 from parasparse.attach.accelerated import StandIn
@@ -27,10 +28,13 @@ class Trained:
 
     values: Tensor
     places: Places
+    recorder: Recorder | None = None
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ W.T + bias."""
         result = product(x, self.values, self.places.indices())
+        if self.recorder is not None:
+            result = self.recorder.watched(result, x)
         return result if bias is None else result + bias
 
     def columns(self, u: Tensor) -> Tensor:
@@ -55,12 +59,13 @@ class CompactWeight(StandIn):
 
     kept: Tensor  # the values
     places: Places
+    recorder: Recorder | None
 
-    def __new__(cls, values: Tensor, places: Places) -> Self:
-        """Make a weight of the values at `places`."""
+    def __new__(cls, values: Tensor, places: Places, recorder: Recorder | None = None) -> Self:
+        """Make a weight of the values at `places`, whose uses `recorder` records."""
         nan = torch.full((1,), torch.nan, dtype=values.dtype, device=values.device)
         self = torch.Tensor._make_subclass(cls, nan.expand(places.shape))
-        self.kept, self.places = values, places
+        self.kept, self.places, self.recorder = values, places, recorder
         return self
 
     def __init__(self, *_: object) -> None:
@@ -75,12 +80,12 @@ class CompactWeight(StandIn):
         """Return the format that multiplies `rows` rows; None: the dense kernel."""
         is_matrix = self.places.shape[2:].numel() == 1
         usable = is_matrix and can_multiply(self.kept)
-        return Trained(self.kept, self.places) if rows and usable else None
+        return Trained(self.kept, self.places, self.recorder) if rows and usable else None
 
     def plain(self) -> Tensor:
         """Return the dense values, with their graph."""
         dense: Tensor = self.places(self.kept)
-        return dense
+        return dense if self.recorder is None else self.recorder.watched(dense, None)
 
     def parts(self, sizes: tuple[int, ...]) -> Sequence[Tensor]:
         """Return the weight split into `sizes` outputs; dense ones under torch.compile."""
@@ -89,7 +94,10 @@ class CompactWeight(StandIn):
             return dense
         places = self.places.parts(sizes)
         values = self.kept.split([len(part) for part in places])
-        return [CompactWeight(*part) for part in zip(values, places, strict=True)]
+        recorder = self.recorder
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        recorders = [None if recorder is None else recorder.part(first) for first in firsts]
+        return [CompactWeight(*part) for part in zip(values, places, recorders, strict=True)]
 
     @classmethod
     def __torch_function__(
@@ -160,7 +168,10 @@ def _matmul(func: Any, x: Tensor, weight: Any) -> Any:
     places = weight.places.indices()
 
     def times(x: Tensor) -> Tensor:
-        return product(x, weight.kept, places, transposed=True)
+        result = product(x, weight.kept, places, transposed=True)
+        if weight.recorder is not None:
+            result = weight.recorder.watched(result, x, transposed=True)
+        return result
 
     result = multiplied(times, x.flatten(0, -2), weight)
     return result.view(*x.shape[:-1], -1)

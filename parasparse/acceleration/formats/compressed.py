@@ -182,7 +182,9 @@ def _warn_once() -> None:
 
 
 def _has_mkl() -> bool:
-    return bool(torch.backends.mkl.is_available())
+    # torch.compile cannot trace `is_available` (test_compiled_models_grow_the_same_entries).
+    compiling = torch.compiler.is_compiling()
+    return bool(torch._C.has_mkl if compiling else torch.backends.mkl.is_available())
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:

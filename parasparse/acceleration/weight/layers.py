@@ -48,7 +48,7 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     Raises:
         RuntimeError: a gradient would be lost, or the model is exported or traced.
     """
-    if not hasattr(weight, "format_for") or _is_transformed():
+    if not hasattr(weight, "format_for") or is_transformed():
         return None
     if not hasattr(weight, "seen"):  # it trains
         trained: Format | None = weight.format_for(rows)
@@ -67,7 +67,7 @@ def format_for(weight: Any, use: Callable[[], Use], rows: int, *others: Any) -> 
     return found
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode derivatives are active, which need the dense kernels."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.optim import (
     Optimizers,
-    check_clearable,
     check_in_optimizer,
     each_optimizer,
     has_stepped,
@@ -26,12 +27,14 @@ from parasparse.sharding.dtensors import count_nonzero
 from parasparse.sharding.fsdp import reshard
 from parasparse.sharding.same_draws import same_draws, warn_if_alone
 from parasparse.training.controller import Controller
+from parasparse.training.dynamic.collected import Collected, collected
+from parasparse.training.dynamic.compact_layer import CompactLayer
 from parasparse.training.dynamic.layer import view
 from parasparse.training.dynamic.start import Init, check_moves, first_masks
 from parasparse.training.dynamic.update import Moves, next_masks
 from parasparse.training.dynamic.view import needs_of
 from parasparse.training.history import check_shapes, copied, loaded, saved, update_of
-from parasparse.verbs.dense_gradients import DenseGradients, collecting
+from parasparse.verbs.moving import check_may_resize
 from parasparse.verbs.sparsify import apply
 
 Move = str | Callable[..., Any]
@@ -46,6 +49,11 @@ class DynamicSparsity(Controller):
     is then grown (`growth`), divided among the layers by importance. No layer fills more than 99%
     of its free entries unless the budget needs it. Dropped and grown weights and their optimizer
     state are set to 0, but a growth that reads this state keeps it for the grown entries.
+
+    Compact weights start with the entries that they have: pass `init="resume"`. Their values and
+    their optimizer state move together, and no dense tensor is made. Growth by gradient computes
+    the dense gradient one block of rows at a time. Moves that read momentum, and custom moves,
+    raise ValueError.
 
     Args:
         model: changed in place.
@@ -108,7 +116,7 @@ class DynamicSparsity(Controller):
         self.every = None if every is None else as_every(every)
         self.steps, self._missing = 0, dict[str, int]()
         self._is_due, self._armed = False, ExitStack()
-        self._gradients: DenseGradients | None = None
+        self._gradients: Collected | None = None
         if self.every is None and "gradient" in self.moves.needs:
             raise ValueError(
                 "`every` must not be None when a move reads the dense gradient, which is collected "
@@ -118,6 +126,8 @@ class DynamicSparsity(Controller):
         self._layers = {layer.target.name: layer for layer in layers}
         check_in_optimizer(optimizer, [each.target for each in assigned], even_frozen=True)
         check_moves(self.moves, self._layers, optimizer)
+        if not self.moves.keep_sizes:
+            check_may_resize(model, [layer.target for layer in layers])
         self._is_next()  # if `every` raises, it does so before anything has changed
         warn_left_dense(assigned, stacklevel=2)
         apply(model, assigned)
@@ -125,9 +135,7 @@ class DynamicSparsity(Controller):
 
     def _begin(self) -> None:
         for layer in self._layers.values():
-            layer.module.dense_gradient = self._is_dense
-            layer.module.zeroed_in_place = frozenset(map(id, layer.parameters))
-            layer.zero_masked()
+            layer.begin(dense_gradient=self._is_dense)
         self._start, self.history = copied(self._masks()), []
         self.baseline_nonzero = sum(
             count_nonzero(each.seen_mask()) for each in self._layers.values()
@@ -146,7 +154,7 @@ class DynamicSparsity(Controller):
                 Masks, budget and step count are unchanged.
         """
         for layer in self._layers.values():
-            _ = layer.module  # raises if it was removed
+            layer.check()
         reshard(self.model)
         if self._is_dense:  # masked weights had a gradient too
             for layer in self._layers.values():
@@ -239,20 +247,20 @@ class DynamicSparsity(Controller):
 
     def _update(self, step: int) -> None:
         check_shapes(self._masks(), self._start)
-        check_clearable(
-            self.optimizer, [p for layer in self._layers.values() for p in layer.parameters]
-        )
+        for layer in self._layers.values():
+            layer.check_state(self.optimizer)
         for layer in self._layers.values():
             layer.zero_masked()
         rate = _rate(self.prune_rate(step), f"prune_rate({step})")
+        gradients = None if self._gradients is None else self._gradients.dense
         seen = view(
-            self._layers, self.optimizer, self._gradients, rate, self.baseline_nonzero, self.model
+            self._layers, self.optimizer, gradients, rate, self.baseline_nonzero, self.model
         )
         patterns = {name: layer.pattern for name, layer in self._layers.items()}
         groups = {name: each for name, each in patterns.items() if isinstance(each, n_of_m)}
         warn_if_alone(self.model)
         with torch.no_grad(), same_draws(self.model):
-            masks, missing = next_masks(seen, self.moves, self._missing, groups)
+            masks, missing = next_masks(seen, self.moves, self._missing, groups, self._growths())
         new = {name: layer.entries(masks[name]) for name, layer in self._layers.items()}
         change = update_of(step, self._masks(), new, self._start, sum(missing.values()))
         # Growth by momentum keeps the momentum of the grown entries.
@@ -261,6 +269,18 @@ class DynamicSparsity(Controller):
             layer.set_mask(new[name], self.optimizer, keep_state_of_grown=keep)
         self._missing = {name: count for name, count in missing.items() if count}
         self.history.append(change)
+
+    def _growths(self) -> dict[str, Callable[[Tensor, int], KeptEntries]]:
+        """Return the functions that grow compact layers, by name."""
+        uses = {} if self._gradients is None else self._gradients.uses
+        groups = {} if self._gradients is None else self._gradients.groups
+        return {
+            name: partial(
+                layer.grown, growth=self.moves.growth, uses=uses.get(name), group=groups.get(name)
+            )
+            for name, layer in self._layers.items()
+            if isinstance(layer, CompactLayer)
+        }  # fmt: skip
 
     def _has_seen(self) -> bool:
         """Whether momentum and gradients are available; not so if a GradScaler skipped the step.
@@ -278,35 +298,25 @@ class DynamicSparsity(Controller):
                 "none under a known name. Add the name to parasparse.optim.MOMENTA, or choose "
                 "moves that read no momentum."
             )
-        probes: list[Tensor | None] = [None]
         if self._is_armed:
             assert self._gradients is not None
-            probes = list(self._gradients.values())
-            missing = missing or all(probe is None for probe in probes)
+            missing = missing or self._gradients.is_empty()
         if missing and all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
                 "the masked weights have had no gradient yet. Call `backward` and "
                 "`optimizer.step()` before an update."
             )
-        finite = not any(
-            count_nonzero(~_values(probe).isfinite()) for probe in probes if probe is not None
-        )
-        return finite and not missing
+        return not missing and (self._gradients is None or self._gradients.is_finite())
 
     def _arm(self) -> None:
         """Start to collect the dense gradient if the next step is an update that reads it."""
         self._armed.close()
         self._gradients = None
         if self._is_armed and self._is_next():
-            targets = [layer.target for layer in self._layers.values()]
-            self._gradients = self._armed.enter_context(collecting(self.model, targets))
+            self._gradients = self._armed.enter_context(collected(self.model, self._layers))
 
-    def _masks(self) -> dict[str, Tensor]:
+    def _masks(self) -> dict[str, Tensor | KeptEntries]:
         return {name: layer.mask for name, layer in self._layers.items()}
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _rate(value: Any, argument: str = "prune_rate") -> float:

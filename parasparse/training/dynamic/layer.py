@@ -8,12 +8,20 @@ from torch import Tensor, nn
 
 from parasparse.attach.pair_stack import joined
 from parasparse.masks.apply import apply_mask_
+from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
-from parasparse.optim import Optimizers, momentum_of, parameters_of, zero_entries
+from parasparse.optim import (
+    Optimizers,
+    check_clearable,
+    momentum_of,
+    parameters_of,
+    zero_entries,
+)
 from parasparse.patterns import Pattern, unstructured
 from parasparse.patterns.blocks_channels_heads import has_units
 from parasparse.sharding.dtensors import fill_, full_tensor, laid_out_like
 from parasparse.targets.tensors import Target
+from parasparse.training.dynamic.compact_layer import CompactLayer
 from parasparse.training.dynamic.view import Masking
 from parasparse.training.history import masks_lost
 
@@ -47,6 +55,20 @@ class Layer:
         mask = self.module.mask
         assert mask is not None
         return laid_out_like(mask, self.parameters[0])
+
+    def check(self) -> None:
+        """Raise RuntimeError if the mask was removed or replaced."""
+        _ = self.module
+
+    def begin(self, *, dense_gradient: bool) -> None:
+        """Set masked weights to 0 and keep them so; `dense_gradient`: they have a gradient too."""
+        self.module.dense_gradient = dense_gradient
+        self.module.zeroed_in_place = frozenset(map(id, self.parameters))
+        self.zero_masked()
+
+    def check_state(self, optimizer: Optimizers) -> None:
+        """Raise TypeError if the state of the optimizer cannot be set to 0."""
+        check_clearable(optimizer, self.parameters)
 
     def seen_mask(self) -> Tensor:
         """Return a copy of the mask, by unit with a pattern of units."""
@@ -88,8 +110,11 @@ class Layer:
             apply_mask_(parameter, mask)
 
     @torch.no_grad()
-    def set_mask(self, mask: Tensor, optimizer: Optimizers, *, keep_state_of_grown: bool) -> None:
+    def set_mask(
+        self, mask: Tensor | KeptEntries, optimizer: Optimizers, *, keep_state_of_grown: bool
+    ) -> None:
         """Set the mask; set changed weights and their optimizer state to 0."""
+        assert isinstance(mask, Tensor)
         before = self.mask.clone()
         self.module.mask_(mask)
         changed = before ^ mask
@@ -100,7 +125,7 @@ class Layer:
 
 
 def view(
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, Layer | CompactLayer],
     optimizer: Optimizers,
     gradients: Mapping[str, Tensor | None] | None,
     prune_rate: float,
@@ -116,8 +141,13 @@ def view(
             raise ValueError("`weight` must be one of `masking.weights`; got another tensor.")
         return names[id(weight)]
 
+    def layer_of(weight: Tensor) -> Layer:
+        layer = layers[name_of(weight)]
+        assert isinstance(layer, Layer)  # moves of compact weights read only values
+        return layer
+
     def momentum(weight: Tensor) -> Tensor:
-        found = layers[name_of(weight)].of_each(lambda p: momentum_of(optimizer, p))
+        found = layer_of(weight).of_each(lambda p: momentum_of(optimizer, p))
         return torch.zeros_like(weight) if found is None else found
 
     def gradient(weight: Tensor) -> Tensor:
@@ -130,10 +160,14 @@ def view(
         found = gradients[name]
         if found is None:
             return torch.zeros_like(weight)
-        return layers[name].seen([found.to_dense() if found.is_sparse else found])
+        return layer_of(weight).seen([found.to_dense() if found.is_sparse else found])
 
-    return Masking(
+    seen = Masking(
         optimizer=optimizer, weights=weights, prune_rate=prune_rate, model=model,
         masks={name: layer.seen_mask() for name, layer in layers.items()},
         baseline_nonzero=baseline_nonzero, momentum=momentum, gradient=gradient,
     )  # fmt: skip
+    for name, layer in layers.items():
+        if isinstance(layer, CompactLayer):
+            seen.name2zeros[name] = layer.numel - seen.name2nonzeros[name]
+    return seen

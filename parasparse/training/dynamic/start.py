@@ -24,9 +24,11 @@ from parasparse.sharding.dtensors import count_nonzero, full_tensor
 from parasparse.targets.reach import group_by_rule
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import described, listed
+from parasparse.training.dynamic.compact_layer import MOVES, CompactLayer
 from parasparse.training.dynamic.layer import Layer
 from parasparse.training.dynamic.moves import GROWTH_SCORES, no_redistribution
 from parasparse.training.dynamic.update import Moves
+from parasparse.training.dynamic.view import needs_of
 from parasparse.training.scaled_rules import as_rules
 
 _DRAWN: dict[str, dict[str, Any]] = {
@@ -35,7 +37,9 @@ _DRAWN: dict[str, dict[str, Any]] = {
 Init = str | Mapping[str, Any]
 
 
-def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments, list[Layer]]:
+def first_masks(
+    model: nn.Module, rules: Rules, init: Init
+) -> tuple[Assignments, list[Layer | CompactLayer]]:
     """Return the assignments of the first masks and their layers, without changing `model`.
 
     `init` and errors are those of `DynamicSparsity`.
@@ -43,10 +47,14 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments
     pairs = as_pairs(rules)
     start = _start(init)
     wanted = [(spec, None if rule is None else start(rule)) for spec, rule in pairs]
-    assigned = assignments(model, as_rules(wanted), pairs=True)
-    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, tensors_of(model))
+    targets = tensors_of(model)
+    groups = group_by_rule({n: spec for n, (spec, _) in enumerate(pairs)}, targets)
+    if init != "resume":
+        reached = [t for n, group in groups.items() if pairs[n][1] is not None for t in group]
+        _check_not_compact(reached)
+    assigned = assignments(model, as_rules(wanted), pairs=True, compact=True)
     patterns = {t.name: _pattern(pairs[n][1], t.name) for n, group in groups.items() for t in group}
-    layers = [Layer(each.target, patterns[each.target.name]) for each in assigned]
+    layers = [_layer(each.target, patterns[each.target.name]) for each in assigned]
     names = [each.target.name for each in assigned]
     unknown = [name for name in init if name not in names] if isinstance(init, Mapping) else []
     if unknown:
@@ -57,7 +65,7 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments
     if not assigned:
         raise ValueError("`rules` must give at least one tensor a mask; all of them are None.")
     for each, layer in zip(assigned, layers, strict=True):
-        _check(each, layer)
+        _check_kept(each, layer) if isinstance(layer, CompactLayer) else _check(each, layer)
         if init == "resume" and any(_is_real(mask) for mask in each.target.masks()):
             raise ValueError(
                 f'`init="resume"` needs bool masks; the mask of "{each.target.name}" is '
@@ -66,8 +74,13 @@ def first_masks(model: nn.Module, rules: Rules, init: Init) -> tuple[Assignments
     return assigned, layers
 
 
-def check_moves(moves: Moves, layers: Mapping[str, Layer], optimizer: Optimizers) -> None:
+def check_moves(
+    moves: Moves, layers: Mapping[str, Layer | CompactLayer], optimizer: Optimizers
+) -> None:
     """Raise ValueError if `moves` do not suit these layers or this optimizer."""
+    compact = [name for name, layer in layers.items() if isinstance(layer, CompactLayer)]
+    if compact:
+        _check_moves_of_compact(moves, compact)
     bound = {name: layer for name, layer in layers.items() if layer.pattern is not unstructured}
     if bound and (moves.redistribution is not no_redistribution or moves.grow_globally):
         raise ValueError(
@@ -97,6 +110,50 @@ def check_moves(moves: Moves, layers: Mapping[str, Layer], optimizer: Optimizers
             f"`optimizer` must keep momentum, which the moves read; {kind_of(optimizer)} "
             f'keeps none for {listed(without)}. Set `momentum=0.9`, or use "gradient" or "random" '
             'growth and "magnitude", "nonzero" or "none" redistribution.'
+        )
+
+
+def _check_moves_of_compact(moves: Moves, names: list[str]) -> None:
+    for kind, known in MOVES.items():
+        move = getattr(moves, kind)
+        if move in known.values():
+            continue
+        if needs_of(move).isdisjoint({"momentum", "state"}):
+            why = "may read masks and weights of the dense shape"
+        else:
+            why = "may read the optimizer's state of entries that are not kept"
+        raise ValueError(
+            f"`{kind}` must be one of {listed(known)} for compact weights; "
+            f"{getattr(move, '__name__', move)} {why}, which does not exist for {listed(names)}. "
+            "Choose one of these, or call parasparse.expand(model) first."
+        )
+
+
+def _check_not_compact(targets: list[Target]) -> None:
+    names = [target.name for target in targets if target.is_compact]
+    if names:
+        raise ValueError(
+            f'`init` must be "resume" for compact weights, which keep the entries that they have; '
+            f"{listed(names)} are compact. Draw the first masks with `sparsify`, before `compact`."
+        )
+
+
+def _layer(target: Target, pattern: Pattern) -> Layer | CompactLayer:
+    if not target.is_compact:
+        return Layer(target, pattern)
+    if pattern is not unstructured:
+        raise ValueError(
+            f'the entries of a compact weight move one by one; "{target.name}" has the pattern '
+            f"{pattern} in its rule. Leave it out, or call parasparse.expand(model) first."
+        )
+    return CompactLayer(target)
+
+
+def _check_kept(each: Assignment, layer: CompactLayer) -> None:
+    if not len(layer.mask):
+        raise ValueError(
+            f'each tensor must have at least one connection; "{each.target.name}", '
+            f"{tuple(each.target.shape)}, has none."
         )
 
 

@@ -53,18 +53,30 @@ class Moves:
         return {*needs_of(self.prune), *needs_of(self.growth), *needs_of(self.redistribution)}
 
     @property
+    def keep_sizes(self) -> bool:
+        """Whether each layer keeps its number of connections."""
+        per_layer = _takes(self.prune, 4) and not self.grow_globally
+        return self.redistribution is no_redistribution and per_layer
+
+    @property
     def grow_globally(self) -> bool:
         """Whether `growth(masking, total_regrowth)` is for all layers at once."""
         return not _takes(self.growth, 5)
 
 
 def next_masks(
-    view: Masking, moves: Moves, missing: Mapping[str, int], groups: Mapping[str, n_of_m]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+    view: Masking,
+    moves: Moves,
+    missing: Mapping[str, int],
+    groups: Mapping[str, n_of_m],
+    compact: Mapping[str, Callable[[Tensor, int], Any]],
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the masks after an update, and by layer how many connections growth could not add.
 
-    `missing` are these numbers of the last update; `groups` are the patterns of n:m layers. The
-    dicts of `view` are filled in. Raises ValueError or TypeError if a move returns a wrong result.
+    `missing` are these numbers of the last update; `groups` are the patterns of n:m layers.
+    `compact` are the functions that grow compact layers: from a mask of their values and the number
+    of connections to grow, to their kept entries. The dicts of `view` are filled in. Raises
+    ValueError or TypeError if a move returns a wrong result.
     """
     _set_importance(view, moves)
     before = {name: mask.clone() for name, mask in view.masks.items()}
@@ -80,11 +92,14 @@ def next_masks(
         _check_number(grown, view.total_removed + owed, "all layers")
         return masks, {"": view.total_removed + owed - grown}
     shares = _shares(view, moves, missing, counts)
-    masks, left = {}, {}
+    masks, left = dict[str, Any](), dict[str, int]()
     for name, mask in pruned.items():
         if name in groups:
             scores = GROWTH_SCORES[moves.growth](view, view.weights[name])
             masks[name] = mask_for(groups[name], torch.where(mask, math.inf, scores))
+            continue
+        if name in compact:
+            masks[name] = compact[name](mask, shares[name])
             continue
         masks[name] = _grown(view, moves, name, mask, shares[name])
         grown = count_nonzero(masks[name]) - counts[name]
@@ -108,8 +123,9 @@ def _set_importance(view: Masking, moves: Moves) -> None:
         raise ValueError("`redistribution` must return numbers whose sum is finite; got inf.")
     mean = 1 / len(found)
     view.name2variance.update({n: v / total if total else mean for n, v in found.items()})
-    for name, mask in view.masks.items():
-        sparsity = view.name2zeros[name] / mask.numel()
+    for name in view.masks:
+        zeros = view.name2zeros[name]
+        sparsity = zeros / (zeros + view.name2nonzeros[name])
         if sparsity < _NEARLY_FULL and view.name2variance[name] > mean:
             view.name2prune_rate[name] = min(sparsity, view.prune_rate)
 
@@ -163,7 +179,7 @@ def _shares(
     if moves.redistribution is no_redistribution:
         return {name: view.name2removed[name] + missing.get(name, 0) for name in counts}
     total = view.total_removed + sum(missing.values())
-    free = {name: mask.numel() - counts[name] for name, mask in view.masks.items()}
+    free = {n: view.name2zeros[n] + view.name2removed[n] for n in counts}
     # A layer without connections would never have a gradient again.
     first = {name: int(count == 0) for name, count in counts.items()}
     if sum(first.values()) > total:
