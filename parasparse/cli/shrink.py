@@ -44,35 +44,13 @@ def shrink(args: Namespace) -> str:
 
 def _plan(path: str) -> Shrinkage:
     try:
-        plan = Shrinkage.from_json(Path(path).read_text())
+        return Shrinkage.from_json(Path(path).read_text())
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be read: {error.strerror}.') from error
     except ValueError as error:
         raise CheckpointError(
             f'"{path}" must be a plan, as written by `Shrinkage.to_json`; {error}'
         ) from error
-    for row in plan.rows:
-        if not _is_possible(row):
-            raise CheckpointError(
-                f'the plan "{path}" is damaged: the indices that "{row.name}" keeps do not fit its '
-                f"shapes, {row.shape} and {row.new_shape}."
-            )
-    return plan
-
-
-def _is_possible(row: ShrinkRow) -> bool:
-    """Whether the indices of a row lead from its shape to its new shape."""
-    if len(row.shape) != len(row.new_shape) or any(d >= len(row.shape) for d in row.kept):
-        return False
-    for dim, (size, new_size) in enumerate(zip(row.shape, row.new_shape, strict=True)):
-        kept = row.kept.get(dim, tuple(range(size)))
-        per_row = bool(kept) and isinstance(kept[0], tuple)
-        if per_row and len(kept) != row.new_shape[0]:
-            return False
-        for indices in kept if per_row else (kept,):
-            if len(indices) != new_size or not all(0 <= index < size for index in indices):  # type: ignore
-                return False
-    return True
 
 
 def _rows(source: Checkpoint, plan: Shrinkage) -> dict[str, ShrinkRow]:

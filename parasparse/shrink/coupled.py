@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             of the rule. Otherwise all units are ranked together.
 
     Raises:
-        ValueError: a target reaches nothing.
+        ValueError: a target reaches nothing, or `norm` is not above 0 and finite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -53,6 +54,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self, model: nn.Module, example_inputs: Any, *, targets: Specs | None = None,
         norm: float | None = None, uniform: bool = True,
     ) -> None:  # fmt: skip
+        if norm is not None and not 0 < norm < math.inf:
+            raise ValueError(f"`norm` must be None (the mean) or > 0 and finite; got {norm!r}.")
         self.norm, self.uniform = norm, uniform
         trace, _, _ = traced(model, example_inputs, {})
         units = Units(trace)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from parasparse.shrink.sizes import Attribute
+from parasparse.shrink.sizes import Attribute, holder_of
 
 # Class, attribute, parameter or buffer, dimension.
 _SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
@@ -56,6 +56,21 @@ def layer_sizes(
             for index, size in enumerate(shape):
                 found[Attribute(path, "normalized_shape", index)] = size
     return {a: v for a, v in found.items() if v != _now(model, a)}
+
+
+def sized_by(model: nn.Module, attribute: Attribute) -> tuple[str, int] | None:
+    """Return the tensor of a layer whose size an attribute is, by name, and the dimension."""
+    holder = holder_of(model, attribute)
+    prefix = f"{attribute.path}." if attribute.path else ""
+    for kind, name, tensor, dim in _SIZES:
+        if isinstance(holder, kind) and name == attribute.name:
+            return f"{prefix}{tensor}", dim
+    if isinstance(holder, _ConvNd) and attribute.name in ("in_channels", "out_channels"):
+        is_rows = (attribute.name == "out_channels") != isinstance(holder, _ConvTransposeNd)
+        return (f"{prefix}weight", 0 if is_rows else 1) if is_rows or holder.groups == 1 else None
+    if isinstance(holder, nn.LayerNorm | nn.RMSNorm) and attribute.name == "normalized_shape":
+        return f"{prefix}weight", attribute.index or 0
+    return None
 
 
 def _now(model: nn.Module, attribute: Attribute) -> int:

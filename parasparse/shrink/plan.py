@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from parasparse.text import as_text
@@ -129,7 +131,7 @@ class Shrinkage:
                 {**row, "kept": {int(dim): _tuples(kept) for dim, kept in row["kept"].items()}}
                 for row in found["rows"]
             ]
-            return Shrinkage(
+            plan = Shrinkage(
                 rows=tuple(ShrinkRow(**_with_tuples(row)) for row in rows),
                 attributes=tuple(AttributeRow(**row) for row in found["attributes"]),
                 kept_back=tuple(KeptRow(**_with_tuples(row)) for row in found["kept_back"]),
@@ -140,6 +142,29 @@ class Shrinkage:
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"`text` must be a plan written by `to_json`; {error}.") from error
+        for row in plan.rows:
+            if not _is_possible(row):
+                raise ValueError(
+                    f'the plan is damaged: the indices that "{row.name}" keeps do not fit its '
+                    f"shapes, {row.shape} and {row.new_shape}, or its scale is no number above 0."
+                )
+        return plan
+
+
+def _is_possible(row: ShrinkRow) -> bool:
+    """Whether the indices of a row lead from its shape to its new shape, and its scale is one."""
+    if len(row.shape) != len(row.new_shape) or any(d >= len(row.shape) for d in row.kept):
+        return False
+    for dim, (size, new_size) in enumerate(zip(row.shape, row.new_shape, strict=True)):
+        kept = row.kept.get(dim, tuple(range(size)))
+        per_row = bool(kept) and isinstance(kept[0], tuple)
+        if per_row and len(kept) != row.new_shape[0]:
+            return False
+        for indices in kept if per_row else (kept,):
+            ordered = all(a < b for a, b in pairwise((-1, *indices, size)))  # type: ignore[misc]
+            if len(indices) != new_size or not ordered:  # type: ignore[arg-type]
+                return False
+    return 0 < row.scale < math.inf and math.isfinite(row.shift)
 
 
 def _scaled(row: ShrinkRow) -> str:

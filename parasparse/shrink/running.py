@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from parasparse.shrink.attention import let_heads_go
 from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
+from parasparse.shrink.layer_sizes import sized_by
 from parasparse.shrink.rules import rule_for
 from parasparse.shrink.sizes import Attribute, tag_attributes
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
@@ -45,7 +48,15 @@ def traced(
         twin = shared_copy(model)
         return _traced(twin, example_inputs, dropped, StandIns(twin))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
+        pass
+    try:
         return _traced(full_copy(model), example_inputs, dropped, None)
+    except Exception as error:
+        error.add_note(
+            "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "
+            "arguments or a dict of keyword arguments."
+        )
+        raise
 
 
 def _traced(
@@ -61,14 +72,22 @@ def _traced(
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
             trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))
+        elif isinstance(tensor, (int, float)) and not isinstance(tensor, bool):
+            trace.constants_hold = False
     with ExitStack() as stack:
         for each in (torch.no_grad(), _plain_kernels(), _module_names(twin, trace)):
             stack.enter_context(each)
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         outputs = call(twin, example_inputs)
-    trace.hold_numbers(values)
-    for tensor in tensors_in(outputs):
+    trace.settle_sizes(values, partial(sized_by, twin))
+    found = tensors_in(outputs)
+    if not found:
+        raise ValueError(
+            f"the model must return a tensor, or an object that holds some; got {outputs!r:.60}. "
+            "What nobody reads would be removed."
+        )
+    for tensor in found:
         trace.means.use(tensor)
         for label in trace.labels(tensor):
             trace.ties.pin(label, "an output of the model")
@@ -108,21 +127,36 @@ def copied_inputs(example_inputs: Any, cast: Callable[[Tensor], Tensor] = Tensor
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:
-    """Return the tensors in the outputs of a model: in tuples, mappings and dataclasses.
+    """Return the tensors in the outputs of a model: in containers, and attributes of objects.
 
-    The keys and values in a cache object are no outputs: they may become smaller.
+    The keys and values in a cache, an object of a class named so, are no outputs: they may become
+    smaller.
     """
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        parts = list(outputs.values())
-    elif isinstance(outputs, (tuple, list, set)):
-        parts = list(outputs)
-    elif is_dataclass(outputs):
-        parts = list(vars(outputs).values())
-    else:
-        return []
-    return [tensor for part in parts for tensor in tensors_in(part)]
+    return list(_tensors_in(outputs, set()))
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, (tuple, list, set, frozenset, deque)):
+        parts = value
+    elif is_dataclass(value) or _has_outputs(value):
+        parts = vars(value).values()
+    if parts and id(value) not in seen:
+        seen.add(id(value))
+        for part in parts:
+            yield from _tensors_in(part, seen)
+
+
+def _has_outputs(value: object) -> bool:
+    """Whether `value` is an object such as a distribution, whose attributes are outputs."""
+    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return not any(kind.__name__.endswith("Cache") for kind in type(value).__mro__)
 
 
 @contextmanager

@@ -117,18 +117,11 @@ def _planned(
     model: nn.Module, example_inputs: Any, *, targets: Specs | None, exact: bool, multiple_of: int
 ) -> Work:
     check_has_values(check_shrinkable(model))
-    if multiple_of < 1:
-        raise ValueError(f"`multiple_of` must be at least 1; got {multiple_of}.")
-    try:
-        return work_for(
-            model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
-        )
-    except Exception as error:
-        error.add_note(
-            "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "
-            "arguments or a dict of keyword arguments."
-        )
-        raise
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"`multiple_of` must be an int of at least 1; got {multiple_of!r}.")
+    if isinstance(example_inputs, Shrinkage):
+        raise TypeError("`example_inputs` must be inputs of the model; got a plan: see `shrink`.")
+    return work_for(model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of)
 
 
 def _why(model: nn.Module, plan: Shrinkage) -> str:

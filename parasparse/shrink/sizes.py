@@ -184,8 +184,8 @@ def spans_in(expr: Expression) -> list[Span]:
     return []
 
 
-def holding(expr: Expression, values: Mapping[Attribute, int]) -> Expression:
-    """Return an expression in which the attributes of `values` are numbers."""
+def holding(expr: Expression, values: Mapping[Attribute, Expression]) -> Expression:
+    """Return an expression with `values` in place of attributes."""
     if isinstance(expr, Attribute):
         return values.get(expr, expr)
     if isinstance(expr, Computed):

@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from parasparse.shrink.facts import facts
+from parasparse.shrink.facts import UNKNOWN, facts
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.sizes import Size, expression, numbers, span
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
-from parasparse.shrink.tracing import Trace
+from parasparse.shrink.tracing import Trace, lowest
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 _VIEWS = ("view", "reshape", "expand", "broadcast_to")
@@ -27,8 +27,14 @@ _ARITHMETIC = {
     f"{side}{name}"
     for side in ("", "r")
     for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "floor_divide", "pow", "mod",
-                 "remainder", "true_divide", "divide", "multiply", "subtract", "clamp", "tensor")
+                 "remainder", "true_divide", "divide", "multiply", "subtract", "clamp", "tensor",
+                 "scalar_tensor", "as_tensor", "asarray", "full_like", "fill", "masked_fill",
+                 "where", "lerp", "gt", "ge", "lt", "le", "eq", "ne")
 }  # fmt: skip
+# Functions that make numbers that depend on how many there are, or that are others for fewer.
+_SERIES = ("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
+           "tril_indices", "triu_indices", "bartlett_window", "blackman_window", "hamming_window",
+           "hann_window", "kaiser_window", "normal", "vander")  # fmt: skip
 
 
 class StatedSizes(TorchFunctionMode):
@@ -54,6 +60,9 @@ class StatedSizes(TorchFunctionMode):
             return reduce(mul, self._shape(args[0]), 1)
         if name in READS and self._trace.stand_ins:
             raise ValuesNeeded
+        if name in READS and isinstance(args[0], Tensor):
+            with _disable_current_modes():
+                self._trace.constants_hold &= lowest(self._trace, [args[0]]) != UNKNOWN
         outer, self._trace.function = self._trace.function, name
         self._trace.means.give([*args, *kwargs.values()])
         try:
@@ -133,19 +142,36 @@ def _unflattened(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 def _made(name: str) -> Callable[..., None]:
     def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         rest = args[1:] if name.startswith("new_") else args
-        sizes = _flat(tuple(s for s in rest if isinstance(s, (int, tuple, list))))
+        sizes = _flat(rest)
         if "full" in name:
             sizes = _flat(rest[:1])
+            value = rest[1] if len(rest) > 1 else kwargs.get("fill_value")
+            numbers.get().extend([value.expression] if isinstance(value, Size) else [])
         sizes = sizes or _flat((kwargs.get("size", ()),))
+        if len(sizes) != out.ndim:
+            return
         labels = [
             along(trace.ties.new(int(size)), dim, out.shape)
             for dim, size in enumerate(sizes)
             if isinstance(size, Size) and size > 1
         ]
-        if len(sizes) == out.ndim and labels:
+        if labels:
             trace.set_facts(out, facts(labels, trace.state(out)))
             for dim, size in enumerate(sizes):
                 _require(trace, size, out, dim, name)
+
+    return check
+
+
+def _numbered(name: str) -> Callable[..., None]:
+    """Return what keeps the size of a tensor whose values are others if it is smaller."""
+
+    def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+        for size in tree_leaves((args, kwargs)):
+            if isinstance(size, Size) and size > 1:
+                stays = trace.ties.new(int(size))
+                trace.ties.pin(stays, f"{name} of how many there are")
+                trace.require(size.expression, span(stays, 0), name)
 
     return check
 
@@ -259,6 +285,7 @@ def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 _CHECKS: dict[str, Callable[..., None]] = {
     **{name: _viewed(name) for name in _VIEWS},
     **{name: _made(name) for name in _FACTORIES},
+    **{name: _numbered(name) for name in _SERIES},
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     "unflatten": _unflattened,
     "split": _split,

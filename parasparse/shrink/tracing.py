@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
-from parasparse.shrink.facts import KNOWN, UNKNOWN, Facts, everywhere, facts
+from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
 from parasparse.shrink.sizes import (
@@ -24,6 +24,7 @@ from parasparse.shrink.sizes import (
     Span,
     attributes_in,
     holding,
+    span,
     spans_in,
 )  # fmt: skip
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
@@ -110,13 +111,22 @@ class Call:
     def _tensors(self) -> list[Tensor]:
         return _tensors_in([*self.args, *self.kwargs.values()])
 
-    def has_float(self) -> bool:
-        """Whether a Python number that may come from the input is among the arguments."""
-        return any(isinstance(each, float) for each in tree_leaves((self.args, self.kwargs)))
+    def takes_number(self) -> bool:
+        """Whether values are computed with a Python number, which may come from the input."""
+        if self.pointwise or self.name.removesuffix("_") in _FILLS:
+            numbers = tree_leaves((self.args, self.kwargs))
+        else:
+            numbers = [self.kwargs.get(name) for name in ("alpha", "beta")]
+        return any(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """Return an argument given by position or by name."""
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+
+# Operations that write a number into a tensor, and those that leave 0 as it is.
+_FILLS = ("full", "full_like", "new_full", "fill", "masked_fill", "scalar_tensor")
+_SCALES = ("mul", "div", "hardtanh", "leaky_relu", "elu", "celu", "gelu", "pow")
 
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -164,7 +174,7 @@ class Trace(TorchDispatchMode):
         required: sizes that the program states.
         numbers: sizes from which the program has computed numbers, such as a scale.
         branches: operations on input data that may decide which branch the program takes.
-        constants_hold: whether no number of the input went into the program as a Python number.
+        constants_hold: whether no value of the input went into the program as a Python number.
         uses: how many operations read each parameter, by id.
     """
 
@@ -227,19 +237,38 @@ class Trace(TorchDispatchMode):
             Requirement(given, where, f"{operation} in {self.module or 'forward'}")
         )
 
-    def hold_numbers(self, values: Mapping[Attribute, int]) -> None:
-        """Keep the sizes from which the program has computed numbers.
+    def settle_sizes(
+        self, values: Mapping[Attribute, int],
+        sized_by: Callable[[Attribute], tuple[str, int] | None],
+    ) -> None:  # fmt: skip
+        """Say of the attributes in sizes what they are, and keep those that became numbers.
 
         Args:
             values: the attributes as they are.
+            sized_by: returns the tensor, by name, and the dimension whose size an attribute is.
         """
-        found = {a for size in self.numbers for a in attributes_in(size)}
-        attributes = {a: values[a] for a in found if a in values}
-        for each in (span for size in self.numbers for span in spans_in(size)):
+        follows = self._sizes_of_layers(sized_by)
+        numbers = [holding(size, follows) for size in self.numbers]
+        for each in (part for size in numbers for part in spans_in(size)):
             self.ties.pin(each.ids(), "a number is computed from how many there are")
+        stay = {a: values[a] for size in numbers for a in attributes_in(size) if a in values}
         self.required = [
-            replace(each, given=holding(each.given, attributes)) for each in self.required
+            replace(each, given=holding(each.given, {**follows, **stay})) for each in self.required
         ]
+
+    def _sizes_of_layers(
+        self, sized_by: Callable[[Attribute], tuple[str, int] | None]
+    ) -> dict[Attribute, Expression]:
+        """Return the sizes of parameters that attributes such as `out_features` follow."""
+        given = [*self.numbers, *(each.given for each in self.required)]
+        found: dict[Attribute, Expression] = {}
+        for attribute in {a for size in given for a in attributes_in(size)}:
+            name, dim = sized_by(attribute) or ("", 0)
+            for leaf in self.leaves.values():
+                for label in leaf.labels:
+                    if leaf.name == name and varying(label) == (dim,):
+                        found[attribute] = span(label, dim)
+        return found
 
     def average(self, label: Tensor) -> None:
         """Remember that a norm is taken over `label`."""
@@ -305,12 +334,20 @@ class Trace(TorchDispatchMode):
         self.means.follow(call, mutates=mutates)
         rule = self._rule_for(call)
         found = unknown_operation(self, call) if rule is None else rule(self, call)
-        if not self.constants_hold and call.has_float():
-            found = [Facts(each.labels, everywhere(UNKNOWN, each.state.shape)) for each in found]
+        if not self.constants_hold and call.takes_number():
+            found = [Facts(each.labels, self._zeros_alone(call, each.state)) for each in found]
         for out, each in zip(outs, found, strict=True):
             self.set_facts(out, each)
         if mutates:
             self._written(outs)
+
+    def _zeros_alone(self, call: Call, state: Tensor) -> Tensor:
+        """Return the state of what is computed with a number that may come from the input."""
+        if call.name.removesuffix("_") not in _SCALES:
+            return everywhere(UNKNOWN, state.shape)
+        zero = (compact(self.state(t)) == ZERO for t in call.tensors())
+        small = reduce(torch.logical_or, zero) & (compact(state) == ZERO)
+        return (small.to(torch.uint8) * ZERO).expand(state.shape)
 
     def _written(self, outs: list[Tensor]) -> None:
         """Forget the states of other tensors in memory that has been written to."""

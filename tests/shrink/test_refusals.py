@@ -1,6 +1,7 @@
 """What cannot be shrunk is refused before anything changes, with the way out."""
 
 import copy
+import json
 import os
 import warnings
 
@@ -191,8 +192,6 @@ def test_other_objects_are_refused():
             ps.shrink(odd, images())
     with pytest.raises(TypeError, match="must be a torch optimizer"):
         ps.shrink(model, images(), optimizer=model)
-    with pytest.raises(ValueError, match="`multiple_of` must be at least 1"):
-        ps.shrink(model, images(), multiple_of=0)
 
 
 @pytest.mark.parametrize("inputs", [torch.randn(2, 5), (), {"y": 1}, None, "x"])
@@ -309,3 +308,44 @@ def test_the_optimizer_of_another_model_is_refused():
     optimizer = torch.optim.Adam(copy.deepcopy(model).parameters())
     with pytest.raises(ValueError, match="of the same model object"):
         ps.shrink(model, images(), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, float("inf"), float("nan")])
+def test_units_are_ranked_by_a_norm_that_exists(norm):
+    with pytest.raises(ValueError, match="`norm` must be None"):
+        ps.coupled(network(), images(), norm=norm)
+
+
+@pytest.mark.parametrize("number", [0, -8, 2.5, True, "8"])
+def test_sizes_are_multiples_of_whole_numbers(number):
+    with pytest.raises(ValueError, match="`multiple_of` must be an int"):
+        ps.shrink(network(), images(), multiple_of=number)
+
+
+def test_a_plan_is_no_example_of_inputs():
+    plan = ps.plan_shrink(network(), images())
+    with pytest.raises(TypeError, match="got a plan"):
+        ps.plan_shrink(network(), plan)
+
+
+DAMAGES = {
+    "out of range": {"kept": {"0": [0, 1, 2, 99]}},
+    "negative": {"kept": {"0": [-1, 0, 1, 2]}},
+    "twice": {"kept": {"0": [0, 0, 1, 2]}},
+    "in another order": {"kept": {"0": [3, 2, 1, 0]}},
+    "no such dimension": {"kept": {"5": [0, 1, 2, 3]}},
+    "too few": {"kept": {"0": [0, 1]}},
+    "another shape": {"new_shape": [3, 5]},
+    "no scale": {"scale": 0.0},
+    "not a number": {"scale": float("nan")},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_plan_that_contradicts_itself_is_refused(name):
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    ps.sparsify(model, {"0": ps.Prune(0.5, pattern=ps.patterns.channel(0))})
+    content = json.loads(ps.plan_shrink(model, torch.randn(2, 5)).to_json())
+    content["rows"][0] |= DAMAGES[name]
+    with pytest.raises(ValueError, match="damaged"):
+        ps.Shrinkage.from_json(json.dumps(content))

@@ -56,6 +56,12 @@ NUMBERS = {
     "float": lambda self, x: x * (x.shape[-1] * 0.5),
     "len": lambda self, x: x + x.sum(-1, keepdim=True) / len(x[0, 0]),
     "numel": lambda self, x: x + x.sum(-1, keepdim=True) / x[0, 0].numel(),
+    "attribute of a layer": lambda self, x: x / self.one.out_features,
+    "filled": lambda self, x: x / torch.full((), x.shape[-1], dtype=x.dtype),
+    "compared": lambda self, x: x * (x.new_ones(3) * 7 < x.shape[-1]).sum(),
+    "last of a range": lambda self, x: x * torch.arange(x.shape[-1])[-1],
+    "mean of a range": lambda self, x: x * torch.linspace(0, 1, x.shape[-1] + 1).square().mean(),
+    "trace": lambda self, x: x * torch.eye(x.shape[-1]).sum(),
 }
 
 
@@ -127,6 +133,8 @@ STAY = {
     "as many matrices": lambda self, x: (x.permute(2, 0, 1) @ torch.ones(8, 4, 4).to(x)).permute(
         1, 2, 0
     ),
+    "noise": lambda self, x: x + torch.randn_like(x),
+    "random places": lambda self, x: F.dropout(x, 0.5, training=True),
     "Fourier": lambda self, x: torch.fft.fft(x).real,
 }
 

@@ -306,3 +306,31 @@ def test_a_model_that_writes_into_its_input_leaves_the_example_as_it_was():
     before = example.clone()
     ps.shrink(pruned(model, example), example)
     assert torch.equal(example, before)
+
+
+class Heads(nn.Module):
+    """Attention whose program computes the size of a head from that of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        width = self.q.out_features // self.heads
+        q, k, v = (
+            layer(x).view(*x.shape[:2], self.heads, width).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        found = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(found.reshape(*x.shape[:2], self.out.in_features))
+
+
+def test_sizes_computed_from_those_of_a_layer_follow():
+    model, x = Heads().double().eval(), torch.randn(2, 5, 16).double()
+    units = ps.coupled(model, x)
+    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
+    masked = ps.sparsify(model, half)
+    small = ps.shrink(copy.deepcopy(masked), x, check=False)
+    assert (small.heads, small.q.out_features) == (2, 8)
+    torch.testing.assert_close(small(x), masked(x))

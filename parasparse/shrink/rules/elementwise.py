@@ -133,9 +133,10 @@ def _filled(trace: Trace, call: Call) -> list[Facts]:
 
 def _alike(trace: Trace, call: Call) -> list[Facts]:
     """A new tensor of the same sizes."""
+    if call.name in RANDOM:
+        return _random(trace, call)
     (out,) = call.outs()
-    state = UNKNOWN if call.name in RANDOM else KNOWN
-    return [Facts(trace.labels(call.args[0]), with_zeros(everywhere(state, out.shape), out))]
+    return [Facts(trace.labels(call.args[0]), with_zeros(everywhere(KNOWN, out.shape), out))]
 
 
 RANDOM = (
@@ -146,11 +147,12 @@ RANDOM = (
 
 
 def _random(trace: Trace, call: Call) -> list[Facts]:
-    if call.tensors() and call.pointwise:
-        return elementwise(trace, call)
+    """Of fewer random numbers, each would be another one."""
     for tensor in call.tensors():
         for label in trace.labels(tensor):
             trace.ties.pin(label, "random numbers")
+    if call.tensors() and call.pointwise:
+        return elementwise(trace, call)
     return [Facts((), everywhere(UNKNOWN, out.shape)) for out in call.outs()]
 
 

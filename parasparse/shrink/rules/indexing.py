@@ -122,8 +122,7 @@ def _data(trace: Trace, call: Call) -> list[Facts]:
             trace.ties.pin(label, f"{call.name} of channels")
     if unknown:
         trace.branches.append(f"{call.name} in {trace.module or 'forward'}")
-        floating = any(t.is_floating_point() for t in call.tensors())
-        trace.constants_hold &= not (floating and call.name in ("item", "_local_scalar_dense"))
+        trace.constants_hold &= call.name not in ("item", "_local_scalar_dense")
     state = UNKNOWN if unknown else KNOWN
     return [Facts((), everywhere(state, out.shape)) for out in call.outs()]
 

@@ -41,7 +41,11 @@ def _reduced(trace: Trace, call: Call) -> list[Facts]:
         cannot_lose(trace, label, there, "")
         labels.append(_without_dims(label, dims, keep))
     state = worst(trace.state(x), dims, x.shape)
-    state = _without_dims(only_zeros(state) if call.name in _SUMS else state, dims, keep)
+    if call.name in _SUMS or call.name == "prod":
+        state = only_zeros(state)
+    elif call.name == "logsumexp":  # the logarithm of how many there are, of what is 0
+        state = everywhere(UNKNOWN, x.shape)
+    state = _without_dims(state, dims, keep)
     return [
         facts([label.expand(out.shape) for label in labels],
               with_zeros(state.expand(out.shape), out))
