@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parasparse.attach import attaching
-from parasparse.targets.tensors import Target, tensors_of
+from parasparse.targets.tensors import Target, named_modules
 from parasparse.verbs.squash import squash
 
 
@@ -18,12 +18,12 @@ def full_copy(model: nn.Module) -> nn.Module:
     return squash(copy.deepcopy(model)).eval()
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module, tensors: list[Target]) -> nn.Module:
     """Return what `full_copy` does, much faster, whose Parameters may share memory with `model`.
 
-    Nothing may write into them.
+    Nothing may write into them. `tensors` are those of the model.
     """
-    masked = [target for target in tensors_of(model, pairs=False) if target.masks()]
+    masked = [target for target in tensors if target.masks()]
     if not all(map(_is_plain, masked)):
         return full_copy(model)
     copied: dict[int, Any] = {}  # what `deepcopy` takes for an object, by id
@@ -35,7 +35,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             copied.setdefault(id(parameter), _alike(parameter, parameter.detach()))
-    for module in model.modules():
+    for _, _, module, _ in named_modules(model):
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:  # its hooks: `deepcopy` takes long
                 copied[id(value)] = OrderedDict()

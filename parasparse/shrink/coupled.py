@@ -57,9 +57,10 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         if norm is not None and not 0 < norm < math.inf:
             raise ValueError(f"`norm` must be None (the mean) or > 0 and finite; got {norm!r}.")
         self.norm, self.uniform = norm, uniform
-        trace, _, _ = traced(model, example_inputs, {})
+        tensors = tensors_of(model, pairs=False)
+        trace, _, _ = traced(model, tensors, example_inputs, {})
         units = Units(trace)
-        keep_all_of(trace, units, may_lose(tensors_of(model, pairs=False), targets))
+        keep_all_of(trace, units, may_lose(tensors, targets))
         for ids, reason in trace.ties.pins:
             units.keep(ids, reason)
         for label, _ in Norms(trace, units, {}).averaged:

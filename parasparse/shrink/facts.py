@@ -40,11 +40,6 @@ def everywhere(state: int, shape: torch.Size) -> Tensor:
     return torch.tensor(state, dtype=torch.uint8).expand(shape)
 
 
-def is_not_zero(state: Tensor) -> Tensor:
-    """Return whether a state is not ZERO. For a large one, this is much faster than `!=`."""
-    return ((state >> 1) ^ 1).view(torch.bool)  # of 0, 1 and 2
-
-
 def with_zeros(state: Tensor, value: Tensor) -> Tensor:
     """Return `state` where known entries are ZERO if `value` is 0 there, and KNOWN if not.
 

@@ -91,7 +91,7 @@ class Ties:
         differ = a != b
         if not differ.all():
             a, b = a[differ], b[differ]
-        stays = (a == 0) | (b == 0)
+        stays = a * b == 0
         if stays.any():
             self.pin((a + b)[stays], "it meets a size that stays")
             a, b = a[~stays], b[~stays]
@@ -117,8 +117,8 @@ class Ties:
             low = torch.minimum(units[a], units[b])
             hooked = units.scatter_reduce(0, units[a], low, "amin")
             hooked = hooked.scatter_reduce(0, units[b], low, "amin")
-            while not torch.equal(hooked, hooked[hooked]):
-                hooked = hooked[hooked]
+            while not torch.equal(hooked, further := hooked[hooked]):
+                hooked = further
             if torch.equal(hooked, units):
                 return units
             units = hooked

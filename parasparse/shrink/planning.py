@@ -21,7 +21,7 @@ from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
-from parasparse.targets.tensors import Target, tensors_of
+from parasparse.targets.tensors import Target
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,17 @@ class Work:
 
 def work_for(
     model: nn.Module,
+    tensors: list[Target],
     example_inputs: Any,
     *,
     targets: Specs | None,
     exact: bool,
     multiple_of: int,
 ) -> Work:
-    """Return what shrinking `model` does."""
-    tensors = tensors_of(model, pairs=False)
-    masked = masked_entries(model)
-    trace, values, twin = traced(model, example_inputs, masked or zero_entries(model))
+    """Return what shrinking `model` does, which has these `tensors`."""
+    masked = masked_entries(tensors)
+    dropped = masked or zero_entries(tensors)
+    trace, values, twin = traced(model, tensors, example_inputs, dropped)
     units, readers = Units(trace), readers_of(trace, masked)
     norms = Norms(trace, units, masked)
     keep_all_of(trace, units, may_lose(tensors, targets))
@@ -108,7 +109,7 @@ def _epsilon(model: nn.Module, attribute: Attribute, new: float) -> AttributeRow
 def _kept_back(trace: Trace, units: Units) -> tuple[KeptRow, ...]:
     """Return the channels whose entries are all dropped and that stay."""
     rows = []
-    for leaf in trace.leaves.values():
+    for leaf in (leaf for leaf in trace.leaves.values() if leaf.name in trace.dropped):
         for label in leaf.labels:
             if len(varying(label)) != 1:
                 continue
@@ -137,11 +138,10 @@ def _bytes(tensors: list[Target], rows: tuple[ShrinkRow, ...]) -> tuple[int, int
     sizes = {row.name: row for row in rows}
     before = after = 0
     for target in tensors:
-        tensor = target.stored()
-        before += tensor.numel() * tensor.element_size()
+        size = target.originals()[0].element_size()
+        before += target.shape.numel() * size
         row = sizes.get(target.name)
-        shape = torch.Size(row.new_shape) if row else tensor.shape
-        after += shape.numel() * tensor.element_size()
+        after += torch.Size(row.new_shape if row else target.shape).numel() * size
     return before, after
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from parasparse.shrink.facts import UNKNOWN, ZERO
 from parasparse.shrink.labels import compact
 from parasparse.shrink.tracing import Read, Trace
 from parasparse.shrink.units import Units
@@ -76,21 +77,17 @@ class Reader:
         found = torch.argsort(size, descending=True, stable=True)
         found = found[size[found] > 1e-3 * size[gone].max()]
         if self._masked_weight is not None:
-            rows = units.matter(self.read.rows) & self.read.needs[:, gone].any(1)
+            rows = units.matter(self.read.rows) & (self.read.states[:, gone] != ZERO).any(1)
             masked = self._masked_weight.movedim(self.read.summed, 1)[rows][:, found]
             found = found[~masked.transpose(0, 1).flatten(1).any(1)]
         return found
 
     def _needed_by(self, rows: Tensor) -> Tensor:
-        needs = compact(self.read.needs)
         if self.read.columns.shape[0] > 1:
-            return self.read.needs & rows.unsqueeze(1)
-        if not bool(rows.any()):
-            needs = torch.zeros(1, 1, dtype=torch.bool)
-        elif needs.shape[0] > 1:
-            needs = needs if bool(rows.all()) else needs[rows]
-            needs = needs.view(torch.uint8).amax(0, keepdim=True).bool()  # faster than `any`
-        return needs.expand(self.read.columns.shape)
+            return (self.read.states != ZERO) & rows.unsqueeze(1)
+        others = torch.where(rows, UNKNOWN, ZERO).to(torch.uint8).unsqueeze(1)
+        states = torch.maximum(compact(self.read.states), others)  # faster than picking rows
+        return (states.amin(0, keepdim=True) != ZERO).expand(self.read.columns.shape)
 
 
 def readers_of(trace: Trace, masked: Mapping[str, Tensor]) -> list[Reader]:

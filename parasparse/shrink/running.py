@@ -26,11 +26,11 @@ from parasparse.shrink.sizes import Attribute, tag_attributes
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
 from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
-from parasparse.targets.tensors import tensors_of
+from parasparse.targets.tensors import Target
 
 
 def traced(
-    model: nn.Module, example_inputs: Any, dropped: dict[str, Tensor]
+    model: nn.Module, tensors: list[Target], example_inputs: Any, dropped: dict[str, Tensor]
 ) -> tuple[Trace, dict[Attribute, int], nn.Module]:
     """Run a copy of `model` on `example_inputs`.
 
@@ -38,6 +38,7 @@ def traced(
 
     Args:
         model: dense or masked.
+        tensors: of the model.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         dropped: by name of a parameter, the entries that are 0 because they are pruned.
 
@@ -45,7 +46,7 @@ def traced(
         The trace, the int attributes of modules and configs, and the copy.
     """
     try:
-        twin = shared_copy(model)
+        twin = shared_copy(model, tensors)
         return _traced(twin, example_inputs, dropped, StandIns(twin))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
         pass
@@ -94,16 +95,16 @@ def _traced(
     return trace, values, twin
 
 
-def masked_entries(model: nn.Module) -> dict[str, Tensor]:
+def masked_entries(tensors: list[Target]) -> dict[str, Tensor]:
     """Return the entries that masks drop, by name of the parameter."""
-    targets = [t for t in tensors_of(model, pairs=False) if not t.is_buffer and t.masks()]
-    return {target.name: ~target.mask().cpu() for target in targets}  # type: ignore[union-attr]
+    masked = [t for t in tensors if not t.is_buffer and t.masks()]
+    return {target.name: ~target.mask().cpu() for target in masked}  # type: ignore[union-attr]
 
 
-def zero_entries(model: nn.Module) -> dict[str, Tensor]:
+def zero_entries(tensors: list[Target]) -> dict[str, Tensor]:
     """Return the entries of parameters that are 0, by name."""
-    tensors = {t.name: t.stored() for t in tensors_of(model, pairs=False) if not t.is_buffer}
-    return {name: (t == 0).cpu() for name, t in tensors.items() if not t.is_meta}
+    values = {t.name: t.stored() for t in tensors if not t.is_buffer}
+    return {name: (t == 0).cpu() for name, t in values.items() if not t.is_meta}
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

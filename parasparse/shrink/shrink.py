@@ -116,12 +116,15 @@ def shrink(
 def _planned(
     model: nn.Module, example_inputs: Any, *, targets: Specs | None, exact: bool, multiple_of: int
 ) -> Work:
-    check_has_values(check_shrinkable(model))
+    tensors = check_shrinkable(model)
+    check_has_values(tensors)
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"`multiple_of` must be an int of at least 1; got {multiple_of!r}.")
     if isinstance(example_inputs, Shrinkage):
         raise TypeError("`example_inputs` must be inputs of the model; got a plan: see `shrink`.")
-    return work_for(model, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of)
+    return work_for(
+        model, tensors, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
+    )
 
 
 def _why(model: nn.Module, plan: Shrinkage) -> str:

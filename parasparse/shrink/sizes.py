@@ -246,8 +246,10 @@ def _solved(
     """Return the value of `attribute` with which `given` is `wanted`, or None."""
     if attribute is None:
         return 0 if evaluate(given, values, kept) == wanted else None
+    tried = dict(values)
     for value in range(values[attribute], 0, -1):
-        if evaluate(given, {**values, attribute: value}, kept) == wanted:
+        tried[attribute] = value
+        if evaluate(given, tried, kept) == wanted:
             return value
     return None
 

@@ -38,7 +38,7 @@ class Read:
         columns: ids of what is summed over: (1, inputs), or (outputs, inputs) of a grouped
             convolution.
         rows: id of each output; 0: an output that stays.
-        needs: bool, (outputs, inputs): whether a weight is not dropped.
+        states: of the weights, (outputs, inputs).
         constants: like `columns`: the value of an input that is the same everywhere and does not
             depend on the network's input; NaN: it is not.
         weight: name of the parameter that is multiplied, if it is one as it is stored.
@@ -50,7 +50,7 @@ class Read:
 
     columns: Tensor
     rows: Tensor
-    needs: Tensor
+    states: Tensor
     constants: Tensor
     weight: str | None
     summed: int
@@ -203,7 +203,7 @@ class Trace(TorchDispatchMode):
         self._rule_for = rule_for
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
         self.means = Means(self._names)
-        self._dropped = dropped
+        self.dropped = dropped
         self._facts = WeakTensorKeyDictionary()
         self._in_memory: dict[int, list[WeakIdRef]] = {}
 
@@ -299,9 +299,9 @@ class Trace(TorchDispatchMode):
         dims = [d for d in range(tensor.ndim) if tensor.shape[d] > 1 and has_channels]
         labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
-        state = everywhere(KNOWN, tensor.shape)
-        if name in self._dropped:
-            state = self._dropped[name].view(torch.uint8) + KNOWN  # ZERO where dropped
+        if name not in self.dropped:
+            return Facts(tuple(labels), everywhere(KNOWN, tensor.shape))
+        state = self.dropped[name].view(torch.uint8) + KNOWN  # ZERO where dropped
         return Facts(tuple(labels), state)  # not tidied, which takes long
 
     def __torch_dispatch__(

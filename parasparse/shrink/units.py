@@ -29,7 +29,7 @@ class Units:
 
     def keep(self, ids: Tensor, reason: str) -> bool:
         """Keep the units of `ids`; return whether one of them was not kept before."""
-        units = self._distinct(ids)
+        units = self.of[compact(ids)]
         new = units[~self.kept[units]]
         if not len(new):
             return False
@@ -40,11 +40,12 @@ class Units:
 
     def need(self, ids: Tensor, reason: str) -> bool:
         """Keep the units of `ids` and their values; return whether that is new for one of them."""
-        units = self._distinct(ids)
-        changed = not bool(self.matters[units].all())
+        units = self.of[compact(ids)]
+        if bool(self.matters[units].all()):
+            return False
         self.matters[units] = True
         self.keep(ids, reason)
-        return changed
+        return True
 
     def stay(self, ids: Tensor) -> Tensor:
         """Return whether each of `ids` stays."""
@@ -58,6 +59,3 @@ class Units:
         """Return why a unit stays."""
         number = int(self._reason[unit])
         return self._reasons[number] if number >= 0 else ""
-
-    def _distinct(self, ids: Tensor) -> Tensor:
-        return self.of[torch.unique(compact(ids))]

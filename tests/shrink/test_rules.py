@@ -204,3 +204,26 @@ def test_programs_run_with_few_channels(name):
         ps.shrink(model, example())
     x = example(3)
     torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)
+
+
+class Token(nn.Module):
+    """Puts a parameter in front of the places, as a vision transformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.token = nn.Parameter(torch.ones(1, 1, 8))
+
+    def forward(self, x):
+        hidden = self.one(x)
+        return self.two(torch.cat([self.token.expand(len(x), -1, -1), hidden], dim=1))
+
+
+def test_a_token_in_front_of_the_places_loses_channels():
+    model = zeroed(Token(), 0, 1)
+    with torch.no_grad():
+        model.token[..., :2] = 0
+    x = example(3)
+    want = copy.deepcopy(model)(x)
+    torch.testing.assert_close(ps.shrink(model, example())(x), want)
+    assert model.token.shape == (1, 1, 6)

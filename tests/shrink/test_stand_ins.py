@@ -8,6 +8,7 @@ from torch import nn
 
 import parasparse as ps
 from parasparse.shrink.running import traced
+from parasparse.targets.tensors import tensors_of
 
 READS = {
     "item": lambda h: h[0, 0].item(),
@@ -82,7 +83,7 @@ def test_products_whose_values_nobody_reads_are_not_computed():
     results = []
     model = half(Watched(lambda h, weight: results.append(h)))
     x = torch.randn(4, 6)
-    trace, _, _ = traced(model, x, {})
+    trace, _, _ = traced(model, tensors_of(model, pairs=False), x, {})
     (h,) = results
     assert trace.stand_ins.made
     want = ps.squash(copy.deepcopy(model)).first(x)

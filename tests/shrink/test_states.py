@@ -17,6 +17,7 @@ from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import readers_of
 from parasparse.shrink.running import masked_entries, traced
 from parasparse.shrink.units import Units
+from parasparse.targets.tensors import tensors_of
 
 WIDTH = 6
 
@@ -151,11 +152,11 @@ def collecting(model):
 
 def assert_known_values_stay(model, size, inputs):
     model = copy.deepcopy(model)
-    masked = masked_entries(model)
+    masked = masked_entries(tensors_of(model, pairs=False))
     model = ps.squash(model)
     found = collecting(model)
     example = images(2, size)
-    trace, _, _ = traced(model, example, masked)
+    trace, _, _ = traced(model, tensors_of(model, pairs=False), example, masked)
     run = [(out, trace.state(out)) for out in found]
     for _ in range(inputs):
         found.clear()
@@ -169,8 +170,9 @@ def assert_known_values_stay(model, size, inputs):
 
 
 def assert_unneeded_is_unneeded(model, size):
-    masked = masked_entries(model)
-    trace, _, _ = traced(model, images(2, size), masked)
+    tensors = tensors_of(model, pairs=False)
+    masked = masked_entries(tensors)
+    trace, _, _ = traced(model, tensors, images(2, size), masked)
     units, readers = Units(trace), readers_of(trace, masked)
     keep_needed(trace, units, readers, Norms(trace, units, masked), exact=True)
     idle = ~units.kept

@@ -9,11 +9,9 @@ from parasparse.shrink.facts import (
     UNKNOWN,
     Facts,
     everywhere,
-    facts,
-    is_not_zero,
     lowest_along,
 )  # fmt: skip
-from parasparse.shrink.labels import along, compact, varying
+from parasparse.shrink.labels import along, compact, tidy, varying
 from parasparse.shrink.rules.products import (
     constants_of,
     name_of,
@@ -42,22 +40,23 @@ def _convolution(trace: Trace, call: Call) -> list[Facts]:
     if isinstance(bias, Tensor):
         _tie_or_pin(trace, rows, trace.labels(bias)[0] if trace.labels(bias) else None)
     padded = any(call.args[4]) or transposed
-    zero, known, needs = _convolution_state(trace, x, w, groups, transposed, padded)
+    zero, known, weights = _convolution_state(trace, x, w, groups, transposed, padded)
     if bias is not None:
         known = known & (trace.state(bias) != UNKNOWN)
     outs = torch.zeros(out.shape[1], dtype=torch.long) if rows is None else rows
     if columns is not None and inputs is not None:
-        _read(trace, call, outs, columns, needs)
+        _read(trace, call, outs, columns, weights)
     kernel = w.shape[2:].numel() * (x if transposed else out)[0, 0].numel() * out.shape[0]
     trace.products.append(Product(kernel, outs, _inputs_of_one(columns, w.shape[in_dim])))
     channel = (1, -1, *[1] * (out.ndim - 2))
     state = product_state(
         call, zero.view(channel), known.view(channel), None if bias is None else bias.view(channel)
     )
-    return [facts([along(rows, 1, out.shape)] if rows is not None else [], state)]
+    labels = () if rows is None else (along(rows, 1, out.shape),)
+    return [Facts(labels, tidy(state))]
 
 
-def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, needs: Tensor) -> None:
+def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, states: Tensor) -> None:
     """Remember what the convolution sums over."""
     x, w, bias = call.args[:3]
     padding, transposed, groups = call.args[4], call.args[6], call.args[8]
@@ -65,9 +64,9 @@ def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, needs: Tensor
     constants = constants_of(channels, lowest_along(trace.state(x), 1)).view(groups, 1, -1)
     trace.reads.append(
         Read(
-            columns=columns.reshape(-1, needs.shape[1]),
+            columns=columns.reshape(-1, states.shape[1]),
             rows=rows,
-            needs=needs,
+            states=states,
             constants=constants.expand(-1, len(rows) // groups, -1).flatten(0, 1)
             if groups > 1
             else constants[0],
@@ -163,7 +162,7 @@ def _pinned(trace: Trace, call: Call) -> list[Facts]:
 def _convolution_state(
     trace: Trace, x: Tensor, w: Tensor, groups: int, transposed: bool, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which output channels are 0, which are known, and which weights are needed.
+    """Return which output channels are 0, which are known, and the states of the weights.
 
     The last are (O, I / groups).
     """
@@ -176,7 +175,7 @@ def _convolution_state(
     if groups > 1:
         each = each.expand(-1, w_state.shape[0] // groups, -1)
     zero, depends = sums_of(each.reshape(-1, w_state.shape[1]), w_state, 1)
-    return zero.squeeze(1), ~depends.squeeze(1), is_not_zero(w_state)
+    return zero.squeeze(1), ~depends.squeeze(1), w_state
 
 
 def _inputs_of_one(columns: Tensor | None, size: int) -> Tensor:

@@ -8,22 +8,21 @@ from parasparse.shrink.facts import (
     UNKNOWN,
     Facts,
     everywhere,
-    facts,
     lowest_of,
     with_zeros,
     zero_where,
 )  # fmt: skip
-from parasparse.shrink.labels import fixed_along, varies, varying
+from parasparse.shrink.labels import fixed_along, tidy, varies, varying
 from parasparse.shrink.tracing import Call, Rule, Trace
 
 
 def elementwise(trace: Trace, call: Call) -> list[Facts]:
     """Tie the labels of operands that vary along the same dimensions."""
     outs = call.outs()
-    shape = torch.broadcast_shapes(*(t.shape for t in call.tensors()), outs[0].shape)
+    shape = torch.broadcast_tensors(*call.tensors(), outs[0])[0].shape
     labels = joined(trace, call.tensors(), shape)
-    state = _state(trace, call, outs[0], shape)
-    return [facts(labels, state) if o.shape == shape else _without(trace, labels, o) for o in outs]
+    found = Facts(tuple(labels), tidy(_state(trace, call, outs[0], shape)))
+    return [found if out.shape == shape else _without(trace, labels, out) for out in outs]
 
 
 def joined(trace: Trace, operands: list[Tensor], shape: torch.Size) -> list[Tensor]:

@@ -11,7 +11,6 @@ from parasparse.shrink.facts import (
     UNKNOWN,
     Facts,
     facts,
-    is_not_zero,
     lowest_along,
 )  # fmt: skip
 from parasparse.shrink.labels import compact, varies, varying
@@ -41,7 +40,7 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
     for a in x_over:
         for b in w_over:
             trace.ties.tie(_ids(trace, a, -1), _ids(trace, b, -2))
-    if x_over and w_over and len(varying(x_over[0])) == 1:
+    if x_over and w_over and w.numel() and len(varying(x_over[0])) == 1:
         # A factor of the bias, `beta`, would be one of the constants that are added to it.
         _read(trace, x, w, x_over[0], w_other, None if call.kwargs else bias)
     if trace.leaf(w) or trace.leaf(w._base):
@@ -108,14 +107,14 @@ def _read(trace: Trace, x: Tensor, w: Tensor, over: Tensor, rows: list[Tensor], 
     size = w.shape[-1]
     pure = [label for label in rows if varying(label) == (w.ndim - 1,)]
     state = lowest_along(trace.state(x), x.ndim - 1)
-    needs = is_not_zero(compact(trace.state(w)))
-    needs = needs if w.ndim == 2 else needs.flatten(0, -3).any(0)
+    states = compact(trace.state(w))
+    states = states if w.ndim == 2 else states.flatten(0, -3).amin(0)
     name, summed = _stored(trace, w)
     trace.reads.append(
         Read(
             columns=over.reshape(-1, over.shape[-1])[:1],
             rows=pure[0].reshape(-1, size)[0] if pure else torch.zeros(size, dtype=torch.long),
-            needs=needs.expand(w.shape[-2:]).t(),
+            states=states.expand(w.shape[-2:]).t(),
             constants=constants_of(x.reshape(-1, x.shape[-1]), state).unsqueeze(0),
             weight=name,
             summed=summed,

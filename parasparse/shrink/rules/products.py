@@ -74,7 +74,7 @@ def product_state(call: Call, zero: Tensor, known: Tensor, bias: Tensor | None) 
     """
     (out,) = call.outs()
     if bias is not None:
-        known = known.expand(torch.broadcast_shapes(known.shape, bias.shape))
+        known, _ = torch.broadcast_tensors(known, bias)
     state = torch.where(known, KNOWN, UNKNOWN).to(torch.uint8)
     if not call.is_stand_in or not bool(known.any()):
         return with_zeros(state.expand(out.shape), out)

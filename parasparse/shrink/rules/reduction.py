@@ -14,11 +14,12 @@ from parasparse.shrink.facts import (
     Facts,
     everywhere,
     facts,
+    lowest_along,
     lowest_of,
     with_zeros,
     worst,
 )  # fmt: skip
-from parasparse.shrink.labels import along, compact, varies, varying
+from parasparse.shrink.labels import along, tidy, varies, varying
 from parasparse.shrink.means import RMS_NORMS
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
@@ -133,34 +134,29 @@ def _batch_norm(trace: Trace, call: Call) -> list[Facts]:
     if call.arg(5, "training", False):
         _averaged(trace, x, [d for d in range(x.ndim) if d != 1])
     per_channel = [t for t in call.args[1:5] if isinstance(t, Tensor)]
-    state = worst(trace.state(x), [d for d in range(x.ndim) if d != 1], x.shape)
     _tie_channels(trace, x, per_channel, 1)
-    for tensor in per_channel:
-        state = lowest_of([state, along(trace.state(tensor).contiguous(), 1, x.shape)], x.shape)
+    states = [lowest_along(trace.state(x), 1), *map(trace.state, per_channel)]
+    state = lowest_of(states, states[0].shape)
     weight = call.args[1]
     if isinstance(weight, Tensor):
-        gains = along(trace.state(weight).contiguous(), 1, x.shape)
-        state = torch.where(compact(gains) == ZERO, KNOWN, compact(state)).to(torch.uint8)
-        state = state.expand(x.shape)
-    return [facts(list(trace.labels(x)), with_zeros(state, out))] + [
-        Facts((), everywhere(UNKNOWN, o.shape)) for o in rest
-    ]
+        state = torch.where(trace.state(weight) == ZERO, KNOWN, state).to(torch.uint8)
+    state = tidy(with_zeros(along(state.contiguous(), 1, x.shape), out))
+    return [Facts(trace.labels(x), state)] + [Facts((), everywhere(UNKNOWN, o.shape)) for o in rest]
 
 
 def _tie_channels(trace: Trace, x: Tensor, tensors: list[Tensor], dim: int) -> None:
     """Tie the labels of 1-D tensors to those of dimension `dim` of `x`."""
-    for tensor in tensors:
-        for label in trace.labels(tensor):
-            spread = along(label.contiguous(), dim, x.shape)
-            there = [each for each in trace.labels(x) if varies(each, dim % x.ndim)]
-            for each in there:
-                trace.ties.tie(each, spread)
-            if not there:
-                trace.ties.pin(label, "norm of channels that stay")
-        if not trace.labels(tensor) and tensor.numel() > 1:
-            for each in trace.labels(x):
-                if varies(each, dim % x.ndim):
-                    trace.ties.pin(each, "it meets a tensor whose size stays")
+    dim %= x.ndim
+    there = [each for each in trace.labels(x) if varies(each, dim)]
+    labels = [label for tensor in tensors for label in trace.labels(tensor)]
+    stays = any(not trace.labels(tensor) and tensor.numel() > 1 for tensor in tensors)
+    for each in there if labels else ():
+        sizes = [-1 if d == dim else 1 for d in range(x.ndim)]
+        trace.ties.tie(each, torch.stack(labels).view(len(labels), *sizes))
+    for each in there if stays else ():
+        trace.ties.pin(each, "it meets a tensor whose size stays")
+    for label in () if there else labels:
+        trace.ties.pin(label, "norm of channels that stay")
 
 
 def _layer_norm(trace: Trace, call: Call) -> list[Facts]:
