@@ -31,6 +31,7 @@ LIMITS = {
     "sizes": 5,
     "channels": 60,
     "payoff": 30,
+    "training": 180,
     "packing": 6,
     "checkpoints": 10,
     "sharding": 5,
