@@ -37,6 +37,8 @@ MODES = ("units", "filters")
 # Models of timm beside one of each module: how many, and their size.
 MORE, MOST_PARAMETERS = 120, 30_000_000
 Inputs = Any
+# In the errors of a model without units, or without dead channels that can go.
+NOTHING = ("nothing can be removed", "at least one rule", "reaches none of")
 
 
 class InDouble(TorchFunctionMode):
@@ -141,7 +143,7 @@ def pruned(
         masked = ps.squash(copy.deepcopy(model))
         return masked, ps.shrink(model, example, check=False)
     except Exception as problem:
-        nothing = "nothing can be removed" in str(problem) or "at least one rule" in str(problem)
+        nothing = any(text in str(problem) for text in NOTHING)
         reasons = Counter(re.findall(r"dimension \d stay: (.*)", str(problem)))
         return {
             "result": "kept" if nothing else "refused",
