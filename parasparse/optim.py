@@ -143,9 +143,17 @@ def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
     """Raise an error if `cut` cannot cut the state of one of `parameters`.
 
     Raises:
-        TypeError: a state is not an ordinary tensor of the parameter's shape, nor one number.
+        TypeError: a state is not an ordinary tensor of the parameter's shape, nor one number; or
+            the optimizer is an LBFGS that has a state.
         ValueError: the optimizer holds none of `parameters`.
     """
+    if any(
+        isinstance(each, torch.optim.LBFGS) and each.state for each in each_optimizer(optimizer)
+    ):
+        raise TypeError(
+            "the state of LBFGS is that of all parameters together, so it cannot be cut. Build a "
+            "new optimizer when the weights have changed."
+        )
     held = {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
     trained = [id(parameter) for parameter in parameters if parameter.requires_grad]
     if trained and held.isdisjoint(trained):
@@ -160,7 +168,7 @@ def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
                     raise TypeError(
                         f'the state "{name}" of {kind_of(optimizer)} is no tensor in floating '
                         f"point of its parameter's shape {tuple(parameter.shape)}, so it cannot be "
-                        "cut. Shrink without `optimizer`, and build a new one afterwards."
+                        "cut. Leave `optimizer` out, and build a new one afterwards."
                     )
 
 

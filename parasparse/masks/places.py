@@ -58,6 +58,7 @@ class Places(nn.Module):
         rows = positions.div(inputs, rounding_mode="floor")
         self.put_(_starts(rows, outputs), positions - rows * inputs)
 
+    @torch.inference_mode(False)  # because they outlive it, and are saved for backward
     def put_(self, starts: Tensor, columns: Tensor) -> None:
         """Replace all places, in place if their number stays."""
         outputs, inputs = self.matrix_shape
@@ -66,14 +67,15 @@ class Places(nn.Module):
         order = columns.argsort(stable=True)
         self._parts = {}
         column_starts = _starts(columns[order], inputs)
-        new = (starts, columns, column_starts, rows[order], order)
-        for name, tensor in zip(_INDICES, new, strict=True):
+        every = (starts, columns, column_starts, rows[order], order)
+        for name, tensor in zip(_INDICES, every, strict=True):
             held = self._buffers[name]
             like = dtype, tensor.shape, tensor.device
             if held is not None and (held.dtype, held.shape, held.device) == like:
                 held.copy_(tensor)
             else:
-                self._buffers[name] = tensor.to(dtype)
+                new = tensor.to(dtype)
+                self._buffers[name] = new.clone() if new.is_inference() else new
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -87,6 +89,7 @@ class Places(nn.Module):
         """Return `starts`, `columns`, `column_starts`, `rows`, `order`, for `products`."""
         return self.starts, self.columns, self.column_starts, self.rows, self.order
 
+    @torch.inference_mode(False)
     def parts(self, sizes: tuple[int, ...]) -> list[Places]:
         """Return the places of `sizes` outputs each, which are computed once."""
         if sizes not in self._parts:

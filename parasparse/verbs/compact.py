@@ -42,7 +42,8 @@ def compact(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = 
         RuntimeError: a mask is not set or not bool; a weight is computed by another
             parametrization, sharded or offloaded; or the model is wrapped in DDP, which must come
             afterwards. The model is unchanged, as after any error.
-        TypeError: the state of the optimizer cannot be cut; see `optim.cut`.
+        TypeError: the state of the optimizer cannot be cut; see `optim.cut`. Or the optimizer is an
+            Adafactor or a Muon, which step matrices in another way than vectors.
         ValueError: a target reaches no masked tensor, or one with fewer than two dimensions.
 
     Examples:
@@ -77,6 +78,7 @@ def expand(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = N
 
     Raises:
         RuntimeError: a weight is sharded, or the model is wrapped in DDP. The model is unchanged.
+        TypeError: see `compact`.
         ValueError: a target reaches no masked tensor.
 
     Examples:
@@ -161,7 +163,22 @@ def _check(target: Target) -> None:
 def _check_optimizer(optimizer: Any, chosen: list[Target]) -> None:
     if optimizer is not None:
         tensors = [tensor for target in chosen for tensor in target.originals()]
+        _check_has_no_matrices(optimizer, tensors)
         optim.check_cuttable(optimizer, tensors)
+
+
+def _check_has_no_matrices(optimizer: Any, tensors: list[Tensor]) -> None:
+    """Raise TypeError if the optimizer steps matrices in another way than vectors."""
+    ids = {id(tensor) for tensor in tensors}
+    for each in optim.each_optimizer(optimizer):
+        kind = type(each).__name__
+        if kind in ("Adafactor", "Muon") and any(
+            id(tensor) in ids for group in each.param_groups for tensor in group["params"]
+        ):
+            raise TypeError(
+                f"{kind} steps matrices in another way than the one-dimensional values of compact "
+                "weights. Leave `optimizer` out, and build a new one afterwards."
+            )
 
 
 def _replace(

@@ -49,7 +49,7 @@ def _times(
     transposed: bool,
 ) -> Tensor:  # fmt: skip
     dtype = x.dtype
-    if dtype in _HALF:  # torch has no sparse kernels for them
+    if dtype in _HALF and values.dtype == dtype:  # torch has no sparse kernels for them
         x, values = x.float(), values.float()
     if transposed:
         values, starts, columns = values.index_select(0, order), column_starts, rows

@@ -141,7 +141,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    x = ctx.saved_tensors[0] if ctx.saved_tensors else None
+    saved = ctx.saved_tensors  # read once, as checkpointed activations must be
+    x = saved[0] if saved else None
     return _record(g, x, *ctx.more), None, None, None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from parasparse.acceleration.compact.products import can_multiply, product
 from parasparse.acceleration.compact.uses import Recorder
 from parasparse.acceleration.weight import dispatch
-from parasparse.acceleration.weight.layers import each, format_for, multiplied
+from parasparse.acceleration.weight.layers import each, format_for, is_strided, multiplied
 from parasparse.attach.accelerated import StandIn
 from parasparse.masks.places import Places
 
@@ -115,10 +115,15 @@ class CompactWeight(StandIn):
                 return result
         elif func in _OF_VALUES:
             return func(args[0].kept)
+        elif func in _HOOKS:
+            raise RuntimeError(
+                "a compact weight has no gradient of its own. Use "
+                "`parametrizations.<name>.original`, whose gradient is that of the kept values."
+            )
         elif func in dispatch.METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        elif dispatch.writes(func) or "out" in kwargs:
+        elif dispatch.writes(func) or isinstance(kwargs.get("out"), CompactWeight):
             raise RuntimeError(
                 "a compact weight must not be changed in place, because it is computed from its "
                 "kept values. Write to `parametrizations.<name>.original`, assign a tensor to the "
@@ -150,18 +155,22 @@ def _pointwise(
     return result if last else result.contiguous()
 
 
-def _addmm(func: Any, bias: Tensor, x: Tensor, weight: Any, **scales: Any) -> Any:
+def _addmm(func: Any, *args: Any, **named: Any) -> Any:
     """Compute bias + x @ weight, as the Conv1D of transformers does."""
-    if scales or not isinstance(weight, CompactWeight):
+    if named or len(args) != 3:
         return NotImplemented
-    result = _matmul(func, x, weight)
-    return result if result is NotImplemented else result + bias
+    bias, x, weight = args
+    return _matmul(func, x, weight, bias=bias)
 
 
-def _matmul(func: Any, x: Tensor, weight: Any) -> Any:
-    """Compute x @ weight."""
+def _matmul(func: Any, *args: Any, bias: Any = None, **named: Any) -> Any:
+    """Compute x @ weight, plus `bias` if there is one."""
+    if named or len(args) != 2 or not isinstance(args[1], CompactWeight):
+        return NotImplemented
+    x, weight = args
+    dims = x.ndim == 2 or (x.ndim > 2 and func not in _OF_MATRICES)
     chosen = None
-    if isinstance(weight, CompactWeight) and not isinstance(x, CompactWeight) and x.ndim > 1:
+    if dims and is_strided(x) and not isinstance(x, CompactWeight):
         chosen = format_for(weight, lambda: None, x.numel(), x)  # type: ignore[arg-type, return-value]
     if chosen is None or weight.ndim != 2 or x.shape[-1] != len(weight):
         return NotImplemented
@@ -171,7 +180,7 @@ def _matmul(func: Any, x: Tensor, weight: Any) -> Any:
         result = product(x, weight.kept, places, transposed=True)
         if weight.recorder is not None:
             result = weight.recorder.watched(result, x, transposed=True)
-        return result
+        return result if bias is None else result + bias.expand_as(result)
 
     result = multiplied(times, x.flatten(0, -2), weight)
     return result.view(*x.shape[:-1], -1)
@@ -187,6 +196,7 @@ def _lookup(func: Any, input: Tensor, weight: Any, *more: Any, **options: Any) -
     return func(input, weight.plain(), *more, **options)
 
 
+_OF_MATRICES = (torch.addmm, torch.mm, torch.Tensor.mm)
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **dispatch.HANDLERS,
     **dict.fromkeys((F.embedding, F.embedding_bag), _lookup),
@@ -197,4 +207,5 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
         _matmul,
     ),
 }
+_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 _OF_VALUES = {torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__}  # type: ignore[attr-defined]

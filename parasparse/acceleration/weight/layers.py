@@ -72,6 +72,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_strided(x: Tensor) -> bool:
+    """Whether `x` is neither a nested tensor nor one of torch's sparse tensors."""
+    return not x.is_nested and x.layout is torch.strided
+
+
 def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """Return `call(x)`; under autocast, computed in the weight's dtype and cast at the end."""
     kind = x.device.type
@@ -85,7 +90,7 @@ def multiplied(call: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> T
 
 def linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
     """Compute input @ weight.T + bias."""
-    if input.is_nested:
+    if not is_strided(input):
         return NotImplemented
     inputs = input.shape[-1]
     rows = math.prod(input.shape[:-1])

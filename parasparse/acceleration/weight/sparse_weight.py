@@ -137,7 +137,7 @@ class SparseWeight(StandIn):
             for weight in stand_ins_in((args, kwargs)):
                 if weight.seen is not None:
                     weight.seen(_ADDED if func in _ADDING else None)
-            if writes(func) or "out" in kwargs:
+            if writes(func) or kwargs.get("out") is not None:
                 return _written(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*replaced(args, _as_plain), **replaced(kwargs, _as_plain))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import parasparse as ps
 from parasparse.acceleration.compact.uses import recorded
@@ -67,3 +68,18 @@ def test_rows_of_the_gradient_are_those_of_the_masked_model(name):
             block = torch.zeros_like(want[start : start + step])
             uses.add_rows(start, start + len(block), block)
             torch.testing.assert_close(block, want[start : start + step], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_activations_are_recorded_once(use_reentrant):
+    model = ps.compact(ps.sparsify(nn.Linear(6, 5).double(), 0.5))
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    blocks = []
+    (target,) = masked_targets(model)
+    for checkpointed in (False, True):
+        with recorded([site.stack() for site in target.sites]) as uses:
+            y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+            y.square().sum().backward()
+        blocks.append(torch.zeros(5, 6, dtype=torch.float64))
+        uses.add_rows(0, 5, blocks[-1])
+    torch.testing.assert_close(*blocks)
