@@ -31,13 +31,15 @@ TEXT = """\
 `make test-shrink` removes half of the channels of every model of torchvision, of one model of each
 module of timm and {more} others, and of a small model of each type of transformers, and compares
 the smaller network with the masked one. The weights are random and in float64. Biases and norms are
-random, too. Nothing is declared: a library gets the model and example inputs.
+random, too. Nothing is declared: a library gets the model and example inputs. The page lists the
+models that have been run so far.
 
 * **parasparse, units**: half of the units of [`coupled`](how-to/shrink.md), at random.
 * **parasparse, filters**: half of the filters of each layer but the last one, at random. What they
   still feed through norms and biases is folded, or stays.
 * **Torch-Pruning**: half of each group that it finds, at random (`BasePruner` with its defaults).
-  The layers that outputs come from are ignored, as its README asks for.
+  The layers that outputs come from are ignored, as its README asks for, and outputs in objects
+  are taken out of them for it (`output_transform`).
 * **torch-kirigami**: half of each axis that it finds, at random, as far as it finds no conflict
   (`plan_remove`).
 
