@@ -192,7 +192,7 @@ def _with_mask(row: SummaryRow, target: Target) -> SummaryRow:
 
 
 def _with_places(row: SummaryRow, target: Target) -> SummaryRow:
-    places = target.firsts[0].stack().below()[0]
+    places = target.firsts[0].stack().below()[0]  # a pair shares them
     kept = sum(site.originals()[0].numel() for site in target.firsts)
     held = [*target.originals(), *places.buffers()]
     mask = target.mask() if row.numel <= _RECOGNISED else None

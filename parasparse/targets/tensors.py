@@ -238,7 +238,7 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
         owners=tuple(owners),
         components=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
-        shape=reading.shape(entry.first().module, entry.first().attr),
+        shape=entry.first().shape(),
         paths=frozenset(path for name in names for path in ancestors(name)),
     )
 
