@@ -1,6 +1,6 @@
 """What do removed channels save: against masks, against `accelerate`, against Torch-Pruning?
 
-    python -m benchmarks.channels [NETWORK ...]
+    python -m benchmarks.channels [NETWORK ...]  # results of other networks stay
 
 `coupled` chooses the same share of the channels of each layer, by 2-norm, with all that belongs to
 them. The network is timed dense, with the masks on ("masked"), squashed and accelerated, and cut by
@@ -253,7 +253,7 @@ def main(names: list[str]) -> None:
             sizes[question], memory[question] = bytes_of(found), memory_of(found, name)
             for batch in (1, 8):
                 calls = {way: partial(model, inputs(batch)) for way, model in found.items()}
-                timings = compare(calls, repeats=21)
+                timings = compare(calls, repeats=21 if batch == 1 else 9)
                 show(f"{question}, batch {batch}", timings)
                 results[f"{question}, batch {batch}"] = timings
             adds = [f"{number / 1e9:.2f}" for number in plan.multiply_adds]
@@ -267,7 +267,7 @@ def main(names: list[str]) -> None:
     if torch_pruning is not None:
         versions["torch-pruning"] = metadata.version("torch-pruning")
     write(
-        "channels", results, channels_kept=shares, bytes=sizes, memory=memory,
+        "channels", results, add=bool(names), channels_kept=shares, bytes=sizes, memory=memory,
         planning=plans_as_dicts, versions=versions,
     )  # fmt: skip
 

@@ -109,11 +109,30 @@ def show(question: str, timings: dict[str, Timing]) -> None:
         print(f"  {label:<28}{t.median:12.4f} ms [{t.low:.4f}, {t.high:.4f}]  x {t.ratio:.3f}")
 
 
-def write(name: str, results: dict[str, dict[str, Timing]], **more: object) -> None:
-    """Write timings, with the machine and the versions."""
+def write(
+    name: str, results: dict[str, dict[str, Timing]], *, add: bool = False, **more: object
+) -> None:
+    """Write timings, with the machine and the versions.
+
+    With `add`, what an earlier run on this machine has found stays where this one has not asked.
+    """
     timings = {q: {n: asdict(t) for n, t in ts.items()} for q, ts in results.items()}
     unit = "milliseconds; ratio to the first of each question"
-    write_content(name, {"unit": unit, "results": timings, **more})
+    content = {"unit": unit, "results": timings, **more}
+    write_content(name, _added(name, content) if add else content)
+
+
+def _added(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` with the entries of the file that it does not have."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    then, now = old.get("machine", {}), machine()
+    if any(then.get(key) != now[key] for key in ("torch", "processor", "cores")):
+        return content
+    return {
+        key: {**old.get(key, {}), **value} if isinstance(value, dict) else value
+        for key, value in content.items()
+    }
 
 
 def write_content(name: str, content: dict[str, object]) -> None:

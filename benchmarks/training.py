@@ -1,6 +1,6 @@
 """Does sparse training pay: compact weights against dense ones, masks and SparseLab?
 
-    python -m benchmarks.training [NETWORK ...]
+    python -m benchmarks.training [NETWORK ...]  # results of other networks stay
 
 A step is a forward pass, a backward pass and a step of Adam. Networks: an MLP 784-d-d-10, a block
 of a transformer (attention 1024 wide, feed-forward 4096), and a language model of two LSTM layers.
@@ -113,6 +113,8 @@ def made(way: str, build: Callable[[], nn.Module], sparsity: float) -> nn.Module
         for module, name in pruned(model):
             prune.random_unstructured(module, name, sparsity)
     if way == "SparseLab":
+        # By `id` of a layer, so that a new one may meet what belongs to one that is gone.
+        sparselab.ops._transpose_cache.clear()
         for name, layer in list(model.named_children())[:-1]:
             if isinstance(layer, nn.Linear):
                 sizes = layer.in_features, layer.out_features
@@ -174,7 +176,7 @@ def main(names: list[str]) -> None:
                 memory[network] = {way: memory_of(network, way, sparsity) for way in ways(network)}
                 print("  memory:", memory[network], flush=True)
     versions = {} if sparselab is None else {"sparselab": metadata.version("sparselab")}
-    write("training", results, memory=memory, versions=versions)
+    write("training", results, add=bool(names), memory=memory, versions=versions)
 
 
 if __name__ == "__main__":
