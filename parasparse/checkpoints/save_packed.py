@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from parasparse.checkpoints.dense import dense_state_dict
+from parasparse.files.bitmask_files import bitmask_checkpoint
 from parasparse.files.headers import FilePath, damage_named
 from parasparse.files.packed_files import check_storable, entries_of, opened, write
 from parasparse.files.packing import plain_state
@@ -51,11 +52,13 @@ def load_packed(path: FilePath) -> dict[str, Any]:
     """Return the dense state dict that `save` wrote, on the CPU, without running code in the file.
 
     It loads into dense and masked models: `model.load_state_dict(load_packed(path))`. Tied tensors
-    stay tied.
+    stay tied. `path` may also be a checkpoint of compressed-tensors in its formats `sparse-bitmask`
+    and `sparse-24-bitmask`: a .safetensors file, or a folder of them.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a packed file, is damaged, or was written by a newer version.
+        ValueError: the file is not a packed file, is damaged, or was written by a newer version; or
+            compressed-tensors has quantized its values.
         ImportError: `path` ends in .safetensors, and safetensors is not installed.
         NotImplementedError: a tensor has a dtype that this torch does not have.
 
@@ -64,6 +67,9 @@ def load_packed(path: FilePath) -> dict[str, Any]:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.pt'
     """
+    bitmasks = bitmask_checkpoint(path)
+    if bitmasks is not None:
+        return OrderedDict((name, tensor.clone()) for name, tensor in bitmasks.tensors())
     header, read = opened(path)
     state: OrderedDict[str, Any] = OrderedDict()
     for name, entry in header["entries"].items():

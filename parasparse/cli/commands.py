@@ -10,6 +10,7 @@ from parasparse.cli import held_masks
 from parasparse.cli.output import copy, left_out, others, output
 from parasparse.cli.progress import progress
 from parasparse.files import packed_files
+from parasparse.files.bitmask_files import BitmaskCheckpoint, dense_configuration
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.layout import Layout, pieces
 from parasparse.files.opening import PackedFile, open_checkpoint
@@ -104,12 +105,18 @@ def pack(args: Namespace) -> str:
 
 
 def unpack(args: Namespace) -> str:
-    """Write a packed checkpoint dense."""
+    """Write a packed checkpoint, or one with bitmasks of compressed-tensors, dense."""
     source = open_checkpoint(args.input)
-    if not isinstance(source, PackedFile):
+    if isinstance(source, BitmaskCheckpoint):
+        home: Checkpoint = source.source
+        texts = dense_configuration(source.path) if os.path.isdir(source.path) else {}
+        layout = Layout(source.infos, origin=source.origin, texts=texts)
+    elif isinstance(source, PackedFile):
+        home, layout = source, Layout(source.infos, source.ties)
+    else:
         raise CheckpointError(f'"{args.input}" is not a packed file.')
-    check_target(args.output, source, force=args.force)
-    with output(args, source, Layout(source.infos, source.ties)) as (put, advance):
+    check_target(args.output, home, force=args.force)
+    with output(args, home, layout) as (put, advance):
         for name in source.infos:
             if name not in source.ties:
                 copy(source, name, put, advance)

@@ -21,6 +21,7 @@ class Layout:
     ties: dict[str, str] = field(default_factory=dict)  # tied name -> name that is put for both
     origin: dict[str, str] = field(default_factory=dict)  # new name -> name in the source
     is_whole: bool = True  # whether the optimizer, index, configuration, ... are copied
+    texts: dict[str, str] = field(default_factory=dict)  # files of a folder: name -> new content
 
 
 def pieces(tensor: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:

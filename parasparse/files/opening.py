@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parasparse.files import packed_files
+from parasparse.files.bitmask_files import BitmaskCheckpoint, layers_with_bitmasks
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.headers import FORMAT, is_safetensors
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
@@ -44,6 +45,7 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: no checkpoint can be read there, or `key` is needed or unknown.
+        ValueError: it has bitmasks of compressed-tensors, and is damaged or quantized.
     """
     if not os.path.exists(path):
         raise CheckpointError(f'"{path}" does not exist.')
@@ -54,11 +56,11 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
 
 
 def _opened(path: str, key: str | None) -> Checkpoint:
-    if is_folder(path):
-        return SafetensorsFolder(path)
-    if is_safetensors(path):
-        plain = SafetensorsFile(path)
-        return PackedFile(path) if plain.metadata.get("format") == FORMAT else plain
+    if is_folder(path) or is_safetensors(path):
+        plain = SafetensorsFolder(path) if is_folder(path) else SafetensorsFile(path)
+        if plain.metadata.get("format") == FORMAT and not is_folder(path):
+            return PackedFile(path)
+        return BitmaskCheckpoint(plain) if layers_with_bitmasks(plain.infos) else plain
     content = content_of(path)
     is_packed = isinstance(content, dict) and content.get("format") == FORMAT
     return PackedFile(path) if is_packed else TorchFile(path, content, key)

@@ -164,6 +164,8 @@ def _copy_files(
         metadata = {**(index.get("metadata") or {}), "total_size": size}
         text = json.dumps({**index, "metadata": metadata, "weight_map": dict(homes)}, indent=2)
         (folder / name).write_text(text + "\n")
+    for name, text in layout.texts.items():
+        (folder / name).write_text(text)
     made = {file.name for file in folder.iterdir()}
     shutil.copymode(source.path, folder)
     for shard in source.shards:
