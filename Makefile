@@ -57,6 +57,7 @@ bench: .venv/bench  ## about 35 minutes on two cores; leave the machine alone me
 
 bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes
 	$(RUN)/python -m benchmarks.mnist $(DATA)
+	$(RUN)/python -m benchmarks.mnist_compact $(DATA)
 	$(RUN)/python -m benchmarks.tickets $(DATA)
 
 test-models: .venv/ready  ## the law of squash on every torchvision model; writes docs/models.md

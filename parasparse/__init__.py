@@ -2,6 +2,7 @@
 
 from parasparse import distributed, distributions, gates, optim, patterns, schedules, scores
 from parasparse.acceleration.accelerate import accelerate, accelerated, restore
+from parasparse.acceleration.compact.payoff_table import CompactPayoff, CompactPayoffRow
 from parasparse.acceleration.table import Acceleration, AccelerationRow
 from parasparse.checkpoints.binarized import binarize_masks
 from parasparse.checkpoints.dense import dense_state_dict
@@ -40,6 +41,7 @@ from parasparse.training.history import Update
 from parasparse.training.tickets import LotteryTicket
 from parasparse.verbs.binarize import binarize
 from parasparse.verbs.compact import compact, expand
+from parasparse.verbs.compact_payoff import compact_payoff
 from parasparse.verbs.dense_gradients import DenseGradients, dense_gradients
 from parasparse.verbs.deploy import deploy_masks
 from parasparse.verbs.frozen import frozen
@@ -52,16 +54,16 @@ from parasparse.verbs.squash import squash, unsparsify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Acceleration", "AccelerationRow", "BaseDataSparsifier", "ContinuousSparsification",
-    "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients", "DenseRow",
-    "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning", "LotteryTicket",
-    "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate", "Prune",
-    "Rules", "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update",
-    "accelerate", "accelerated", "binarize", "binarize_masks", "compact", "coupled",
-    "dense_gradients", "dense_state_dict", "deploy_masks", "distributed", "distributions",
-    "expand", "frozen", "gates", "is_sparse", "load_packed", "load_state_dict", "mask_of",
-    "materialize", "moves", "named_masks", "optim", "pack", "patterns", "penalty", "plan",
-    "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
-    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored",
-    "summary", "unpack", "unshrink", "unsparsify",
+    "Acceleration", "AccelerationRow", "BaseDataSparsifier", "CompactPayoff", "CompactPayoffRow",
+    "ContinuousSparsification", "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients",
+    "DenseRow", "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning",
+    "LotteryTicket", "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate",
+    "Prune", "Rules", "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update",
+    "accelerate", "accelerated", "binarize", "binarize_masks", "compact", "compact_payoff",
+    "coupled", "dense_gradients", "dense_state_dict", "deploy_masks", "distributed",
+    "distributions", "expand", "frozen", "gates", "is_sparse", "load_packed", "load_state_dict",
+    "mask_of", "materialize", "moves", "named_masks", "optim", "pack", "patterns", "penalty",
+    "plan", "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored", "summary",
+    "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

@@ -15,13 +15,20 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.tables import charts, deploy_page, payoff_page, performance_page
+from benchmarks.tables import (
+    charts,
+    deploy_page,
+    payoff_page,
+    performance_page,
+    training_page,
+)
 from benchmarks.tables.losses import losses
 from benchmarks.tables.markdown import Content, machine
 
 HERE = Path(__file__).parents[1]
 PAGES = HERE.parent / "docs"
-TABLES = {**performance_page.TABLES, **payoff_page.TABLES, **deploy_page.TABLES}
+ON_PAGES = (performance_page, payoff_page, deploy_page, training_page)
+TABLES = {name: function for page in ON_PAGES for name, function in page.TABLES.items()}
 BEGIN, END = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE), "<!-- end of table -->"
 MARKED = re.compile(rf"({BEGIN.pattern}\n)(.*?)^({END})$", re.MULTILINE | re.DOTALL)
 

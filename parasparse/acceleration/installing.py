@@ -49,7 +49,7 @@ def take(site: Site, weight: SparseWeight) -> None:
     """Restore the tensor that `put` replaced."""
     stack = stack_of(site.module, site.attr)
     if isinstance(stack, MaskedParametrizationList):
-        stack.__dict__.pop("stand_in", None)
+        stack.end_stand_in()
     else:
         assert weight.original is not None
         _set(site, weight.original.requires_grad_(weight.requires_grad))

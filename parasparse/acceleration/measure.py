@@ -21,6 +21,8 @@ _ROWS = (1, 8, 64)
 # A format must be faster by this factor; smaller gains are within the noise of a machine.
 _GAIN = 0.95
 _SECONDS = 0.1
+# Elsewhere, as on Windows, processor time has steps of 16 milliseconds.
+_EXACT = "clock_gettime" in time.get_clock_info("process_time").implementation
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # They have dense kernels for several weights at once, so they are timed as a whole.
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
@@ -78,10 +80,14 @@ def called(model: nn.Module, inputs: Any) -> Any:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run in evaluation mode and without gradients; random generators keep their states."""
-    # fork_rng warns if it forks all of several devices.
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with evaluating(model), torch.no_grad(), random_numbers_kept(model):
         yield
+
+
+def random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context after which random generators have their states from before."""
+    # fork_rng warns if it forks all of several devices.
+    return torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda})
 
 
 def guessed_uses(weight: Tensor) -> list[Use | None]:
@@ -176,6 +182,43 @@ def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
         if done >= 4 and time.perf_counter() - start > _SECONDS:
             break
     return {name: _typical(every) for name, every in times.items()}
+
+
+def least(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Return the least milliseconds of each of `calls`, interleaved because timings drift.
+
+    This takes longer on a busy machine: until the two least of each call agree, or two seconds.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    for done in range(200):
+        for name, call in calls.items():
+            times[name].append(_working(call))
+        seconds = time.perf_counter() - start
+        agree = done >= 4 and all(map(_agrees, times.values()))
+        if (agree and seconds > _SECONDS) or seconds > 20 * _SECONDS:
+            break
+    return {name: min(every) for name, every in times.items()}
+
+
+def _agrees(times: list[float]) -> bool:
+    least, second, *_ = sorted(times)
+    return second < 1.05 * least
+
+
+def _working(call: Callable[[], object]) -> float:
+    """Return the milliseconds of `call`, as far as possible without those of other processes.
+
+    With one thread, its processor time is less than the elapsed time if it had to wait; with
+    several threads it is more.
+    """
+    used = time.process_time()
+    elapsed = _once(call)
+    if torch.cuda.is_initialized() or not _EXACT:
+        return elapsed
+    return min(elapsed, (time.process_time() - used) * 1e3)
 
 
 def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManager[None]]) -> bool:

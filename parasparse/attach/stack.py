@@ -274,6 +274,11 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
         self.__dict__["stand_in"] = weight
         self._stood_for = self._fingerprint()
 
+    def end_stand_in(self) -> None:
+        """Read the masked tensor again."""
+        for name in ("stand_in", "_stood_for"):
+            self.__dict__.pop(name, None)
+
     def _value_of(self, stand_in: Tensor) -> Tensor:
         # torch.compile does not support versions, and the tensors do not change while it traces.
         if not torch.compiler.is_compiling() and self._stood_for != self._fingerprint():

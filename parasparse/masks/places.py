@@ -48,26 +48,24 @@ class Places(nn.Module):
     @classmethod
     def at(cls, positions: Tensor, shape: torch.Size) -> Self:
         """Return the places at sorted int64 positions of the flattened weight."""
-        inputs = shape[1:].numel()
-        rows = positions.div(inputs, rounding_mode="floor")
-        return cls(_starts(rows, shape[0]), positions - rows * inputs, shape)
+        return cls(*_row_by_row(positions, shape[0], shape[1:].numel()), shape)
 
     def move_to(self, positions: Tensor) -> None:
         """Replace all places by those at sorted int64 positions of the flattened weight."""
-        outputs, inputs = self.matrix_shape
-        rows = positions.div(inputs, rounding_mode="floor")
-        self.put_(_starts(rows, outputs), positions - rows * inputs)
+        self.put_(*_row_by_row(positions, *self.matrix_shape))
 
     @torch.inference_mode(False)  # because they outlive it, and are saved for backward
     def put_(self, starts: Tensor, columns: Tensor) -> None:
         """Replace all places, in place if their number stays."""
         outputs, inputs = self.matrix_shape
         dtype = _index_dtype(max(len(columns), outputs, inputs))
-        rows = _rows(starts, len(columns))
-        order = columns.argsort(stable=True)
+        columns = columns.to(dtype)  # before the rest, which then needs half of the memory
+        in_order, order = columns.sort(stable=True)
+        order = order.to(dtype)
+        column_starts = _starts(in_order, inputs)
+        rows = _rows(starts, len(columns), dtype).index_select(0, order)
         self._parts = {}
-        column_starts = _starts(columns[order], inputs)
-        every = (starts, columns, column_starts, rows[order], order)
+        every = (starts, columns, column_starts, rows, order)
         for name, tensor in zip(_INDICES, every, strict=True):
             held = self._buffers[name]
             like = dtype, tensor.shape, tensor.device
@@ -178,16 +176,23 @@ def check_places(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.S
         )
 
 
-def _rows(starts: Tensor, kept: int) -> Tensor:
-    """Return the row of each of `kept` entries, int64."""
-    rows = torch.arange(len(starts) - 1, device=starts.device)
+def _row_by_row(positions: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Return the starts of the rows, and the columns, of sorted positions."""
+    firsts = torch.arange(outputs + 1, device=positions.device) * inputs
+    columns = positions.remainder(max(1, inputs))
+    return torch.searchsorted(positions, firsts), columns.to(_index_dtype(inputs))
+
+
+def _rows(starts: Tensor, kept: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return the row of each of `kept` entries."""
+    rows = torch.arange(len(starts) - 1, dtype=dtype, device=starts.device)
     # With the size, torch.compile can trace it, and an accelerator need not wait.
     return rows.repeat_interleave(starts.diff(), output_size=kept)
 
 
 def _starts(sorted_numbers: Tensor, count: int) -> Tensor:
     """Return where each of the numbers 0 to `count` starts in a sorted tensor."""
-    every = torch.arange(count + 1, device=sorted_numbers.device)
+    every = torch.arange(count + 1, dtype=sorted_numbers.dtype, device=sorted_numbers.device)
     return torch.searchsorted(sorted_numbers, every)
 
 

@@ -26,6 +26,6 @@ def random_positions(
     found = torch.empty(0, dtype=torch.int64, device=device)
     while len(found) < count:
         missing = (count - len(found),)
-        more = torch.randint(_MOST, missing, generator=generator, device=device) % numel
+        more = torch.randint(_MOST, missing, generator=generator, device=device).remainder_(numel)
         found = torch.cat([found, more]).unique()
     return found

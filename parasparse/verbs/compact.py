@@ -51,10 +51,10 @@ def compact(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = 
         >>> model.parametrizations.weight.original.shape
         torch.Size([10])
     """
-    chosen = _chosen(model, targets)
+    chosen = chosen_targets(model, targets)
     chosen = [target for target in chosen if not target.is_compact]
     for target in chosen:
-        _check(target)
+        check_can_be_compact(target)
     _check_optimizer(optimizer, chosen)
     for target in chosen:
         (mask,) = target.masks()
@@ -86,7 +86,7 @@ def expand(model: nn.Module, targets: Specs | None = None, *, optimizer: Any = N
         >>> model.parametrizations.weight.original.shape
         torch.Size([10, 10])
     """
-    chosen = [target for target in _chosen(model, targets) if target.is_compact]
+    chosen = [target for target in chosen_targets(model, targets) if target.is_compact]
     _check_optimizer(optimizer, chosen)
     for stack in (site.stack() for target in chosen for site in target.sites):
         assert isinstance(stack, CompactParametrizationList)
@@ -104,7 +104,8 @@ def expand_target(target: Target, optimizer: Any = None) -> None:
     _replace(target, places.forward, optimizer, _masked_list_of(places))
 
 
-def _chosen(model: nn.Module, targets: Specs | None) -> list[Target]:
+def chosen_targets(model: nn.Module, targets: Specs | None) -> list[Target]:
+    """Return the masked weights that `targets` reach; raise as `compact` does."""
     check_not_accelerated(model)
     check_not_wrapped(model)
     chosen = masked_targets(model, targets)
@@ -129,7 +130,7 @@ def check_not_wrapped(model: nn.Module) -> None:
             )
 
 
-def _check(target: Target) -> None:
+def check_can_be_compact(target: Target) -> None:
     """Raise RuntimeError if a weight cannot become compact."""
     masks = target.masks()
     if len(masks) > 1 or not target.has_bool_mask:

@@ -186,13 +186,20 @@ def _check(target: Target) -> None:
 def _drawn(target: Target, count: int, device: Device, generator: torch.Generator) -> _Layer:
     """Draw the places and the values of a weight."""
     positions = random_positions(count, target.shape.numel(), generator.device, generator)
-    outputs = outputs_of(target, positions)
-    inputs = outputs.bincount()[outputs]  # of the output of each entry
     (weight,) = target.originals()
-    values = torch.empty(count, dtype=weight.dtype, device=positions.device)
-    values.uniform_(-1, 1, generator=generator).mul_(inputs.rsqrt())
+    values = _values(target, positions, weight.dtype, generator)
     parameter = nn.Parameter(values.to(device), weight.requires_grad)
     return _Layer(target, parameter, Places.at(positions.to(device), target.shape))
+
+
+def _values(
+    target: Target, positions: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Draw the values at `positions` by the number of inputs that each output has."""
+    outputs = outputs_of(target, positions)
+    bounds = outputs.bincount().rsqrt()
+    values = torch.empty(len(positions), dtype=dtype, device=positions.device)
+    return values.uniform_(-1, 1, generator=generator).mul_(bounds[outputs])
 
 
 def _put_values(model: nn.Module, values: Mapping[int, Tensor]) -> None:

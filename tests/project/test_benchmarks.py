@@ -115,6 +115,15 @@ def test_what_is_compared_is_there(compared: Compared):
         assert quotients(RESULTS[compared.file], compared, peer)
 
 
+def test_the_page_on_compact_training_says_where_it_is_slower():
+    timings = {way: {"ratio": ratio} for way, ratio in (("dense", 1.0), ("compact", 1.5))}
+    content = {"results": {"LSTM, 80%, 1 threads": timings, "MLP, 90%, 2 threads": timings}}
+    content["results"]["MLP, 90%, 2 threads"] = {**timings, "compact": {"ratio": 0.5}}
+    text = tables.TABLES["training.slower"](content)
+    assert "Slower than dense in 1 of 2 cases, at worst 1.50 times: LSTM, 1 thread, 80%." in text
+    assert "Slower than SparseLab in 0 of 0 cases." in text
+
+
 def test_results_that_are_missing_are_said_to_be():
     assert tables.made("sizes.bytes", {}) == "Not measured yet: `python -m benchmarks sizes`."
     with pytest.raises(KeyError):
@@ -186,7 +195,7 @@ def test_the_runner_says_what_went_wrong():
 def test_the_runner_knows_every_benchmark():
     scripts = {p.stem for p in (ROOT / "benchmarks").glob("[!_]*.py")}
     shared = {"timing", "networks", "memory"}
-    assert runner.LIMITS.keys() == scripts - shared - {"mnist", "mnn", "tickets"}
+    assert runner.LIMITS.keys() == scripts - shared - {"mnist", "mnist_compact", "mnn", "tickets"}
 
 
 def test_no_benchmark_imports_another():
