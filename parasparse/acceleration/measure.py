@@ -1,6 +1,7 @@
 """Records the uses of weights, and times each format on them."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,8 +22,6 @@ _ROWS = (1, 8, 64)
 # A format must be faster by this factor; smaller gains are within the noise of a machine.
 _GAIN = 0.95
 _SECONDS = 0.1
-# Elsewhere, as on Windows, processor time has steps of 16 milliseconds.
-_EXACT = "clock_gettime" in time.get_clock_info("process_time").implementation
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # They have dense kernels for several weights at once, so they are timed as a whole.
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.RNNBase)
@@ -171,76 +170,45 @@ def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measure
 
 
 def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Return the milliseconds of each of `calls`, interleaved because timings drift."""
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(), call()  # fills caches; the first call may compile a kernel
-    start = time.perf_counter()
-    for done in range(40):
-        for name, call in calls.items():
-            times[name].append(_once(call))
-        if done >= 4 and time.perf_counter() - start > _SECONDS:
-            break
-    return {name: _typical(every) for name, every in times.items()}
+    """Return the milliseconds of each of `calls`.
 
-
-def least(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """Return the least milliseconds of each of `calls`, interleaved because timings drift.
-
-    This takes longer on a busy machine: until the two least of each call agree, or two seconds.
+    They take turns, because timings drift, and the least of each counts, because other programs
+    only ever add time.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        call()
-    start = time.perf_counter()
-    for done in range(200):
+        call(), call()  # fills caches; the first call may compile a kernel
+    start = _clock()
+    for done in range(40):
         for name, call in calls.items():
-            times[name].append(_working(call))
-        seconds = time.perf_counter() - start
-        agree = done >= 4 and all(map(_agrees, times.values()))
-        if (agree and seconds > _SECONDS) or seconds > 20 * _SECONDS:
+            times[name].append(_once(call))
+        if done >= 4 and _clock() - start > _SECONDS:
             break
     return {name: min(every) for name, every in times.items()}
 
 
-def _agrees(times: list[float]) -> bool:
-    least, second, *_ = sorted(times)
-    return second < 1.05 * least
-
-
-def _working(call: Callable[[], object]) -> float:
-    """Return the milliseconds of `call`, as far as possible without those of other processes.
-
-    With one thread, its processor time is less than the elapsed time if it had to wait; with
-    several threads it is more.
-    """
-    used = time.process_time()
-    elapsed = _once(call)
-    if torch.cuda.is_initialized() or not _EXACT:
-        return elapsed
-    return min(elapsed, (time.process_time() - used) * 1e3)
-
-
 def gains(call: Callable[[], object], sparse: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether `call` is faster inside `sparse()`; the two alternate because timings drift."""
+    """Whether `call` is faster inside `sparse()`, measured as in `timed`."""
     dense_times: list[float] = []
     sparse_times: list[float] = []
-    start = time.perf_counter()
-    while len(dense_times) < 9 or time.perf_counter() - start < 2 * _SECONDS:
+    start = _clock()
+    while len(dense_times) < 9 or _clock() - start < 2 * _SECONDS:
         dense_times.append(_once(call))
         with sparse():
             sparse_times.append(_once(call))
-    return _typical(sparse_times[2:]) < _typical(dense_times[2:])
-
-
-def _typical(times: list[float]) -> float:
-    """Return the lower quartile, because other processes only ever add time."""
-    return sorted(times)[len(times) // 4]
+    return min(sparse_times[2:]) < min(dense_times[2:])
 
 
 def _once(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = _clock()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+    return (_clock() - start) * 1e3
+
+
+def _clock() -> float:
+    """Return seconds, without those of other programs where one thread does all the work."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
+    # The thread's time has steps of 16 ms on Windows.
+    return time.thread_time() if alone and os.name == "posix" else time.perf_counter()

@@ -69,8 +69,8 @@ def kernel_calls(monkeypatch):
 @case
 def test_the_kernels_are_those_that_run(name, kernel_calls):
     """Else the outputs would be right because nothing was accelerated."""
-    if name in ("linear, no rows", "conv3d", "lstm, projections"):
-        pytest.skip("dense by design: nothing to multiply; no patches in 3-d; projections")
+    if name in ("linear, no rows", "lstm, projections"):
+        pytest.skip("dense by design: nothing to multiply; projections")
     model, plan, inputs = sparse(name)
     ps.accelerate(model, formats=plan)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_summary_leaves_an_accelerated_model_accelerated():
         assert len(list(weights_in(model))) == len(ps.accelerated(model)) == 1
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "self-attention"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d, groups", "self-attention"])
 def test_an_accelerated_model_compiles_in_one_graph(name):
     dense, plan, inputs = sparse(name)
     model = ps.accelerate(copy.deepcopy(dense), formats=plan)

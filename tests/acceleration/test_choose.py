@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +49,50 @@ def fake_times(monkeypatch, milliseconds):
         return {name: milliseconds.get(name, 9.0) for name in calls}
 
     monkeypatch.setattr(measure, "timed", timed)
+
+
+class FakeClock:
+    """A clock of the calls themselves, some of which another program disturbs."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(measure, "_clock", lambda: self.now)
+
+    def call(self, seconds, disturbed):
+        """Return a call of so many seconds, or of 50 times as many where `disturbed(n)`."""
+        made = iter(range(1_000_000))
+        return lambda: self.add(seconds * (50 if disturbed(next(made)) else 1))
+
+    def add(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    "disturbed",
+    [
+        lambda n: False,
+        lambda n: n < 4,
+        lambda n: n % 2,
+        lambda n: n % 5,  # most of the calls
+        lambda n: n != 5,  # all but one
+    ],
+    ids=["never", "at first", "every other", "mostly", "nearly always"],
+)
+def test_a_busy_machine_does_not_change_the_choice(monkeypatch, disturbed):
+    clock = FakeClock(monkeypatch)
+    calls = {"dense": clock.call(2e-3, lambda n: False), "csr": clock.call(1e-3, disturbed)}
+    assert measure.timed(calls) == pytest.approx({"dense": 2.0, "csr": 1.0})
+    inside = [False]
+
+    @contextmanager
+    def sparse():
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    for fast, slow, gains in ((1e-3, 2e-3, True), (2e-3, 1e-3, False)):
+        ways = {True: clock.call(fast, disturbed), False: clock.call(slow, disturbed)}
+        assert measure.gains(lambda ways=ways: ways[inside[0]](), sparse) == gains
 
 
 def test_the_fastest_is_chosen_if_it_gains_more_than_noise(monkeypatch):

@@ -77,6 +77,17 @@ def test_csr_and_bag_share_their_tensors():
 
 
 @pytest.mark.parametrize("name", ["csr", "bag"])
+def test_groups_are_blocks_of_a_diagonal(name):
+    weight = torch.randn(12, 5) * (torch.rand(12, 5) < 0.4)
+    made = formats_of(weight, [name])[name]
+    for groups in (1, 2, 3, 12):
+        want = torch.block_diag(*weight.chunk(groups))
+        assert torch.equal(made.diagonal(groups).dense(), want)
+    assert made.diagonal(1) is made
+    assert made.diagonal(3) is made.diagonal(3)  # made once
+
+
+@pytest.mark.parametrize("name", ["csr", "bag"])
 def test_a_weight_that_is_less_than_half_zeros_is_refused(name):
     weight = torch.ones(8, 8)
     weight[:4] = 0

@@ -132,7 +132,7 @@ def measured(model: nn.Module, targets: list[Target], inputs: Any) -> CompactPay
     with measure.random_numbers_kept(model), torch.inference_mode(False), torch.enable_grad():
         notes = _noted(model, targets, inputs)
         times = {
-            key: measure.least(call.steps())
+            key: measure.timed(call.steps())
             for key, call in notes.calls.items()
             if all(weight.numel() <= _LARGEST for weight in call.weights())
         }

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import ClassVar, Self
 
@@ -22,6 +22,7 @@ class _Rows(ABC):
     columns_kept: Tensor  # the column of each value
     kept: Tensor  # the values
     shape: tuple[int, int]  # of W
+    _diagonals: dict[int, Self] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     @abstractmethod
@@ -51,6 +52,18 @@ class _Rows(ABC):
 
     def tensors(self) -> list[Tensor]:
         return [self.starts, self.columns_kept, self.kept]
+
+    def diagonal(self, groups: int) -> Self:
+        """Return the block-diagonal matrix of `groups` blocks, which lie below each other in W."""
+        if groups == 1:
+            return self
+        if groups not in self._diagonals:
+            outputs, inputs = self.shape
+            first = torch.arange(outputs, device=self.starts.device) // (outputs // groups) * inputs
+            columns = self.columns_kept + first.repeat_interleave(self.starts.diff()).int()
+            shape = outputs, inputs * groups
+            self._diagonals[groups] = type(self)(self.starts, columns, self.kept, shape)
+        return self._diagonals[groups]
 
 
 class CSR(_Rows):

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from parasparse.acceleration.weight import attention, layers, recurrent
+from parasparse.acceleration.weight import attention, convolution, layers, recurrent
 from parasparse.attach.accelerated import StandIn
 
 # Functions that multiply sparsely. A handler returns NotImplemented to run the dense kernel.
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **layers.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS,
+    **layers.HANDLERS, **convolution.HANDLERS, **attention.HANDLERS, **recurrent.HANDLERS,
 }  # fmt: skip
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # Their results are those of the weight itself, even when it has no dense values.

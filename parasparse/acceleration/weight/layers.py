@@ -1,4 +1,4 @@
-"""Linear and convolution layers with a sparse weight.
+"""Linear layers with a sparse weight, and what all layers share.
 
 A handler replaces a torch function that is called with a `SparseWeight`. It returns NotImplemented
 to run the dense kernel.
@@ -7,7 +7,6 @@ to run the dense kernel.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ from torch.autograd import forward_ad
 
 from parasparse.acceleration.formats import operators
 from parasparse.acceleration.formats.format import Format
-from parasparse.acceleration.formats.regular import Channels
 from parasparse.attach.accelerated import StandIn
 from parasparse.masks.apply import is_tracing
-
-_Sizes = tuple[int, ...]  # one per spatial dimension
 
 
 @dataclass(frozen=True)
@@ -121,79 +117,9 @@ def nested_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return result  # type: ignore[no-any-return]
 
 
-def convolution(
-    func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-) -> Any:  # fmt: skip
-    """Compute a convolution as a product with the patches of the input."""
-    kernel = weight.shape[2:]
-    dims = len(kernel)
-    if input.ndim not in (dims + 1, dims + 2):
-        return NotImplemented
-    stride, dilation = each(stride, dims), each(dilation, dims)
-    x = input if input.ndim == dims + 2 else input[None]
-    if padding == "same":
-        x = F.pad(x, _same(kernel, dilation))
-    padding = each(0 if isinstance(padding, str) else padding, dims)
-    sizes = _output_sizes(x.shape[2:], kernel, stride, padding, dilation)
-    rows = len(x) * math.prod(sizes)
-    more = (bias, stride, padding, dilation, groups)
-    chosen = format_for(weight, lambda: Use(func, x.to("meta"), more, rows), rows, input, bias)
-    if chosen is None or rows <= 0 or groups != 1 or x.shape[1] != weight.inputs:  # type: ignore[attr-defined]
-        return NotImplemented
-    if isinstance(chosen, Channels):
-        taken = x if chosen.inputs is None else x.index_select(1, chosen.inputs)
-        result = chosen.spread(func(taken, chosen.small, None, stride, padding, dilation))
-    else:
-        patches = _patches(x, kernel, stride, padding, dilation)
-        if patches is None:
-            return NotImplemented
-        result = _times_patches(chosen, patches, weight).view(len(x), -1, *sizes)
-    if bias is not None:
-        result += bias.view(-1, *[1] * dims)
-    if dims == 2 and x.is_contiguous(memory_format=torch.channels_last):
-        result = result.contiguous(memory_format=torch.channels_last)
-    return result if input.ndim == dims + 2 else result[0]
-
-
-def _times_patches(chosen: Format, patches: Tensor, weight: Tensor) -> Tensor:
-    """Return W @ patches of each image: (batch, outputs, positions)."""
-    parts = [multiplied(partial(operators.columns, chosen), each, weight) for each in patches]
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
-
-
-def each(value: Any, dims: int) -> _Sizes:
+def each(value: Any, dims: int) -> tuple[int, ...]:
     """Return one number for each spatial dimension, as torch's convolutions take them."""
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value) or 1)
-
-
-def _same(kernel: _Sizes, dilation: _Sizes) -> list[int]:
-    """Return the padding before and after each dimension, the last one first."""
-    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
-
-
-def _output_sizes(
-    sizes: _Sizes, kernel: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes
-) -> list[int]:
-    every = zip(sizes, kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
-
-
-def _patches(
-    x: Tensor, kernel: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes
-) -> Tensor | None:
-    """Return the patch of each output position: (batch, channels x kernel, positions)."""
-    if not any(padding) and all(k == 1 for k in kernel):
-        every = tuple(slice(None, None, s) for s in stride)
-        return x[:, :, *every].flatten(2)
-    if len(kernel) == 1:  # an image of one row
-        x = x[:, :, None]
-        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-        padding = (0, *padding)
-    if len(kernel) > 2:
-        return None
-    return F.unfold(x, kernel, dilation, padding, stride)
 
 
 def transposed(func: Any, input: Tensor, weight: Tensor, *more: Any, **_: Any) -> Any:  # noqa: A002
@@ -213,6 +139,5 @@ def lookup(func: Any, input: Tensor, weight: Tensor, *more: Any, **_: Any) -> An
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear, F.embedding: lookup,
-    F.conv1d: convolution, F.conv2d: convolution, F.conv3d: convolution,
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed),
 }  # fmt: skip
