@@ -12,7 +12,7 @@ UNLOCKED := -W default
 EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench --extra zoo
 LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-zoo test-shrink test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-zoo test-blocks test-shrink test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py --seed $(SEED)
@@ -67,6 +67,9 @@ test-zoo: .venv/zoo  ## the laws on every model type of transformers, and on tim
 	$(RUN)/python -m tests.long.zoo_transformers
 	$(RUN)/python -m tests.long.zoo_timm
 	$(RUN)/python -m tests.long.zoo.page
+
+test-blocks: .venv/zoo  ## prune_blocks on every model type of transformers
+	$(RUN)/python -m tests.long.blocks_zoo
 
 test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
 	$(RUN)/python -m tests.long.large_checkpoints

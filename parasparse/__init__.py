@@ -15,6 +15,11 @@ from parasparse.masks.gate_kinds import Gated, GateKind, ProductGate
 from parasparse.masks.mask import Mask
 from parasparse.masks.protocol import MaskModule
 from parasparse.masks.soft_mask import SoftMask
+from parasparse.oneshot.block_report import BlockReport
+from parasparse.oneshot.prune_blocks import prune_blocks
+from parasparse.oneshot.reconstruct import reconstruct
+from parasparse.oneshot.report import OneShotRow
+from parasparse.oneshot.treatment import OneShot
 from parasparse.report.plot import plot
 from parasparse.report.summary import Summary, SummaryRow, summary
 from parasparse.rules.prune import Prune
@@ -54,16 +59,17 @@ from parasparse.verbs.squash import squash, unsparsify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Acceleration", "AccelerationRow", "BaseDataSparsifier", "CompactPayoff", "CompactPayoffRow",
-    "ContinuousSparsification", "Controller", "DataNormSparsifier", "DataPruner", "DenseGradients",
-    "DenseRow", "DynamicSparsity", "Fixed", "Gate", "GateKind", "Gated", "GradualPruning",
-    "LotteryTicket", "Mask", "MaskModule", "Masking", "Packed", "Plan", "PlanRow", "ProductGate",
-    "Prune", "Rules", "Shrinkage", "SoftMask", "Statistics", "Summary", "SummaryRow", "Update",
-    "accelerate", "accelerated", "binarize", "binarize_masks", "compact", "compact_payoff",
-    "coupled", "dense_gradients", "dense_state_dict", "deploy_masks", "distributed",
-    "distributions", "expand", "frozen", "gates", "is_sparse", "load_packed", "load_state_dict",
-    "mask_of", "materialize", "moves", "named_masks", "optim", "pack", "patterns", "penalty",
-    "plan", "plan_shrink", "plot", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "Acceleration", "AccelerationRow", "BaseDataSparsifier", "BlockReport", "CompactPayoff",
+    "CompactPayoffRow", "ContinuousSparsification", "Controller", "DataNormSparsifier",
+    "DataPruner", "DenseGradients", "DenseRow", "DynamicSparsity", "Fixed", "Gate", "GateKind",
+    "Gated", "GradualPruning", "LotteryTicket", "Mask", "MaskModule", "Masking", "OneShot",
+    "OneShotRow", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules", "Shrinkage",
+    "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate", "accelerated",
+    "binarize", "binarize_masks", "compact", "compact_payoff", "coupled", "dense_gradients",
+    "dense_state_dict", "deploy_masks", "distributed", "distributions", "expand", "frozen", "gates",
+    "is_sparse", "load_packed", "load_state_dict", "mask_of", "materialize", "moves", "named_masks",
+    "optim", "pack", "patterns", "penalty", "plan", "plan_shrink", "plot", "prune_blocks",
+    "reconstruct", "restore", "rigl", "save", "schedules", "scores", "shrink",
     "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored", "summary",
     "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

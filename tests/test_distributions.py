@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import parasparse as ps
 from parasparse.counts import num_kept
-from parasparse.distributions import erdos_renyi, erk, uniform
+from parasparse.distributions import erdos_renyi, erk, linear_in_depth, owl, uniform
 
 ALL = pytest.mark.parametrize("distribution", [uniform, erdos_renyi, erk], ids=lambda f: f.__name__)
 RATIO = {
@@ -145,3 +145,62 @@ def test_empty_tensors_scalars_and_no_tensors_at_all_are_shared_out_too(distribu
     assert distribution({}, 0.5) == {}
     assert distribution({"none": (0, 3), "one": ()}, 0.0) == {"none": 0.0, "one": 0.0}
     assert distribution({"none": (0, 3), "one": ()}, 1.0) == {"none": 0.0, "one": 1.0}
+
+
+class Inputs:
+    """What `owl` reads: weights and the norms of their inputs."""
+
+    def __init__(self, weights, norms):
+        self.stored, self.input_norm = weights.__getitem__, norms.__getitem__
+
+
+layers = st.dictionaries(
+    st.sampled_from(
+        ["layers.0.a", "layers.0.b", "layers.1.a", "layers.2.a", "layers.10.a", "head"]
+    ),
+    st.lists(st.integers(1, 20), min_size=1, max_size=2).map(tuple),
+    min_size=1,
+)
+
+
+@given(layers, shares, st.floats(-0.3, 0.3), st.floats(0, 0.5), st.integers(0, 9))
+def test_totals_by_depth_and_by_outliers_are_exact(shapes, sparsity, step, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = {n: torch.randn(shape, generator=generator) ** 3 for n, shape in shapes.items()}
+    statistics = Inputs(weights, dict.fromkeys(shapes, torch.tensor(2.0)))
+    total = num_kept(sum(map(math.prod, shapes.values())), sparsity)
+    for distribution in (linear_in_depth(step), owl(statistics, threshold=2, spread=spread)):
+        found = distribution(shapes, sparsity)
+        assert list(found) == list(shapes)
+        assert all(0 <= share <= 1 for share in found.values())
+        assert sum(counts(shapes, found).values()) == total
+
+
+def test_sparsity_rises_linearly_from_block_to_block():
+    shapes = {f"layers.{i}.{part}": (100, 100) for i in range(11) for part in "ab"}
+    found = linear_in_depth(0.02)(shapes, 0.7)
+    assert found["layers.10.a"] == found["layers.10.b"]
+    assert [round(found[f"layers.{i}.a"], 3) for i in (0, 5, 10)] == [0.6, 0.7, 0.8]
+    assert linear_in_depth(0.0)(shapes, 0.7) == uniform(shapes, 0.7)
+
+
+def test_blocks_with_more_outliers_are_denser_by_the_papers_formula():
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"layers.{i}.w": torch.randn(60, 60, generator=generator) for i in range(4)}
+    norms = {name: torch.ones(60) for name in weights}
+    for number, name in enumerate(weights):
+        norms[name][: 3 * number] = 30.0  # inputs with large features
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    found = owl(Inputs(weights, norms), threshold=3, spread=0.08)(shapes, 0.7)
+    ratios = torch.tensor(
+        [
+            float(((w.abs() * norms[n]) > 3 * (w.abs() * norms[n]).mean()).double().mean())
+            for n, w in weights.items()
+        ],
+        dtype=torch.float64,
+    )
+    scaled = (ratios - ratios.min()) * (2 * 0.08 / (ratios.max() - ratios.min()))
+    expected = 1 - (scaled - scaled.mean() + 0.3)
+    torch.testing.assert_close(
+        torch.tensor(list(found.values()), dtype=torch.float64), expected, rtol=0, atol=1 / 3600
+    )

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from parasparse.cli import commands, inspect_and_diff, prune, shrink
+from parasparse.cli import commands, inspect_and_diff, prune, prune_blocks, shrink
 from parasparse.files.checkpoint import CheckpointError
 
 _Argument = tuple[str, dict[str, Any]]
@@ -50,6 +50,20 @@ _COMMANDS: dict[str, tuple[Callable[[Namespace], str | tuple[str, int]], str, li
         ("--masks", {"metavar": "FILE", "help": "also write the masks, by name"}),
         ("--seed", {"type": int, "help": "seed of random scores"}),
         ("--dry-run", {"action": "store_true", "help": "list what would be masked"}),
+    ]),
+    "prune-blocks": (prune_blocks.prune_blocks, "prune a language model in one shot from text", [
+        *_PATHS,
+        ("--text", {"nargs": "+", "required": True, "metavar": "FILE",
+                    "help": "text to prune from; its last tenth measures the perplexity"}),
+        ("--tokenizer", {"metavar": "FOLDER", "help": "folder of the tokenizer; default IN"}),
+        ("--method", {"choices": [*prune_blocks.METHODS], "default": "admm"}),
+        ("--sparsity", {"type": float, "help": "share of zeros, in [0, 1]"}),
+        ("--pattern", {"help": "unstructured (default), N:M, block:16x16 or channel:0"}),
+        ("--blocks", {"nargs": "+", "metavar": "GLOB", "help": "default: the largest ModuleList"}),
+        ("--samples", {"type": int, "default": 128, "help": "sequences of text (default 128)"}),
+        ("--length", {"type": int, "default": 512, "help": "tokens of each (default 512)"}),
+        ("--batch-size", {"type": int, "default": 8, "help": "sequences at a time (default 8)"}),
+        ("--device", {"help": "where a block runs while it is pruned"}),
     ]),
     "squash": (commands.squash, "fold the checkpoint's masks into dense weights", _IN_OUT),
     "binarize": (commands.binarize, "make the masks bool and fold their scale in", _IN_OUT),

@@ -26,13 +26,18 @@ _SUFFIXES = (".safetensors", *TORCH)
 def check_target(path: str, source: Checkpoint, *, force: bool) -> None:
     """Raise CheckpointError if `source` cannot become a checkpoint at `path`."""
     if isinstance(source, SafetensorsFolder) and Path(path).suffix.lower() not in _SUFFIXES:
-        _check_free(path, force)
-        if Path(source.path).resolve() in Path(path).resolve().parents:
-            raise CheckpointError(f'"{path}" must not be inside IN, whose files are all copied.')
-        if os.path.exists(path):
-            _check_replaceable(path, source.path)
+        check_folder(path, source.path, force=force)
     else:
         check_file(path, force=force)
+
+
+def check_folder(path: str, source: str, *, force: bool) -> None:
+    """Raise CheckpointError if the folder `source` cannot become another one at `path`."""
+    _check_free(path, force)
+    if Path(source).resolve() in Path(path).resolve().parents:
+        raise CheckpointError(f'"{path}" must not be inside IN, whose files are all copied.')
+    if os.path.exists(path):
+        _check_replaceable(path, source)
 
 
 def check_file(path: str, *, force: bool) -> None:

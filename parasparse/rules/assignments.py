@@ -10,30 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from parasparse import names
 from parasparse.attach.accelerated import check_not_accelerated
-from parasparse.attach.classes import base_class
-from parasparse.attach.offloading import check_not_offloaded
-from parasparse.attach.older_hooks import legacy_hook, pruned_names
-from parasparse.attach.reading import stacks_of
-from parasparse.attach.stack import stack_of
-from parasparse.dtypes import is_maskable
 from parasparse.masks.convert import as_mask
 from parasparse.masks.kept_entries import KeptEntries
 from parasparse.masks.mask import Mask
+from parasparse.masks.new_weights import NewWeights
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.patterns import chain, n_of_m, unstructured
+from parasparse.rules.maskable import check_maskable
 from parasparse.rules.prune import Prune
 from parasparse.rules.prune_kept import results_of_kept
+from parasparse.rules.rewriting import check_can_be_written
 from parasparse.rules.treatments import Fixed, as_treatment, is_array, keep_nonzero
 from parasparse.rules.types import Rules, Treatment
 from parasparse.sharding.dtensors import full_tensor, is_dtensor, laid_out_like
 from parasparse.sharding.fsdp import is_sharded, reshard
 from parasparse.sharding.same_draws import same_draws
 from parasparse.targets.reach import Spec, group_by_rule
-from parasparse.targets.tensors import Site, Target, tensors_of
+from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import described, listed
 
 
@@ -48,6 +44,7 @@ class Assignment:
         result: a mask, a module that masks, or None for a mask that is not set; for a compact
             weight, its kept entries.
         reuse: the tensor's present Mask, to be set again; None: a new one.
+        weights: new values of the stored tensor; None: they stay.
     """
 
     target: Target
@@ -55,6 +52,7 @@ class Assignment:
     treatment: Any
     result: Tensor | nn.Module | KeptEntries | None
     reuse: Mask | None
+    weights: Tensor | None = None
 
 
 class Assignments(list[Assignment]):
@@ -100,14 +98,20 @@ def assignments(
         if treatment is None:
             continue
         for target in group:
-            _check_target(target, compact=compact)
+            check_maskable(target, compact=compact)
         _check_dim(treatment, group)
         with same_draws(model):
             results = _results(treatment, group)
         for target in group:
-            result = _checked(target, results[target.name], treatment, sharded=sharded)
+            result: Any = results[target.name]
+            weights = None
+            if isinstance(result, NewWeights):
+                check_can_be_written(target, result.weights)
+                result, weights = result.mask, result.weights
+            result = _checked(target, result, treatment, sharded=sharded)
             own = [m for m in target.masks() if isinstance(m, Mask) and users[id(m)] == 1]
-            assigned.append(Assignment(target, *numbered[number], result, own[0] if own else None))
+            reuse = own[0] if own else None
+            assigned.append(Assignment(target, *numbered[number], result, reuse, weights))
     return assigned
 
 
@@ -155,83 +159,21 @@ def _check_dim(treatment: Any, group: list[Target]) -> None:
                 )
 
 
-def _check_target(target: Target, *, compact: bool) -> None:
-    """Raise an error if nothing can mask `target`."""
-    if target.is_compact:
-        if not compact:
-            raise ValueError(
-                f'"{target.name}" is compact, and only GradualPruning and DynamicSparsity change '
-                "which entries a compact weight keeps. Call parasparse.expand(model) first."
-            )
-        return
-    dtype = target.stored().dtype
-    if not is_maskable(dtype):
-        raise TypeError(
-            f'"{target.name}" is {dtype}; only floating point and complex tensors can be masked. '
-            "Exclude it with a `None` rule placed before this rule."
-        )
-    for site in target.sites:
-        _check_site(site, target.name)
-    is_tied = len(target.sites) > len(target.components)
-    if is_tied and any(site.attr in pruned_names(site.module) for site in target.sites):
-        raise ValueError(
-            f'"{target.name}" is tied, and torch.nn.utils.prune prunes one of its uses. Call '
-            "torch.nn.utils.prune.remove on it first."
-        )
-
-
-def _check_site(site: Site, name: str) -> None:
-    """Raise an error if a module cannot have parametrizations."""
-    hook = legacy_hook(site.module, site.attr)
-    if hook is not None:
-        raise ValueError(
-            f'"{name}" is computed by a hook of torch.nn.utils.{hook} and cannot be masked. '
-            f"Remove the hook, and use torch.nn.utils.parametrizations.{hook}."
-        )
-    if isinstance(site.module, torch.jit.ScriptModule):
-        raise TypeError(
-            f'"{name}" belongs to a ScriptModule and cannot be masked. Call `sparsify` and '
-            "`squash` before scripting."
-        )
-    stack = stack_of(site.module, site.attr)
-    if stack is not None and is_parametrized(stack):
-        raise ValueError(
-            f'"{name}" has parametrizations of its own stored tensor and cannot be masked. Remove '
-            "those of `parametrizations` with torch.nn.utils.parametrize.remove_parametrizations."
-        )
-    base = base_class(site.module)
-    if stack is None and isinstance(getattr(base, site.attr, None), property):
-        raise ValueError(
-            f'"{name}" cannot be masked, because {base.__name__} computes it by a property of that '
-            "name. Mask the tensor that the property reads, or exclude it with a "
-            "`None` rule before this one."
-        )
-    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.max_norm is not None:
-        raise ValueError(
-            f'"{name}" cannot be masked, because its embedding has a `max_norm`: it normalizes the '
-            "weight in place when it is called, which a mask would lose. Set `max_norm` to None."
-        )
-    check_not_offloaded(site.module, site.attr, name)
-    if "parametrizations" in site.module._modules and not stacks_of(site.module):
-        raise ValueError(
-            f'the module of "{name}" has a submodule "parametrizations", the name that torch uses '
-            "for its own. Rename it, or call `sparsify` before you export the model."
-        )
-
-
 def _results(treatment: Treatment, group: list[Target]) -> dict[str, Any]:
     """Return the results of `treatment` for `group`, by name."""
     if any(target.is_compact for target in group):
         with torch.no_grad():
             return results_of_kept(treatment, group)
-    # "zeros" reads masked values; scores read stored ones.
-    now = treatment is keep_nonzero
+    # "zeros" and `OneShot` read masked values; scores read stored ones.
+    keeps = getattr(treatment, "keeps_masks", False)
+    now = keeps or treatment is keep_nonzero
     tensors = {t.name: t.effective() if now else t.stored() for t in group}
     if not (now or isinstance(treatment, Prune | Fixed)):  # others may not know sharded tensors
         tensors = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     try:
         with torch.no_grad():
-            results = treatment(tensors)
+            masks = ({t.name: t.mask() for t in group if t.masks()},) if keeps else ()
+            results = treatment(tensors, *masks)
     except Exception as error:
         error.add_note(f"while applying {described(treatment)} to {listed(tensors)}")
         raise

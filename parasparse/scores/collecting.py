@@ -16,6 +16,8 @@ from parasparse.attach.fsdp_gradients import reduced
 from parasparse.attach.probes import probed
 from parasparse.attach.stack import stack_of
 from parasparse.masks.mask import Mask
+from parasparse.scores.grams import Grams
+from parasparse.scores.inputs import is_conv1d_of_gpt2, rows_of
 from parasparse.scores.products import wide
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
@@ -25,7 +27,9 @@ from parasparse.text import listed
 
 
 @contextmanager
-def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statistics]:
+def collect(
+    model: nn.Module, targets: Specs | None = None, *, grams: bool = False
+) -> Iterator[Statistics]:
     """Watch the forward and backward passes in the block; yield the statistics that scores need.
 
     Gradients are taken with respect to the weights that the modules see, and include masked entries
@@ -38,11 +42,14 @@ def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statisti
         model: dense or masked, not compiled.
         targets: tensors to watch, one target of a rule or a list of them; None: every weight that a
             sparsity alone reaches.
+        grams: collect Gram matrices of the inputs, which `OneShot` needs, instead of gradients, so
+            that forward passes are enough. An input that several layers get, such as the query, key
+            and value projections, is counted once, and they share its matrix. Sums are in 64 bits.
 
     Raises:
         ValueError: a target reaches no tensor.
         RuntimeError: `dense_gradients` or `collect` is already open for the model, or a tied tensor
-            is masked in only some of its uses.
+            is masked in only some of its uses. In the block: with `grams`, an input is not finite.
 
     Examples:
         >>> model = nn.Linear(4, 2)
@@ -54,7 +61,7 @@ def collect(model: nn.Module, targets: Specs | None = None) -> Iterator[Statisti
     if model in _watched:
         raise RuntimeError("`collect` is already open for this model. Close that block first.")
     chosen = _chosen(model, targets)
-    statistics = Statistics(model, {}, _parts(model))
+    statistics = Statistics(model, {}, _parts(model), grams=Grams() if grams else None)
     reshard(model)
     sharded, groups = managed_parameters(model), data_parallel_groups(model)
     _watched.add(model)
@@ -103,11 +110,33 @@ def _parts(model: nn.Module) -> dict[str, list[str]]:
 
 def _watch_inputs(target: Target, statistics: Statistics, stack: ExitStack) -> None:
     for site in target.sites:
-        squares = _squares_of(site.module) if site.attr == "weight" else None
-        if squares is not None:
-            hook = _hook(target.name, site.module, squares, statistics)
+        record = _recorder(target, site.module, statistics) if site.attr == "weight" else None
+        if record is not None:
+            hook = _hook(site.module, record, statistics)
             handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
+
+
+def _recorder(
+    target: Target, module: nn.Module, statistics: Statistics
+) -> Callable[[Any, Tensor], None] | None:
+    """Return what records an input of `module`; None if nothing can."""
+    name, grams = target.name, statistics.grams
+    rows = None if grams is None or target.stored().is_complex() else rows_of(module)
+    if grams is not None and rows is not None:
+        first = grams.rows.setdefault(name, rows)
+        return lambda module, value: grams.add(name, value, first)
+    squares = _squares_of(module)
+    if squares is None:
+        return None
+
+    def add(module: nn.Module, value: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+            found = squares(module, value.detach())
+        known = statistics.squared_inputs.get(name)
+        statistics.squared_inputs[name] = found if known is None else known + found
+
+    return add
 
 
 def _check_masked_everywhere(target: Target) -> None:
@@ -131,6 +160,8 @@ def _watch_gradients(
     read = site.stored if managed is None else first.detach
     sums = Sums(read, None, first if is_known else None)
     statistics.sums[target.name] = sums
+    if statistics.grams is not None:
+        return
 
     def add(grad: Tensor) -> None:
         if not statistics.is_paused:
@@ -153,22 +184,17 @@ def _forget(probe: Tensor) -> None:
 
 
 def _hook(
-    name: str, owner: nn.Module, squares: Callable[[Any, Tensor], Tensor], statistics: Statistics
+    owner: nn.Module, record: Callable[[Any, Tensor], None], statistics: Statistics
 ) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = (args[0] if args else kwargs["input"]).detach()
+        value = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
         # Copies of the model have its hooks too. Checkpointing runs forward again during backward
         # (test_inputs_are_counted_once_under_checkpointing).
         again = torch._C._current_graph_task_id() != -1
         transformed = torch._C._are_functorch_transforms_active()
         if module is not owner or statistics.is_paused or again or transformed or value.is_meta:
             return
-        if value.is_nested:
-            value = torch.cat(value.unbind())
-        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
-            found = squares(module, value)
-        known = statistics.squared_inputs.get(name)
-        statistics.squared_inputs[name] = found if known is None else known + found
+        record(module, torch.cat(value.unbind()) if value.is_nested else value)
 
     return add
 
@@ -177,6 +203,8 @@ def _squares_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """Return the function that sums the squared inputs of each entry of `module.weight`."""
     if isinstance(module, nn.Linear):
         return _of_linear
+    if is_conv1d_of_gpt2(module):
+        return lambda module, x: _of_linear(module, x).T
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
         return _of_convolution
     if isinstance(module, nn.Embedding):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parasparse.scores.damping import damped
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.statistics import Statistics
 
@@ -161,3 +162,63 @@ class wanda:  # noqa: N801
         ranks = torch.arange(rows.shape[1], 0, -1, device=rows.device) / rows.shape[1]
         ranked = torch.empty_like(rows).scatter_(1, order, ranks.to(rows).expand_as(rows))
         return ranked.T if by_column else ranked.view_as(scores)
+
+
+@dataclass(frozen=True, eq=False)
+class ria:  # noqa: N801
+    """Score |w| / sum over its output + |w| / sum over its input, times the root of the input norm.
+
+    Args:
+        statistics: from `collect(..., grams=True)`.
+
+    Raises:
+        RuntimeError: on call, if no input of the tensor was collected.
+
+    Reference: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
+        Language Models", ICLR 2024. Differs: no permutation of the channels.
+    """
+
+    statistics: Statistics
+
+    def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
+        """Return the scores of `tensor`."""
+        layout = self.statistics.layout(name)
+        shares = relative_importance(layout.matrices(wide(tensor).abs()))
+        norm = self.statistics.input_norm(name).to(tensor.device)
+        return layout.restored(shares, tensor.shape) * norm.sqrt()
+
+
+def relative_importance(size: Tensor) -> Tensor:
+    """Return |w| of (.., out, in) over the sum of its output, plus |w| over that of its input."""
+    tiny = torch.finfo(size.dtype).tiny
+    by_output = size / size.sum(-1, keepdim=True).clamp(min=tiny)
+    return by_output + size / size.sum(-2, keepdim=True).clamp(min=tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class sparsegpt:  # noqa: N801
+    """Score w^2 / (H^-1)_jj: the error of the outputs if w goes and the others make up for it.
+
+    H = sum x x^T + damping * mean(diag) I, with the inputs x. Inputs that are always 0 score 0.
+
+    Args:
+        statistics: from `collect(..., grams=True)`.
+        damping: share of the mean of the diagonal; raised up to 1000 times if H is singular.
+
+    Raises:
+        RuntimeError: on call, if no input of the tensor was collected, or H stays singular.
+
+    Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+        One-Shot", 2023, arXiv:2301.00774, equation 3. Differs: scores all weights before any is
+        dropped; `OneShot(update="obs")` scores blocks of columns one after the other.
+    """
+
+    statistics: Statistics
+    damping: float = 0.01
+
+    def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
+        """Return the scores of `tensor`."""
+        layout, gram = self.statistics.layout(name), self.statistics.gram(name)
+        hessian = damped(gram.reshape(-1, *gram.shape[-2:]), self.damping)
+        inverse = hessian.inverse_diagonal().masked_fill(hessian.dead, float("inf"))
+        return wide(tensor).square() / layout.of_inputs(inverse, tensor.shape).to(tensor.device)

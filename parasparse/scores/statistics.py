@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from parasparse import dtypes
+from parasparse.scores.grams import Grams
+from parasparse.scores.layouts import Layout
 from parasparse.scores.products import each_part, product, wide
 from parasparse.scores.synaptic_flow import flows_of
 from parasparse.sharding.dtensors import full_tensor, on_local
@@ -60,6 +62,7 @@ class Statistics:
     squared_inputs: dict[str, Tensor] = field(default_factory=dict)
     curvatures: dict[str, Tensor] = field(default_factory=dict)
     flows: dict[str, Tensor] = field(default_factory=dict)
+    grams: Grams | None = None
     is_paused: bool = False
 
     def __repr__(self) -> str:
@@ -91,12 +94,39 @@ class Statistics:
 
     def input_norm(self, name: str) -> Tensor:
         """Return the 2-norm of the inputs of each entry over batches; broadcasts to the tensor."""
+        if self.grams is not None and name in self.grams.shared:
+            diagonal = self._gram(name).diagonal(dim1=-2, dim2=-1)
+            return self.layout(name).of_inputs(diagonal, self.sums[name].read().shape).sqrt()
         remedy = (
             "Run the model in the block, not compiled. Inputs are recorded for Linear, "
             "convolutions and embeddings that are called as modules. Use another score for others."
         )
         found = [_seen(self.squared_inputs, part, "input", remedy) for part in self._parts(name)]
         return torch.stack(found).sum(0).sqrt()
+
+    def stored(self, name: str) -> Tensor:
+        """Return the tensor as it is stored now."""
+        return _joined([self.sums[part].read().detach() for part in self._parts(name)])
+
+    def gram(self, name: str) -> Tensor:
+        """Return x x^T summed over the inputs of the tensor: (in, in), float64, not a copy.
+
+        Convolutions have one for each group, (groups, in, in), whose inputs are patches
+        (in_channels / groups * kernel entries); of one group, (in, in).
+        """
+        total = self._gram(name)
+        return total if len(total) > 1 or self.layout(name).is_stack else total[0]
+
+    def count(self, name: str) -> int:
+        """Return how many inputs `gram(name)` sums, such as tokens; 0 if there were none."""
+        self._watched(name)
+        shared = self._grams().shared
+        return shared[name].samples if name in shared else 0
+
+    def layout(self, name: str) -> Layout:
+        """Return how the tensor is made of matrices, one for each Gram matrix."""
+        self._watched(name)
+        return self._grams().rows[name].layout
 
     def add_curvature(self, loss: Tensor) -> None:
         """Add H g for each tensor, with gradient g and Hessian H of `loss`.
@@ -154,20 +184,26 @@ class Statistics:
         for name, sums in self.sums.items():
             if gradients:
                 for what in ("gradient", "squares", "movement"):
-                    setattr(sums, what, _summed(getattr(sums, what), sums.read(), group))
+                    setattr(sums, what, _summed(getattr(sums, what), sums.read().device, group))
                 passes = torch.tensor(sums.passes, device=sums.read().device)
                 torch.distributed.all_reduce(passes, group=group)
                 sums.passes = int(passes)
             for found in (self.squared_inputs, self.curvatures, self.flows):
-                value = _summed(found.get(name), sums.read(), group)
+                value = _summed(found.get(name), sums.read().device, group)
                 if value is not None:
                     found[name] = value
+        if self.grams is not None:
+            device = next(iter(self.sums.values())).read().device
+            self.grams.settle()
+            self.grams.sum_over(group, lambda value: _summed(value, device, group))
 
     def close(self) -> None:
         """Release the model at the end of the block."""
         self.is_paused, self.model = True, None
         for sums in self.sums.values():
             sums.leaf = None
+        if self.grams is not None:
+            self.grams.settle()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -185,6 +221,31 @@ class Statistics:
         if is_sharded(self.model):
             raise RuntimeError("curvature and synaptic flow must be added before `fully_shard`.")
         return self.model
+
+    def _grams(self) -> Grams:
+        if self.grams is None:
+            raise RuntimeError("Gram matrices were not collected. Use `collect(..., grams=True)`.")
+        return self.grams
+
+    def _watched(self, name: str) -> None:
+        """Raise RuntimeError if no Gram matrix could be collected for tensor `name`."""
+        self._parts(name)
+        if name not in self._grams().rows:
+            raise RuntimeError(
+                f'no Gram matrix of "{name}" can be collected. Real weights of Linear, Conv1d to '
+                "Conv3d and the Conv1D of transformers have one. Exclude other tensors, or use a "
+                "score that needs none."
+            )
+
+    def _gram(self, name: str) -> Tensor:
+        if not self.count(name):
+            raise RuntimeError(
+                f'no input of "{name}" was collected. Run the model in the block, not compiled. '
+                "The layer must be called as a module."
+            )
+        total = self._grams().shared[name].total
+        assert total is not None
+        return total
 
     def _parts(self, name: str) -> list[str]:
         parts = self.parts.get(name, [name])
@@ -222,7 +283,7 @@ def _finite(values: Tensor, name: str) -> Tensor:
     return full_tensor(values)
 
 
-def _summed(value: Tensor | None, like: Tensor, group: Any) -> Tensor | None:
+def _summed(value: Tensor | None, device: torch.device, group: Any) -> Tensor | None:
     """Return the sum over `group`; processes without a value take part too."""
     shapes: list[Any] = [None] * torch.distributed.get_world_size(group)
     own = None if value is None else (value.shape, value.dtype)
@@ -231,7 +292,8 @@ def _summed(value: Tensor | None, like: Tensor, group: Any) -> Tensor | None:
     if not seen:
         return None
     shape, dtype = seen[0]
-    total = torch.zeros(shape, dtype=dtype, device=like.device) if value is None else value.clone()
+    total = torch.zeros(shape, dtype=dtype) if value is None else value.clone()
+    total = total.to(device)
     torch.distributed.all_reduce(total, group=group)
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from parasparse.attach import attaching
@@ -17,6 +18,7 @@ from parasparse.rules.types import Rules
 from parasparse.rules.warn import warn_emptied, warn_left_dense
 from parasparse.sharding.fsdp import follow
 from parasparse.verbs.moving import check_movable, move
+from parasparse.verbs.writable import check_writable
 
 
 def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module:
@@ -58,6 +60,8 @@ def sparsify(model: nn.Module, rules: Rules, *, pairs: bool = True) -> nn.Module
 def apply(model: nn.Module, assigned: list[Assignment], optimizer: Any = None) -> None:
     """Attach the masks of `assigned` to `model`: all of them, or none if one fails.
 
+    Then write their new weights.
+
     Compact weights keep the entries of `assigned`, and the state of `optimizer` follows them.
     """
     moves = [
@@ -66,6 +70,9 @@ def apply(model: nn.Module, assigned: list[Assignment], optimizer: Any = None) -
     for target, _ in moves:
         check_movable(target, optimizer)
     assigned = [each for each in assigned if not isinstance(each.result, KeptEntries)]
+    for each in assigned:
+        if each.weights is not None:
+            check_writable(each.target, "sparsify")
     with restored_on_error(site.module for each in assigned for site in each.target.sites):
         masks = [_attached(each) for each in assigned]
     for each, mask in zip(assigned, masks, strict=True):
@@ -73,6 +80,9 @@ def apply(model: nn.Module, assigned: list[Assignment], optimizer: Any = None) -
             mask.mask_(each.result, copy=False)
             # These were set by a controller, which has now lost its masks.
             mask.dense_gradient, mask.zeroed_in_place = False, frozenset()
+        if each.weights is not None:
+            with torch.no_grad():
+                each.target.originals()[0].copy_(each.weights)
     for target, entries in moves:
         move(target, entries, optimizer)
     follow(model)

@@ -1,5 +1,7 @@
 """DistributedDataParallel: wrapped before or after, squashed while it trains."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -114,6 +116,39 @@ def statistics_of_what_one_process_does_not_reach(rank):
     torch.testing.assert_close(found.input_norm("layers.b.weight"), torch.full((1, 4), 2.0**0.5))
 
 
+def grams_are_summed(rank):
+    """Two processes have the same bits, and the mask that one has with both their inputs."""
+    inputs = [data(each).repeat(8, 1) + torch.randn(32, 8) for each in range(2)]
+    dist.broadcast(inputs[0], 0)
+    dist.broadcast(inputs[1], 0)
+    alone, prune = net(), ps.OneShot(0.5)
+    ddp = DistributedDataParallel(net())
+    with torch.no_grad(), ps.scores.collect(alone, grams=True) as expected:
+        alone(torch.cat(inputs))
+    with torch.no_grad(), ps.scores.collect(ddp, grams=True) as found:
+        if rank == 0:
+            ddp.module[0](inputs[0])  # another number of inputs, which share nothing
+        else:
+            ddp(inputs[1])
+        if rank == 0:
+            ddp.module[2](ddp.module[1](ddp.module[0](inputs[0])))
+    assert found.count("0.weight") == 96
+    with torch.no_grad(), ps.scores.collect(ddp, grams=True) as found:
+        ddp(inputs[rank])
+    for name in ("0.weight", "2.weight"):
+        torch.testing.assert_close(found.gram(name), expected.gram(name))
+        assert found.count(name) == 64
+        every = [torch.empty_like(found.gram(name)) for _ in range(2)]
+        dist.all_gather(every, found.gram(name))
+        assert torch.equal(*every)
+    ps.sparsify(alone, dataclasses.replace(prune, statistics=expected))
+    ps.sparsify(ddp, dataclasses.replace(prune, statistics=found))
+    ps.distributed.check(ddp)
+    for name, mask in ps.named_masks(alone):
+        assert torch.equal(mask, ps.mask_of(ddp, name))
+        torch.testing.assert_close(ps.stored(alone, name), ps.stored(ddp, name))
+
+
 def draws_are_alike_whatever_the_seeds(rank):
     torch.manual_seed(rank)
     ddp = DistributedDataParallel(net())
@@ -165,6 +200,7 @@ def a_controller_that_does_not_know_of_the_others_warns(rank):
         dense_gradients_are_averaged,
         gates_train_alike,
         statistics_are_summed,
+        grams_are_summed,
         statistics_of_what_one_process_does_not_reach,
         draws_are_alike_whatever_the_seeds,
         check_names_what_differs,

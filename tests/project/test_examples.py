@@ -134,6 +134,16 @@ def test_the_pictures_of_the_documentation_are_drawn(tmp_path, run):
     assert {path.name for path in tmp_path.glob("*.png")} == names
 
 
+def test_updates_of_one_shot_pruning_are_compared(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    errors = importlib.import_module("one_shot_errors").errors(outputs=8, inputs=16, samples=60)
+    assert {len(row) for row in errors.values()} == {4}
+    for magnitude, sparsegpt, admm in zip(
+        *(errors[n] for n in ("magnitude", "SparseGPT", "ADMM")), strict=True
+    ):
+        assert admm < sparsegpt < magnitude
+
+
 def test_a_network_from_meta_is_trained_by_set(mnist, run):
     arguments = ["--neurons", 2000, "--steps", 3]
     for data in ([], ["--data", mnist]):
@@ -142,3 +152,11 @@ def test_a_network_from_meta_is_trained_by_set(mnist, run):
         assert "dense weights would have" in shown
         assert "step 3/3: loss" in shown
         assert "peak memory" in shown
+
+
+def test_a_language_model_is_pruned_in_several_ways(tmp_path, run):
+    few = ["--steps", 2, "--sequences", 8, "--reconstruct", 2, "--out", tmp_path]
+    methods = ["magnitude", "SparseGPT", "ADMM"]
+    shown = run("prune_language_model", *few, "--methods", *methods, "--sparsities", "50%")
+    assert re.search(r"ADMM, reconstruct +\d+\.\d{3}", shown)
+    assert re.search(r"rise, of SparseGPT +\S+", shown)

@@ -21,7 +21,7 @@ ORDER = """
     scores acceleration optim distributed
     rules
     verbs
-    checkpoints training data_sparsifiers shrink
+    checkpoints training data_sparsifiers shrink oneshot
     report integrations
     cli
     __init__ __main__

@@ -1,0 +1,77 @@
+"""A language model in a folder of transformers: loaded from files alone, and its perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parasparse.files.checkpoint import CheckpointError
+from parasparse.text import needs
+
+
+def load(folder: str, tokenizer: str) -> tuple[nn.Module, Any]:
+    """Return the causal language model in `folder`, and the tokenizer in the other folder."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise CheckpointError(needs("`prune-blocks`", "transformers", "transformers")) from error
+    for place in (folder, tokenizer):
+        if not Path(place).is_dir():
+            raise CheckpointError(f'"{place}" must be a folder with the files of transformers.')
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers could not load the model: {error}") from error
+    return model, words
+
+
+def tokens_of(paths: Sequence[str], tokenizer: Any) -> Tensor:
+    """Return the tokens of text files, one file after the other."""
+    found = []
+    for path in paths:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f'"{path}" cannot be read as text: {error}') from error
+        found += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(found)
+
+
+def windows(tokens: Tensor, length: int, count: int) -> Tensor:
+    """Return at most `count` sequences of `length` tokens, evenly spread."""
+    most = min(count, len(tokens) // length)
+    starts = [number * (len(tokens) - length) // max(most - 1, 1) for number in range(most)]
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Do not let the model keep keys and values, which nothing reads again."""
+    config: Any = model.config
+    cached = getattr(config, "use_cache", None)
+    if cached is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if cached is not None:
+            config.use_cache = cached
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, sequences: Tensor) -> float:
+    """Return exp of the mean loss of each token but the first."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for ids in sequences.to(device).split(1):
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    return math.exp(total / len(sequences))

@@ -1,0 +1,77 @@
+"""Gram matrices that can be inverted: damped, with dead inputs set apart, and factored."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+GROWTH = (1, 10, 100, 1000)
+
+
+@dataclass(frozen=True, eq=False)
+class Damped:
+    """H = G + damping * mean(diag G) I, for a stack of Gram matrices G.
+
+    Attributes:
+        matrix: H, (groups, in, in), float64. The diagonal of a dead input is 1; the matrix of a
+            group without any input is I.
+        factor: the upper triangular R with H = R R^T.
+        damping: the damping used.
+        dead: (groups, in), inputs that were always 0, in groups that had inputs.
+        unseen: (groups,), groups whose inputs were all 0, or that had none.
+    """
+
+    matrix: Tensor
+    factor: Tensor
+    damping: float
+    dead: Tensor
+    unseen: Tensor
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """The upper triangular U with U^T U the inverse of H, as in SparseGPT."""
+        eye = torch.eye(self.factor.shape[-1]).to(self.factor).expand_as(self.factor)
+        inverse: Tensor = torch.linalg.solve_triangular(self.factor, eye, upper=True)
+        return inverse
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The square roots of the diagonal of H, (groups, in)."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues and eigenvectors of H with its inputs scaled to a diagonal of 1."""
+        scaled = self.matrix / (self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2))
+        values, vectors = torch.linalg.eigh(scaled)
+        return values, vectors
+
+    def inverse_diagonal(self) -> Tensor:
+        """Return the diagonal of the inverse of H, (groups, in)."""
+        return self.inverse_factor.square().sum(-2)
+
+
+def damped(gram: Tensor, damping: float) -> Damped:
+    """Return `gram` (groups, in, in) damped, by up to 1000 times `damping` if it stays singular.
+
+    Raises:
+        RuntimeError: it is singular or not finite even then.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    unseen = dead.all(-1)
+    mean = torch.where(unseen, 0.0, diagonal.mean(-1))
+    matrix = gram.clone()
+    matrix.diagonal(dim1=-2, dim2=-1)[dead] = 1.0
+    for growth in GROWTH:
+        own = matrix.clone()
+        own.diagonal(dim1=-2, dim2=-1).add_(growth * damping * mean.unsqueeze(-1))
+        factor, failed = torch.linalg.cholesky_ex(own.flip(-2, -1))
+        if not failed.any() and factor.isfinite().all():
+            used = growth * damping
+            return Damped(own, factor.flip(-2, -1), used, dead & ~unseen.unsqueeze(-1), unseen)
+    raise RuntimeError(
+        f"the Gram matrix must be positive definite; it is not, even with {GROWTH[-1]} times the "
+        f"`damping` of {damping}. Collect more inputs, or raise `damping`."
+    )

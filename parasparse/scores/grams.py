@@ -1,0 +1,174 @@
+"""Gram matrices of inputs, x x^T summed over samples; layers with the same inputs share one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from parasparse.scores.inputs import Rows
+
+
+@dataclass(eq=False)
+class SharedGram:
+    """The Gram matrix of tensors that have had the same inputs until now.
+
+    The latest input is added once all members have seen it: one that does not see it leaves with
+    the sum before it.
+
+    Attributes:
+        rows: how the layers of its members read an input.
+        members: names of tensors.
+        total: (groups, in, in), float64; None before the first input.
+        samples: rows in `total`.
+        inputs: how many inputs there were, the latest included.
+        source: the latest input, and its version then.
+        seen: members that have seen the latest input.
+        waiting: a copy of the latest input until it is added.
+    """
+
+    rows: Rows
+    members: set[str]
+    total: Tensor | None = None
+    samples: int = 0
+    inputs: int = 0
+    source: tuple[Callable[[], Tensor | None], int | None] | None = None
+    seen: set[str] = field(default_factory=set)
+    waiting: Tensor | None = None
+
+    def is_latest(self, x: Tensor, rows: Rows) -> bool:
+        """Whether `x`, read in this way, is the latest input, and has not changed since."""
+        if self.source is None or rows.geometry != self.rows.geometry:
+            return False
+        return self.source[0]() is x and self.source[1] == _version(x)
+
+    def start(self, name: str, x: Tensor) -> None:
+        """Take `x` as the latest input, seen by `name`."""
+        self.inputs += 1
+        self.source, self.seen, self.waiting = (ref(x), _version(x)), {name}, x.detach()
+        if self.members == self.seen:
+            self.add()
+        else:
+            self.waiting = self.waiting.clone()  # someone may change it in place
+
+    def see(self, name: str) -> None:
+        """Note that `name` has seen the latest input too."""
+        self.seen.add(name)
+        if self.members == self.seen:
+            self.add()
+
+    def add(self) -> None:
+        """Add the latest input to the sum, if that has not been done."""
+        if self.waiting is None:
+            return
+        x, self.waiting = self.waiting, None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            for part in self.rows.of(x):
+                part = part.double()
+                if self.total is None:
+                    self.total = part.new_zeros(len(part), part.shape[-1], part.shape[-1])
+                self.total.baddbmm_(part.mT, part)
+                self.samples += part.shape[1]
+
+    def without(self, names: set[str]) -> SharedGram:
+        """Let `names` leave, which have not seen the latest input; return their own Gram."""
+        self.members -= names
+        total = None if self.total is None else self.total.clone()
+        return SharedGram(self.rows, names, total, self.samples, self.inputs - 1, seen=set(names))
+
+    def copy(self, name: str) -> SharedGram:
+        """Return a copy for `name` alone."""
+        total = None if self.total is None else self.total.clone()
+        return SharedGram(self.rows, {name}, total, self.samples, self.inputs)
+
+
+class Grams:
+    """The Gram matrices of tensors, by name.
+
+    Attributes:
+        rows: how the layer of each watched tensor reads its inputs.
+        shared: the Gram of each tensor that had an input.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Rows] = {}
+        self.shared: dict[str, SharedGram] = {}
+
+    def add(self, name: str, x: Tensor, rows: Rows) -> None:
+        """Add the input `x` of tensor `name`.
+
+        Raises:
+            RuntimeError: `x` is not finite.
+        """
+        gram = self.shared.get(name)
+        if gram is None:
+            self._first(name, x, rows)
+        elif gram.is_latest(x, rows) and name not in gram.seen:
+            gram.see(name)
+        else:
+            if name in gram.seen:
+                self._split(gram, gram.members - gram.seen)
+                gram.add()
+            else:
+                self._split(gram, {name})
+                gram = self.shared[name]
+            self._start(gram, name, x)
+
+    def _first(self, name: str, x: Tensor, rows: Rows) -> None:
+        for gram in self.shared.values():
+            if gram.inputs == 1 and gram.is_latest(x, rows):
+                gram.members.add(name)
+                gram.see(name)
+                self.shared[name] = gram
+                return
+        gram = SharedGram(rows, {name})
+        self._start(gram, name, x)
+        self.shared[name] = gram
+
+    def _start(self, gram: SharedGram, name: str, x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            raise RuntimeError(
+                f'inputs must be finite; input {gram.inputs + 1} of "{name}" in this block has NaN '
+                "or infinity. Leave that batch out, or run the model in float32 or bfloat16."
+            )
+        gram.start(name, x)
+
+    def _split(self, gram: SharedGram, names: set[str]) -> None:
+        if names:
+            own = gram.without(names)
+            self.shared.update(dict.fromkeys(names, own))
+            if gram.members == gram.seen:
+                gram.add()
+
+    def settle(self) -> None:
+        """Add what waits, at the end of the block."""
+        for gram in set(self.shared.values()):
+            self._split(gram, gram.members - gram.seen)
+            gram.add()
+            gram.source = None
+
+    def sum_over(self, group: Any, summed: Callable[[Tensor | None], Tensor | None]) -> None:
+        """Sum over the processes of `group`; `summed` does so for one tensor, which may be None."""
+        partitions: list[Any] = [None] * torch.distributed.get_world_size(group)
+        own = sorted({tuple(sorted(gram.members)) for gram in self.shared.values()})
+        torch.distributed.all_gather_object(partitions, own, group=group)
+        if any(partition != own for partition in partitions):
+            self.shared = {name: gram.copy(name) for name, gram in self.shared.items()}
+        done: set[SharedGram] = set()
+        for name, rows in self.rows.items():
+            gram = self.shared.get(name) or SharedGram(rows, {name})
+            if gram not in done:
+                gram.total = summed(gram.total)
+                samples = summed(torch.tensor(gram.samples))
+                gram.samples = 0 if samples is None else int(samples)
+                if gram.total is not None:
+                    self.shared[name] = gram
+                done.add(gram)
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
