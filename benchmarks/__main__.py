@@ -33,6 +33,7 @@ LIMITS = {
     "payoff": 30,
     "training": 180,
     "packing": 6,
+    "packed_sizes": 20,
     "checkpoints": 10,
     "sharding": 5,
 }

@@ -60,9 +60,36 @@ def speeds(content: Content) -> str:
     return table([*header, *names], rows)
 
 
+def shares(content: Content) -> str:
+    """Return the share of the dense bytes that each tool takes."""
+    names = list(dict.fromkeys(name for row in content["sizes"].values() for name in row))
+    rows = [
+        [question, *(plain_share(row.get(name, "-")) for name in names)]
+        for question, row in content["sizes"].items()
+    ]
+    return table(["weights, type, zeros", *names], rows)
+
+
+def plain_share(share: float | str) -> str:
+    return share if isinstance(share, str) else f"{share:.4f}"
+
+
+def packed_speeds(content: Content) -> str:
+    """Return for each tool the gigabytes of dense bytes that it writes, and that it reads."""
+    names = list(dict.fromkeys(name for row in content["speeds"].values() for name in row))
+    rows = []
+    for question, row in content["speeds"].items():
+        both = [row.get(name) for name in names]
+        cells = [f"{one['save']:.3f} / {one['load']:.3f}" if one else "-" for one in both]
+        rows.append([question, *cells])
+    return table(["weights, type, zeros", *names], rows)
+
+
 TABLES: dict[str, Table] = {
     "payoff.layers": layers,
     "payoff.networks": networks,
     "packing.sizes": sizes,
     "packing.speeds": speeds,
+    "packed_sizes.sizes": shares,
+    "packed_sizes.speeds": packed_speeds,
 }

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 FORMAT = "parasparse-packed"
-VERSION = 1
+VERSION = 2
+_READ = ("1", str(VERSION))
 
 FilePath: TypeAlias = str | os.PathLike[str]
 
@@ -31,13 +32,13 @@ def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]
         )
     version, text = str(content.get("version")), str(content.get("header"))
     whole, _, _ = version.partition(".")
-    if whole.isdecimal() and whole.lstrip("0") != "" and whole != str(VERSION):
+    if whole.isdecimal() and whole.lstrip("0") != "" and whole not in _READ:
         raise ValueError(
             f'"{path}" was written by a newer parasparse: version {version:.20}; this one reads '
-            f"{VERSION}. Upgrade parasparse."
+            f"{' and '.join(_READ)}. Upgrade parasparse."
         )
     with damage_named(path, "has no intact header"):
-        if version != str(VERSION) or crc32(text.encode()) != content["crc32"]:
+        if version not in _READ or crc32(text.encode()) != content["crc32"]:
             raise ValueError("The version or the checksum does not match.")
         header: dict[str, Any] = json.loads(text)
         if header.keys() - {"metadata"} != {"entries", "modules"} or not all(
@@ -65,7 +66,12 @@ def damage_named(path: FilePath, what: str) -> Iterator[None]:
 
 def crc32(data: bytes | ctypes.Array[ctypes.c_ubyte]) -> str:
     """Return the CRC-32 of `data` in hexadecimal."""
-    return f"{zlib.crc32(data):08x}"
+    return hexadecimal(zlib.crc32(data))
+
+
+def hexadecimal(crc32: int) -> str:
+    """Return a CRC-32 as it is written in headers."""
+    return f"{crc32:08x}"
 
 
 def is_safetensors(path: FilePath) -> bool:

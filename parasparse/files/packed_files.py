@@ -1,27 +1,26 @@
 """Packed files: dense state dicts without their zeros, as safetensors or torch files."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
-from parasparse.files import safetensors_heads
+from parasparse.files import safetensors_heads, version_1
 from parasparse.files.bits import buffer
+from parasparse.files.codes.tensors import decode, encode
 from parasparse.files.headers import (
     FilePath,
     checked_header,
-    crc32,
     damage_named,
     is_safetensors,
     metadata_of,
 )
-from parasparse.files.packing import Packed, matrix, pack_tensor, unpack_tensor
 from parasparse.files.replacing import replacing
 
-# In the header, a tensor is {dtype, shape, unit, bits, crc32}, a tied one {same: first name}, any
-# other value {value}. `bits` is the number of bytes of the bitmask, which precedes the values.
+# In the header, a tensor is {dtype, shape}, a tied one {same: first name}, any other value {value}.
 Entry: TypeAlias = dict[str, Any]
 _Read: TypeAlias = Callable[[str], Tensor]
 
@@ -65,14 +64,14 @@ def check_storable(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def entries_of(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Entry]:
-    """Return the entries of `state`; entries of tensors have their greatest length."""
+    """Return the entries of `state` in the header."""
     entries: dict[str, Entry] = {}
     for name, value in state.items():
         if name in first:
             entries[name] = {"same": first[name]}
         elif isinstance(value, Tensor):
-            whole = matrix(value.shape)
-            entries[name] = _entry(value.dtype, value.shape, whole, value.nbytes, crc32(b""))
+            dtype = str(value.dtype).removeprefix("torch.")
+            entries[name] = {"dtype": dtype, "shape": list(value.shape)}
         else:
             entries[name] = {"value": value}
     return entries
@@ -92,50 +91,28 @@ def _is_json(value: object) -> bool:
         return False
 
 
-def _entry(
-    dtype: torch.dtype, shape: tuple[int, ...], unit: tuple[int, int], bits: int, crc32: str
-) -> Entry:
-    name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "shape": list(shape), "unit": list(unit), "bits": bits, "crc32": crc32}
-
-
-def _packed(tensor: Tensor) -> tuple[Entry, Tensor]:
-    """Return the entry of `tensor`, and its bytes: the bitmask, then the values."""
-    packed = pack_tensor(tensor)
-    data = packed.values.view(torch.uint8)
-    bits = 0 if packed.bits is None else packed.bits.numel()
-    data = (data if packed.bits is None else torch.cat([packed.bits, data])).cpu()
-    return _entry(packed.dtype, packed.shape, packed.unit, bits, crc32(buffer(data))), data
-
-
 def _unpacked(entry: Entry, data: Tensor) -> Tensor:
-    data = data.contiguous().flatten().view(torch.uint8)
-    if crc32(buffer(data)) != entry["crc32"]:
-        raise ValueError("The checksum does not match.")
-    bits, values = data[: entry["bits"]], data[entry["bits"] :]
     dtype = getattr(torch, entry["dtype"], None)
     if dtype is None:
         raise NotImplementedError(
             f"the file holds {entry['dtype']}, which this torch does not have. Upgrade torch."
         )
-    # The copy is aligned for `dtype`. Without bits, `unpack_tensor` copies.
-    values = (values.clone() if len(bits) else values).view(dtype)
-    shape, unit = tuple(entry["shape"]), (entry["unit"][0], entry["unit"][1])
-    return unpack_tensor(Packed(dtype, shape, unit, bits if len(bits) else None, values))
+    data = data.contiguous().flatten().view(torch.uint8)
+    if "bits" in entry:
+        return version_1.unpacked(entry, dtype, data)
+    return decode(data, dtype, tuple(entry["shape"]))
 
 
 def _write_safetensors(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
-    """Write tensor by tensor; the entries of `header` become those of the packed tensors."""
+    """Write tensor by tensor."""
     entries = header["entries"]
-    sizes = {
-        name: (torch.uint8, [entry["bits"]]) for name, entry in entries.items() if "crc32" in entry
-    }
-    # The head comes first but is known last. Its numbers have at most as many digits as for tensors
-    # without zeros, which `entries_of` assumes.
+    names = [name for name, entry in entries.items() if "dtype" in entry]
+    # The head comes first, but its sizes are known last. They have at most as many digits as these.
+    sizes = {name: (torch.uint8, [_most_bytes(entries[name])]) for name in names}
     room = len(safetensors_heads.head(metadata_of(header), sizes))
     file.seek(room)
-    for name in sizes:
-        entries[name], data = _packed(read(name))
+    for name in names:
+        data = encode(read(name))
         sizes[name] = (torch.uint8, [data.numel()])
         file.write(buffer(data))
         del data  # before the next is packed
@@ -145,11 +122,15 @@ def _write_safetensors(file: BinaryIO, read: _Read, header: dict[str, Any]) -> N
     file.write(head)
 
 
+def _most_bytes(entry: Entry) -> int:
+    """Return more bytes than any tensor with the dtype and shape of `entry` is coded in."""
+    nbytes: int = math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize
+    return nbytes + nbytes // 4 + 4096
+
+
 def _write_torch(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
-    entries = header["entries"]
-    tensors: dict[str, Tensor] = {}
-    for name in [name for name, entry in entries.items() if "crc32" in entry]:
-        entries[name], tensors[name] = _packed(read(name))
+    names = [name for name, entry in header["entries"].items() if "dtype" in entry]
+    tensors = {name: encode(read(name)) for name in names}
     torch.save({**metadata_of(header), "tensors": tensors}, file)
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from parasparse.files.bits import pack_bits, unpack_bits
 from parasparse.files.ties import first_names
+from parasparse.files.units import (
+    WORDS,
+    cheapest,
+    kept_entries,
+    matrix,
+    words_of,
+    words_per_entry,
+)
 
-# Zeros are found by their bits, because -0.0 and nan payloads are kept. 16 bytes are two words.
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 # Indices take 8 bytes each, so this many are made at a time.
 _SLICE = 1 << 22
 
@@ -150,16 +156,15 @@ def _unpackable(tensor: Tensor) -> str:
 def pack_tensor(tensor: Tensor) -> Packed:
     """Return `tensor` packed in the unit that takes the fewest bytes."""
     dtype, shape = tensor.dtype, tuple(tensor.shape)
-    words = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(_WORDS[dtype.itemsize])
-    kept = words != 0
-    if _words_per_entry(dtype) > 1:
-        kept = kept.view(-1, _words_per_entry(dtype)).any(1)
-    rows, columns = matrix(shape)
-    found = _cheapest(kept.view(rows, columns), math.prod(shape[2:]), dtype.itemsize)
+    words = words_of(tensor)
+    kept = kept_entries(words, dtype, shape)
+    found = cheapest(
+        kept, math.prod(shape[2:]), 8 * dtype.itemsize, lambda _, total: 8 * -(-total // 8)
+    )
     if found is None:
-        return Packed(dtype, shape, (rows, columns), None, words.clone().view(dtype))
-    unit, grid = found
-    tall, wide = unit[0], unit[1] * _words_per_entry(dtype)
+        return Packed(dtype, shape, matrix(shape), None, words.clone().view(dtype))
+    unit, grid = found.unit, found.kept
+    tall, wide = unit[0], unit[1] * words_per_entry(dtype)
     cut = words.view(grid.shape[0], tall, grid.shape[1], wide).transpose(1, 2)
     cut, flat = cut.reshape(-1, tall * wide), grid.flatten()
     values = cut.new_empty(int(flat.count_nonzero()), tall * wide)
@@ -174,7 +179,7 @@ def pack_tensor(tensor: Tensor) -> Packed:
 def unpack_tensor(packed: Packed) -> Tensor:
     """Return the tensor of `packed`; raise ValueError if its parts do not fit each other."""
     rows, columns = matrix(packed.shape)
-    word = _WORDS[packed.dtype.itemsize]
+    word = WORDS[packed.dtype.itemsize]
     if packed.values.dtype != packed.dtype:
         raise ValueError(
             f"`values` of a `Packed` must be {packed.dtype}, its `dtype`; got "
@@ -193,7 +198,7 @@ def unpack_tensor(packed: Packed) -> Tensor:
     _check_size("bits", packed.bits, -(-height * width // 8))
     kept = unpack_bits(packed.bits, height * width)
     _check_size("values", packed.values, int(kept.count_nonzero()) * unit[0] * unit[1])
-    tall, wide = unit[0], unit[1] * _words_per_entry(packed.dtype)
+    tall, wide = unit[0], unit[1] * words_per_entry(packed.dtype)
     values = packed.values.view(word).view(-1, tall * wide)
     words = values.new_zeros(height * width, tall * wide)
     done = 0
@@ -211,52 +216,3 @@ def _check_size(part: str, tensor: Tensor, size: int) -> None:
             f"`{part}` of a `Packed` must hold {size} entries to fit its other parts; got "
             f"{tensor.numel()}."
         )
-
-
-def _words_per_entry(dtype: torch.dtype) -> int:
-    return max(1, dtype.itemsize // 8)
-
-
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns of a tensor as a matrix (shape[0], product of the others)."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-
-
-def _cheapest(kept: Tensor, inner: int, itemsize: int) -> tuple[tuple[int, int], Tensor] | None:
-    """Return the unit that takes the fewest bytes and which units are kept; None for dense.
-
-    `inner` is the number of columns per index of the second dim.
-    """
-    rows, columns = kept.shape
-    number = int(kept.count_nonzero())
-    if number == kept.numel():
-        return None
-    if number == 0:
-        return (rows, columns), kept.new_zeros(1, 1)
-    found, least = None, kept.numel() * itemsize
-    for chain in _chains(rows, columns, inner):
-        grid, last = kept, (1, 1)
-        for unit in chain:
-            grid = _coarser(grid, unit[0] // last[0], unit[1] // last[1])
-            values = int(grid.count_nonzero()) * unit[0] * unit[1] * itemsize
-            if values >= least:  # coarser units keep at least as much
-                break
-            total, last = values + -(-grid.numel() // 8), unit
-            if total < least:
-                found, least = (unit, grid), total
-    return found
-
-
-def _chains(rows: int, columns: int, inner: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield lists of units to try, each a multiple of the previous one in its list."""
-    # Entries, kernels, slices along the first dim, along the second. Some often coincide.
-    for unit in dict.fromkeys([(1, 1), (1, inner), (1, columns), (rows, inner)]):
-        yield [unit]
-    yield [(b, b) for b in (4, 8, 16, 32, 64) if rows % b == 0 == columns % b]
-
-
-def _coarser(grid: Tensor, tall: int, wide: int) -> Tensor:
-    """Return which `tall` x `wide` rectangles of `grid` contain a kept unit."""
-    rows, columns = grid.shape
-    cut = grid.view(torch.uint8).view(rows // tall, tall, columns // wide, wide)
-    return cut.amax(1).amax(2).view(torch.bool)  # 10 times faster than `any` over both

@@ -33,8 +33,8 @@ class SummaryRow:
         kept: number of entries whose mask is not 0; None if the mask is not set.
         bytes_dense: bytes of the dense tensor alone.
         bytes_now: bytes of the tensor and its mask; of the values and their places if compact.
-        bytes_packed: bytes of the packed tensor. This and the next two attributes are None unless
-            example inputs are given.
+        bytes_packed: bytes that `pack` keeps of the tensor; a file of `save` takes fewer. This and
+            the next two attributes are None unless example inputs are given.
         multiply_adds_dense: multiply-adds of the dense tensor in one call of the model; None if it
             is used outside linear, convolution, recurrent, attention and embedding layers.
         multiply_adds: multiply-adds of its kept entries.

@@ -21,16 +21,16 @@ from tests.helpers.processes import Program
 def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
     old = small()
     save(old, path)
-    pack_tensor = packed_files.pack_tensor
+    encode = packed_files.encode
     packed = []
 
     def failing(tensor):
         if len(packed) == 2:
             raise KeyboardInterrupt
         packed.append(tensor)
-        return pack_tensor(tensor)
+        return encode(tensor)
 
-    monkeypatch.setattr(packed_files, "pack_tensor", failing)
+    monkeypatch.setattr(packed_files, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         save(some(), path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -46,8 +46,8 @@ def killed(path, moment):
 
     count = iter(range(9))
     if moment == "writing":
-        pack = packed_files.pack_tensor
-        packed_files.pack_tensor = lambda tensor: pack(tensor) if next(count) < 2 else stop()
+        pack = packed_files.encode
+        packed_files.encode = lambda tensor: pack(tensor) if next(count) < 2 else stop()
     else:
         os.replace = stop
     save({f"w{i}": torch.eye(500) for i in range(3)}, path)
@@ -91,15 +91,15 @@ def test_a_new_file_has_the_usual_permissions(path):
 
 
 def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
-    pack_tensor, living = packed_files.pack_tensor, weakref.WeakSet()
+    encode, living = packed_files.encode, weakref.WeakSet()
 
     def counted(tensor):
         assert not len(living)  # what was packed before is written and gone
-        packed = pack_tensor(tensor)
+        packed = encode(tensor)
         living.add(packed)
         return packed
 
-    monkeypatch.setattr(packed_files, "pack_tensor", counted)
+    monkeypatch.setattr(packed_files, "encode", counted)
     state = some(4)
     save(state, tmp_path / "x.safetensors")
     assert same_states(load_packed(tmp_path / "x.safetensors"), state)
@@ -112,7 +112,7 @@ def peak():
 
 def print_the_peak_of_saving(path):
     """Print how much more memory saving 24 tensors takes than saving one, in tensors."""
-    state = {f"w{i}": torch.zeros(2048, 2048) for i in range(24)}
+    state = {f"w{i}": torch.zeros(1024, 1024) for i in range(24)}
     for tensor in state.values():
         tensor.fill_(1.0)[::2, ::2] = 0.0  # three of four stay
     save({"w": state["w0"]}, path)
@@ -143,12 +143,12 @@ def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
     save({"x": torch.eye(2)}, path)
     path.chmod(0o600)
     seen = []
-    pack_tensor = packed_files.pack_tensor
+    encode = packed_files.encode
 
     def spied(tensor):
         seen.extend(p.stat().st_mode & 0o777 for p in path.parent.glob("*.tmp"))
-        return pack_tensor(tensor)
+        return encode(tensor)
 
-    monkeypatch.setattr(packed_files, "pack_tensor", spied)
+    monkeypatch.setattr(packed_files, "encode", spied)
     save({"x": torch.eye(3)}, path)
     assert seen == [0o600]

@@ -69,7 +69,7 @@ def test_every_dtype_comes_back(path):
     assert same_states(load_packed(path), state)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.14), (torch.bfloat16, 0.17)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.11), (torch.bfloat16, 0.11)])
 def test_a_file_at_90_percent_keeps_to_its_size(path, dtype, most):
     layer = ps.sparsify(nn.Linear(512, 512, bias=False).to(dtype), 0.9)
     save(layer, path)
@@ -146,7 +146,7 @@ def test_a_safetensors_file_is_one_for_everybody(tmp_path):
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["a.bias", "a.weight", "empty"]
         assert file.metadata()["format"] == "parasparse-packed"
-        assert file.metadata()["version"] == "1"
+        assert file.metadata()["version"] == "2"
         header = json.loads(file.metadata()["header"])
     assert header["entries"]["a.weight"]["dtype"] == "float32"
     assert header["entries"]["a.weight"]["shape"] == [8, 8]

@@ -1,0 +1,113 @@
+"""Values, as columns of 8 or 16 bits, each coded by the number of its bin and the offset in it.
+
+A word of 1 byte is one column; a longer one has a column for each 2 bytes, the lowest first. The
+highest bit of the highest column, the sign of floating-point numbers, may be in no bin, but beside
+its number.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from parasparse.files.codes.bins import PLAIN, Bins, choose_bins, is_noise
+from parasparse.files.codes.cursor import Cursor
+from parasparse.files.codes.digits import (
+    digits_nbytes,
+    pack_digits,
+    pack_fields,
+    unpack_digits,
+    unpack_fields,
+)
+from parasparse.files.codes.offsets import pack_offsets, unpack_offsets
+from parasparse.files.units import WORDS
+
+_SOME = 1 << 15
+
+
+def choose_bins_of_columns(pieces: list[Tensor], itemsize: int, *, is_floating: bool) -> list[Bins]:
+    """Return the bins of each column that take few bits for `pieces`, integers of `itemsize`."""
+    last = max(1, itemsize // 2) - 1
+    bins = [_bins_of_low(pieces, index) for index in range(last)]
+    high = _counts(pieces, last)
+    total = max(1, int(high.sum()))
+    positive, negative = high.view(2, -1)
+    is_balanced = 0.2 < int(negative.sum()) / total < 0.8
+    tried = []
+    if is_floating:
+        apart = choose_bins(positive + negative)
+        tried.append(replace(apart, sign=len(positive), nbits=apart.nbits + total))
+    if not (is_floating and is_balanced):
+        tried.append(choose_bins(high))
+    return [*bins, min(tried, key=lambda one: one.nbits)]
+
+
+def _bins_of_low(pieces: list[Tensor], index: int) -> Bins:
+    """Return the bins of a column but the last, which is noise in most weights."""
+    step = sum(len(words) for words in pieces) // _SOME | 1
+    some = _counts([words[::step] for words in pieces], index)
+    return PLAIN if is_noise(some) else choose_bins(_counts(pieces, index))
+
+
+def _counts(pieces: list[Tensor], index: int) -> Tensor:
+    """Return how often each number occurs in a column of `pieces`."""
+    size = 1 << 8 if pieces and pieces[0].element_size() == 1 else 1 << 16
+    counts = torch.zeros(size, dtype=torch.int64)
+    for words in pieces:
+        counts += torch.bincount(_column(words, index), minlength=size)
+    return counts
+
+
+def _column(words: Tensor, index: int) -> Tensor:
+    """Return a column of integers `words` (1-D), int32; the first is the lowest."""
+    if words.element_size() == 1:
+        return words.contiguous().view(torch.uint8).int()
+    return (words >> 16 * index if index else words).int() & 0xFFFF
+
+
+def pack_values(words: Tensor, bins: list[Bins]) -> list[Tensor]:
+    """Return the bytes of integers `words` (1-D), to be joined."""
+    parts = []
+    for index, of_column in enumerate(bins):
+        column = _column(words, index)
+        if of_column.is_plain:
+            parts.append(pack_fields(column, 16))
+            continue
+        coded = of_column.of_numbers.index_select(0, column)
+        parts += pack_digits(coded & (1 << 10) - 1, of_column.base)
+        offsets = coded >> 15
+        if of_column.width in (8, 16):
+            parts.append(pack_fields(offsets, of_column.width))
+        elif of_column.width != 0:
+            parts.append(pack_offsets(offsets, coded >> 10 & 31))
+    return parts
+
+
+def unpack_values(cursor: Cursor, bins: list[Bins], number: int, itemsize: int) -> Tensor:
+    """Return the next `number` integers of `itemsize` bytes, 1-D."""
+    return _joined([_unpack_column(cursor, one, number) for one in bins]).to(WORDS[itemsize])
+
+
+def _unpack_column(cursor: Cursor, bins: Bins, number: int) -> Tensor:
+    if bins.is_plain:
+        return cursor.numbers(number, torch.uint16).int()
+    digits = unpack_digits(cursor.take(digits_nbytes(number, bins.base)), number, bins.base)
+    coded = bins.of_digits.index_select(0, digits)
+    lows = coded >> 5
+    if bins.width == 0:
+        return lows
+    if bins.width in (8, 16):
+        nbytes = number * bins.width // 8
+        return lows.add_(unpack_fields(cursor.take(nbytes), number, bins.width).int())
+    return unpack_offsets(cursor, coded.bitwise_and_(31)).add_(lows)
+
+
+def _joined(columns: list[Tensor]) -> Tensor:
+    """Return integers of 16 bits each, int32, as words of which the first is the lowest part."""
+    if len(columns) == 1:
+        return columns[0]
+    halves = [
+        high.bitwise_left_shift_(16).bitwise_or_(low)
+        for low, high in zip(columns[::2], columns[1::2], strict=True)
+    ]
+    return halves[0] if len(halves) == 1 else torch.stack(halves, 1).view(torch.int64).squeeze(1)

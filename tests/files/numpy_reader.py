@@ -1,0 +1,164 @@
+"""A reader of packed files that shares nothing with the package: docs/packed-format.md in NumPy."""
+
+import json
+import math
+import zlib
+
+import numpy as np
+
+
+class Bytes:
+    """Takes bytes from the front."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, number):
+        assert self.at + number <= len(self.data)
+        self.at += number
+        return self.data[self.at - number : self.at]
+
+    def numbers(self, number, kind):
+        return np.frombuffer(self.take(number * np.dtype(kind).itemsize), kind).astype(np.int64)
+
+    def number(self):
+        (byte,) = self.take(1)
+        return byte if byte < 128 else byte - 128 + 128 * self.number()
+
+
+def read_safetensors(path):
+    """Return the tensors of a packed safetensors file as unsigned words: {name: array}."""
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    places = json.loads(whole[8 : 8 + size])
+    metadata = places.pop("__metadata__")
+    assert (metadata["format"], metadata["version"]) == ("parasparse-packed", "2")
+    assert f"{zlib.crc32(metadata['header'].encode()):08x}" == metadata["crc32"]
+    found = {}
+    for name, entry in json.loads(metadata["header"])["entries"].items():
+        if "same" in entry:
+            found[name] = found[entry["same"]]
+        elif "dtype" in entry:
+            start, end = places[name]["data_offsets"]
+            found[name] = read_tensor(whole[8 + size :][start:end], entry)
+    return found
+
+
+def word_size(dtype):
+    digits = "".join(c for c in dtype.split("_")[0] if c.isdigit()) or "8"  # bool
+    return max(8, int(digits)) // 8 // (2 if dtype.startswith("complex") else 1)
+
+
+def read_tensor(data, entry):
+    """Return the words of a tensor; a complex one has a last dimension of two parts."""
+    size, is_complex = word_size(entry["dtype"]), entry["dtype"].startswith("complex")
+    shape = entry["shape"]
+    rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    nbytes = int.from_bytes(data[:4], "little")
+    assert zlib.crc32(data[: nbytes - 4]) == int.from_bytes(data[nbytes - 4 : nbytes], "little")
+    source = Bytes(data)
+    source.take(4)
+    kind, tall, wide, per_piece = (source.number() for _ in range(4))
+    signs, kind = kind // 8, kind % 8
+    patterns = source.numbers(source.number(), "u1") if kind >= 3 else None
+    bins = [read_bins(source) for _ in range(max(1, size // 2))]
+    units = rows // tall * (columns // wide)
+    records = [read_record(source) for _ in range(-(-units // per_piece))]
+    assert source.at == nbytes - 4
+    source.take(4)
+    per_unit = tall * wide * (2 if is_complex else 1)
+    words = np.zeros((units, per_unit), f"u{size}")
+    for number, record in enumerate(records):
+        piece = source.take(record[3])
+        assert zlib.crc32(piece) == record[4]
+        start = number * per_piece
+        total = min(per_piece, units - start)
+        places, values = read_piece(
+            Bytes(piece), record, total, (kind, patterns), (signs, bins), (per_unit, size)
+        )
+        words[start + places] = values.astype(f"u{size}").reshape(-1, per_unit)
+    assert source.at == len(data)
+    grid = words.reshape(rows // tall, columns // wide, tall, per_unit // tall).swapaxes(1, 2)
+    return grid.reshape(*shape, 2) if is_complex else grid.reshape(shape)
+
+
+def read_record(source):
+    kept, base, bits, nbytes = (source.number() for _ in range(4))
+    return kept, (1, 3)[base % 2] << base // 2, bits, nbytes, source.numbers(1, "<u4")[0]
+
+
+def read_bins(source):
+    coded = source.numbers(source.number(), "u1")
+    gaps = iter(source.numbers((coded >= 128).sum(), "<u2"))
+    lows, end = [], 0
+    for byte in coded:
+        lows.append(end + (next(gaps) if byte >= 128 else 0))
+        end = lows[-1] + (1 << (byte & 127))
+    return np.array(lows), coded & 127
+
+
+def read_piece(source, record, total, units, values, sizes):
+    kept, base, nbytes = record[:3]
+    (kind, patterns), (signs, bins), (per_unit, size) = units, values, sizes
+    bits = read_bits(source, 8 * nbytes)
+    flags = np.ones(total, bool)
+    if kind in (1, 2):
+        number = kept if kind == 1 else total - kept
+        ones = np.flatnonzero(bits)
+        assert len(ones) == number
+        steps = np.arange(number)
+        places = base * (ones - steps) + read_digits(source, number, base).cumsum() + steps
+        flags[:] = kind == 2
+        flags[places] = kind == 1
+    elif kind in (3, 4):
+        group = 4 if kind == 3 else 8
+        digits = read_digits(source, -(-total // group), base_for(len(patterns)))
+        flags = (patterns[digits][:, None] >> np.arange(group) & 1).reshape(-1)[:total] == 1
+    places = np.flatnonzero(flags)
+    assert len(places) == kept
+    number = kept * per_unit
+    words = np.zeros(number, np.uint64)
+    for column, (lows, widths) in enumerate(bins):
+        is_signed = signs and column == len(bins) - 1
+        digits = read_digits(source, number, base_for(len(lows) * (2 if is_signed else 1)))
+        if is_signed:
+            words |= (digits % 2).astype(np.uint64) << np.uint64(8 * size - 1)
+            digits = digits // 2
+        numbers = lows[digits] + read_offsets(source, widths[digits])
+        words |= numbers.astype(np.uint64) << np.uint64(16 * column)
+    assert source.at == len(source.data)
+    return places, words
+
+
+def read_offsets(source, widths):
+    ends = widths.cumsum()
+    total = ends[-1] if len(ends) else 0
+    bits = np.append(read_bits(source, total), np.zeros(16, np.int64))
+    starts = ends - widths
+    return sum(bits[starts + i] * (widths > i) << i for i in range(16))
+
+
+def base_for(number):
+    bases = sorted({1 << b for b in range(20)} | {3 << b for b in range(20)})
+    return next(base for base in bases if base >= number)
+
+
+def read_digits(source, number, base):
+    base = int(base)
+    three = base % 3 == 0
+    bits = (base // 3 if three else base).bit_length() - 1
+    digits, done = np.zeros(number, np.int64), 0
+    for width in (1, 2, 4, 8, 16):
+        if bits & width:
+            fields = read_bits(source, number * width).reshape(number, width)
+            digits |= (fields << np.arange(width)).sum(1) << done
+            done += width
+    if three:
+        fives = source.numbers(-(-number // 5), "u1")[:, None] // 3 ** np.arange(5) % 3
+        digits |= fives.reshape(-1)[:number] << done
+    return digits
+
+
+def read_bits(source, number):
+    data = np.frombuffer(source.take(-(-int(number) // 8)), np.uint8)
+    return np.unpackbits(data, bitorder="little")[: int(number)].astype(np.int64)
