@@ -1,5 +1,6 @@
 """ONNX files whose weights are stored without their zeros."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from parasparse.text import needs
 
 try:
     import onnx
+    from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
     from onnx import numpy_helper
 except ImportError as error:
     error.add_note(needs("parasparse.integrations.onnx", "onnx", "onnx"))
@@ -61,11 +63,10 @@ def pack_initializers(source: FilePath, target: FilePath) -> list[str]:
     names = [name for graph in _graphs(model.graph) for name in _pack(graph)]
     if names:
         model.ir_version = max(model.ir_version, _FIRST_IR_VERSION)
-    size = model.ByteSize()
-    if size > _LONGEST:
+    if _bytes(model) > _LONGEST:
         raise ValueError(
-            f'`target` must take less than 2 GiB; "{source}" would take {size:,} bytes with '
-            f"{len(names)} sparse initializers. Leave the file as it is, with external data."
+            f'`target` must take less than 2 GiB; "{source}" would take more, with {len(names)} '
+            "sparse initializers. Leave the file as it is, with external data."
         )
     with replacing(target) as file:
         file.write(model.SerializeToString())
@@ -116,4 +117,12 @@ def _sparse(tensor: Any) -> Any:
         int64_data=places.tolist(),
     )  # fmt: skip
     sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=tensor.dims)
-    return sparse if sparse.ByteSize() < tensor.ByteSize() else None
+    return sparse if _bytes(sparse) < _bytes(tensor) else None
+
+
+def _bytes(message: Any) -> float:
+    """Return the bytes of a message; infinity for 2 GiB or more, which protobuf cannot encode."""
+    try:
+        return int(message.ByteSize())
+    except EncodeError:
+        return math.inf

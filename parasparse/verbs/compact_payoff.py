@@ -18,7 +18,7 @@ def compact_payoff(
     The model runs forward once, in the mode that it is in, to record the inputs of each layer.
     Then each layer runs forward and backward several times with each kind of weight, in turn. The
     optimizer is not measured; its step is faster with compact weights. Works before and after
-    `compact`. Parameters, gradients, buffers and random generators do not change.
+    `compact`. Gradients, buffers and torch's random generators do not change.
 
     Args:
         model: a model with bool masks or compact weights, in training mode.

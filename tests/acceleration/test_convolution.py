@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parasparse as ps
+from parasparse.acceleration.formats.compressed import Bag
 from parasparse.acceleration.weight import convolution
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from tests.helpers.machine import needs_mkl
@@ -151,11 +152,26 @@ def test_patches_are_a_view_and_strips_stay_small(network):
 
     def columns(matrix, u):
         seen.append(u.shape[1])
-        return matrix.columns(u)
+        return multiply(matrix, u)
 
+    multiply = Bag.columns
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution.operators, "columns", columns)
+        patch.setattr(Bag, "columns", columns)
         accelerated(network)[0](x)
     assert sum(seen) == 200 * 200
     assert max(seen) <= convolution._STRIP
     assert len(seen) <= math.ceil(200 / (convolution._STRIP // 200))
+
+
+def test_a_compiled_convolution_is_one_operator_however_many_strips(network):
+    x, found = torch.randn(3, 8, 9, 10), []
+
+    def backend(graph, _):
+        found.extend(n for n in graph.graph.nodes if n.target is convolution._operator._opoverload)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(convolution, "_STRIP", 5)
+        compiled = torch.compile(accelerated(network), backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
+    assert len(found) == 4

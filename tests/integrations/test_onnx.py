@@ -1,11 +1,15 @@
 """ONNX files with sparse initializers, run by onnxruntime."""
 
+import math
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
+from parasparse.integrations import onnx as integration
 from parasparse.integrations.onnx import pack_initializers
 
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 16)
@@ -207,6 +211,18 @@ def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         pack_initializers(tmp_path / "nowhere.onnx", tmp_path / "p.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["d.onnx"]
+
+
+def test_a_message_that_protobuf_cannot_encode_is_too_large(tmp_path, monkeypatch):
+    class Large:
+        def ByteSize(self):
+            raise EncodeError
+
+    assert integration._bytes(Large()) > integration._LONGEST
+    saved(tmp_path / "d.onnx", [("Identity", ["w"], "y", {})], {}, {"w": sparse(16, 32)})
+    monkeypatch.setattr(integration, "_bytes", lambda _: math.inf)
+    with pytest.raises(ValueError, match="external data"):
+        pack_initializers(tmp_path / "d.onnx", tmp_path / "p.onnx")
 
 
 def test_float32_is_a_sixth_at_ninety_percent(tmp_path):

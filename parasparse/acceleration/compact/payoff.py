@@ -13,6 +13,7 @@ from math import log2
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,6 +21,7 @@ from parasparse.acceleration import measure
 from parasparse.acceleration.compact.payoff_table import CompactPayoff, CompactPayoffRow
 from parasparse.acceleration.compact.weight import HANDLERS, CompactWeight
 from parasparse.acceleration.weight import dispatch
+from parasparse.acceleration.weight.layers import is_strided
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.masks.apply import apply_mask
 from parasparse.masks.mask import Mask
@@ -27,6 +29,9 @@ from parasparse.masks.places import Kept, Places
 from parasparse.targets.tensors import Target
 
 _LARGEST = 2**28  # entries; a larger weight may not fit into memory when dense
+_CONVOLUTIONS = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
 # Parts of a weight are other tensors, whose calls nobody notes.
 _LAYERS = HANDLERS.keys() - {torch.Tensor.split, torch.Tensor.chunk}
 
@@ -38,6 +43,7 @@ class Call:
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    autocast: tuple[str, torch.dtype, bool]  # device type, dtype, and whether it was on
 
     def weights(self) -> list[Probe]:
         """Return the weights, each once."""
@@ -45,7 +51,23 @@ class Call:
 
     def key(self) -> str:
         """Return a text that is the same for calls that take the same time."""
-        return repr((self.func, tree_map(_described, (self.args, self.kwargs))))
+        return repr((self.func, tree_map(_described, (self.args, self.kwargs)), self.autocast))
+
+    def rows(self, result: Tensor) -> int:
+        """Return the number of rows, given what the call returned."""
+        weight, dim = self.weights()[0], -1
+        if self.func in _CONVOLUTIONS:
+            dim = 1 - weight.ndim
+        elif self.args and self.args[0] is weight:  # weight @ x: the rows are columns
+            dim = -2 if result.ndim > 1 else -1
+        return result.numel() // max(1, result.size(dim))
+
+    def timed(self) -> dict[str, float]:
+        """Return the milliseconds of each of the steps."""
+        kind, dtype, enabled = self.autocast
+        # Without the cache, which would cast a dense weight once for all repetitions.
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            return measure.timed(self.steps())
 
     def steps(self) -> dict[str, Callable[[], object]]:
         """Return functions that run the call and its gradients, by how weights are stored."""
@@ -97,8 +119,7 @@ class Notes:
         """Add a call and what it returned."""
         weights, key = call.weights(), call.key()
         self.calls.setdefault(key, call)
-        first: Tensor = result[0] if isinstance(result, tuple) else result
-        rows = first.numel() // max(1, first.shape[1 - weights[0].ndim])
+        rows = call.rows(result[0] if isinstance(result, tuple) else result)
         self.uses.append((key, [w.target_name for w in weights], rows))
 
 
@@ -119,7 +140,8 @@ class Probe(CompactWeight):
         kwargs = kwargs or {}
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _LAYERS:
-            call = Call(func, *tree_map(_detached, (args, kwargs)))
+            args, kwargs = tree_map(_detached, (args, kwargs))
+            call = Call(func, args, kwargs, _autocast(result))
             call.weights()[0].notes.add(call, result)
         elif func not in dispatch.METADATA:
             for probe in dispatch.stand_ins_in((args, kwargs)):
@@ -132,7 +154,7 @@ def measured(model: nn.Module, targets: list[Target], inputs: Any) -> CompactPay
     with measure.random_numbers_kept(model), torch.inference_mode(False), torch.enable_grad():
         notes = _noted(model, targets, inputs)
         times = {
-            key: measure.timed(call.steps())
+            key: call.timed()
             for key, call in notes.calls.items()
             if all(weight.numel() <= _LARGEST for weight in call.weights())
         }
@@ -149,7 +171,9 @@ def _noted(model: nn.Module, targets: list[Target], inputs: Any) -> Notes:
                 for site in sites:
                     site.let_stand_in(probe)
                     stack.callback(site.end_stand_in)
-        measure.called(model, inputs)
+        # A compiled model would compile the notes as well.
+        with torch.compiler.set_stance("force_eager"):
+            measure.called(model, inputs)
     return notes
 
 
@@ -232,8 +256,17 @@ def _described(leaf: Any) -> Any:
     """Return what the time of a call depends on."""
     if isinstance(leaf, Probe):
         # Weights of about the same number of kept entries take the same time.
-        return tuple(leaf.shape), leaf.kept.dtype, round(10 * log2(1 + len(leaf.kept)))
+        kept = leaf.kept
+        size = round(10 * log2(1 + len(kept)))
+        return tuple(leaf.shape), kept.dtype, kept.device, kept.requires_grad, size
     if isinstance(leaf, Tensor):
-        strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
-        return tuple(leaf.shape), strides, leaf.dtype, leaf.requires_grad
+        layout = leaf.stride() if is_strided(leaf) else (leaf.layout, leaf.numel())
+        sizes = () if leaf.is_nested else tuple(leaf.shape)
+        return sizes, layout, leaf.dtype, leaf.device, leaf.requires_grad
     return leaf
+
+
+def _autocast(result: Any) -> tuple[str, torch.dtype, bool]:
+    """Return the state of autocast on the device of `result`."""
+    kind = next(leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

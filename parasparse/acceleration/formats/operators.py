@@ -1,4 +1,4 @@
-"""The compressed formats as custom operators, because torch.compile has no sparse tensors."""
+"""A product with a compressed format as a custom operator: torch.compile has no sparse tensors."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,9 @@ from parasparse.acceleration.formats.format import Format
 _KINDS = {"csr": CSR, "bag": Bag, "bsr": BSR}
 
 
-def _made(parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Format:
-    of: Callable[..., Format] = _KINDS[kind]
+def made_of(parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> CSR | Bag | BSR:
+    """Return the format whose `tensors()`, `kind` and `shape` are given."""
+    of: Callable[..., CSR | Bag | BSR] = _KINDS[kind]
     return of(*parts, tuple(shape))
 
 
@@ -20,13 +21,8 @@ def _made(parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Format:
 def _rows(
     x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int]
 ) -> Tensor:
-    made: Tensor = _made(parts, kind, shape).rows(x, bias)
+    made: Tensor = made_of(parts, kind, shape).rows(x, bias)
     return made
-
-
-@torch.library.custom_op("parasparse::columns", mutates_args=())
-def _columns(u: Tensor, parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Tensor:
-    return _made(parts, kind, shape).columns(u).contiguous()
 
 
 @_rows.register_fake
@@ -34,11 +30,6 @@ def _(
     x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int]
 ) -> Tensor:
     return x.new_empty(x.shape[0], shape[0])
-
-
-@_columns.register_fake
-def _(u: Tensor, parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> Tensor:
-    return u.new_empty(shape[0], u.shape[1])
 
 
 def rows(chosen: Format, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,11 +41,3 @@ def rows(chosen: Format, x: Tensor, bias: Tensor | None) -> Tensor:
         made: Tensor = _rows(x, bias, chosen.tensors(), chosen.kind, chosen.shape)
         return made
     return chosen.rows(x, bias)
-
-
-def columns(chosen: Format, u: Tensor) -> Tensor:
-    """Return chosen.columns(u), under torch.compile as one operator."""
-    if torch.compiler.is_compiling() and isinstance(chosen, (CSR, Bag, BSR)):
-        made: Tensor = _columns(u, chosen.tensors(), chosen.kind, chosen.shape)
-        return made
-    return chosen.columns(u)

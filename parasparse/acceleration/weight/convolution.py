@@ -5,7 +5,7 @@ copied and multiplied a strip of output positions at a time, so that they stay i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parasparse.acceleration.formats import operators
-from parasparse.acceleration.formats.compressed import CSR, Bag
-from parasparse.acceleration.formats.format import Format
+from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.regular import Channels
 from parasparse.acceleration.weight.layers import Use, each, format_for, is_strided, multiplied
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
+_Steps = tuple[_Sizes, _Sizes, _Sizes]  # the kernel, the stride and the dilation
 # Output positions per strip: with fewer, the calls cost more than the caches save.
 _STRIP = 512
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -55,8 +55,9 @@ def convolution(
     if isinstance(chosen, Channels):
         result = _smaller(func, chosen, x, bias, stride, padding, dilation)
     else:
+        assert isinstance(chosen, CSR | Bag | BSR)
         x = F.pad(x, [n for p in reversed(padding) for n in (p, p)]) if any(padding) else x
-        call = partial(_product, chosen, len(weight), bias, (kernel, stride, dilation))
+        call = partial(_product, chosen, bias, (kernel, stride, dilation))
         result = multiplied(call, x, weight)
     last = _CHANNELS_LAST.get(x.ndim)
     if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
@@ -71,17 +72,17 @@ def _smaller(func: Any, chosen: Channels, x: Tensor, bias: Tensor | None, *more:
     return result if bias is None else result.add_(bias.view(-1, *[1] * (x.ndim - 2)))
 
 
-def _product(
-    matrix: Format, outputs: int, bias: Tensor | None, steps: tuple[_Sizes, _Sizes, _Sizes],
-    x: Tensor,
-) -> Tensor:  # fmt: skip
+def _product(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: _Steps, x: Tensor) -> Tensor:
     """Return W @ patches + bias: (batch, outputs, *positions)."""
-    patches = _patches(x.contiguous(), *steps)
+    if torch.compiler.is_compiling():
+        made: Tensor = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *steps)
+        return made
+    patches, outputs = _patches(x.contiguous(), *steps), matrix.shape[0]
     rest = x.ndim - 1  # the dimensions of a patch come first
     batch, *positions = sizes = patches.shape[rest:]
 
     def times(part: Tensor) -> Tensor:
-        product = operators.columns(matrix, part.reshape(math.prod(part.shape[:rest]), -1))
+        product = matrix.columns(part.reshape(math.prod(part.shape[:rest]), -1))
         return product if bias is None else product.add_(bias[:, None])
 
     copied = math.prod(steps[0]) > 1  # otherwise an image is a matrix of patches as it is
@@ -95,6 +96,26 @@ def _product(
         product = times(part).view(outputs, *part.shape[rest:])
         result[images, :, *places] = product.transpose(0, 1)
     return result
+
+
+@torch.library.custom_op("parasparse::convolution", mutates_args=())
+def _operator(
+    x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int],
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Return `_product` as one operator; torch.compile would write the strips out one by one."""
+    steps = tuple(kernel), tuple(stride), tuple(dilation)
+    return _product(operators.made_of(parts, kind, shape), bias, steps, x).contiguous()
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int],
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    none = (0,) * len(kernel)
+    sizes = _output_sizes(x.shape[2:], kernel, stride, none, dilation)
+    return x.new_empty(x.shape[0], shape[0], *sizes)
 
 
 def _patches(x: Tensor, kernel: _Sizes, stride: _Sizes, dilation: _Sizes) -> Tensor:
@@ -129,8 +150,9 @@ def _same(kernel: _Sizes, dilation: _Sizes) -> list[int]:
 
 
 def _output_sizes(
-    sizes: _Sizes, kernel: _Sizes, stride: _Sizes, padding: _Sizes, dilation: _Sizes
-) -> list[int]:
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:  # fmt: skip
     every = zip(sizes, kernel, stride, padding, dilation, strict=True)
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 

@@ -203,6 +203,63 @@ def test_autocast_around_the_call_is_measured(steps):
     assert dtypes == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_each_layer_is_timed_under_the_autocast_of_its_call(outside, monkeypatch):
+    class Inside(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self[0](x)
+                with torch.autocast("cpu", enabled=False):
+                    return self[1](x.float())
+
+    found = []
+
+    def timed(calls):
+        states = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+        found.append((*states, {run(call)[0].dtype for call in calls.values()}))
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(measure, "timed", timed)
+    model = ps.sparsify(Inside(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), 0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        ps.compact_payoff(model, torch.randn(2, 8, requires_grad=True))
+    assert found == [(True, False, {torch.float32}), (False, False, {torch.float32})]
+
+
+def test_frozen_layers_are_measured_by_themselves(steps):
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(3)]
+    model = ps.sparsify(nn.Sequential(*layers), 0.5)
+    model[1].requires_grad_(False)
+    ps.compact_payoff(model, torch.randn(2, 4, requires_grad=True))
+    assert [len(each["compact"]()) for each in steps] == [2, 1]
+
+
+def test_a_compiled_model_is_measured_like_any_other(steps):
+    model = ps.sparsify(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)), 0.5)
+    table = ps.compact_payoff(torch.compile(model, backend="eager"), torch.randn(2, 4))
+    assert [(row.name.rpartition("_orig_mod.")[-1], row.rows) for row in table] == [
+        ("0.weight", 2), ("2.weight", 2),
+    ]  # fmt: skip
+    assert model(torch.randn(3, 4)).shape == (3, 6)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_rows_are_those_that_multiply_the_weight(steps):
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 6))
+
+        def forward(self, x):
+            return self.weight @ x
+
+    (row,) = ps.compact_payoff(ps.sparsify(Left(), 0.5), torch.randn(6, 3))
+    assert row.rows == 3
+    parts = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)])
+    (row,) = ps.compact_payoff(ps.sparsify(nn.Linear(4, 4), 0.5), parts)
+    assert row.rows == 5
+
+
 def test_models_that_cannot_be_compact_are_refused():
     x = torch.randn(2, 4)
     with pytest.raises(ValueError, match="masked weight"):
