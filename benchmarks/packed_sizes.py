@@ -134,12 +134,17 @@ def zipnn() -> Iterator[tuple[str, tuple[Compress, Decompress]]]:
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Return the least processor time of some calls, and what the last one returned."""
+    """Return the least processor time of some calls, and what the last one returned.
+
+    A short call is repeated, because the clock may have steps of several milliseconds.
+    """
     least = float("inf")
     for _ in range(repeats):
-        start = time.process_time()
-        result = function()
-        least = min(least, time.process_time() - start)
+        start, calls, seconds = time.process_time(), 0, 0.0
+        while seconds < 0.05:
+            result = function()
+            calls, seconds = calls + 1, time.process_time() - start
+        least = min(least, seconds / calls)
     return least, result
 
 
