@@ -45,6 +45,21 @@ def tokens_of(paths: Sequence[str], tokenizer: Any) -> Tensor:
     return torch.tensor(found)
 
 
+def check_fits(model: Any, tokens: Tensor, length: int) -> None:
+    """Raise CheckpointError if `model` has no embedding of a token, or of a position."""
+    words = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= words:
+        raise CheckpointError(
+            f"the tokenizer must be that of the model, which has {words:,} tokens; the text has "
+            f"token {int(tokens.max()):,}. Give its folder as --tokenizer."
+        )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    if length > most:
+        raise CheckpointError(
+            f"--length must be at most {most}, the longest sequence of the model; got {length}."
+        )
+
+
 def windows(tokens: Tensor, length: int, count: int) -> Tensor:
     """Return at most `count` sequences of `length` tokens, evenly spread."""
     most = min(count, len(tokens) // length)

@@ -10,7 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parasparse.cli.language_model import load, perplexity, tokens_of, windows, without_cache
+from parasparse.cli.language_model import (
+    check_fits,
+    load,
+    perplexity,
+    tokens_of,
+    windows,
+    without_cache,
+)
 from parasparse.cli.rules import as_pattern
 from parasparse.files.checkpoint import CheckpointError
 from parasparse.files.replacing import replacing_folder
@@ -37,7 +44,9 @@ def prune_blocks(args: Namespace) -> str:
     treatment = _treatment(args)
     check_folder(args.output, args.input, force=args.force)
     model, tokenizer = load(args.input, args.tokenizer or args.input)
-    calibration, held_out = _split(tokens_of(args.text, tokenizer), args)
+    tokens = tokens_of(args.text, tokenizer)
+    calibration, held_out = _split(tokens, args)
+    check_fits(model, tokens, args.length)
     reports: list[BlockReport] = []
 
     def tell(report: BlockReport) -> None:

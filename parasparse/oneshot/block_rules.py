@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from parasparse.oneshot.report import OneShotRow
 from parasparse.oneshot.treatment import OneShot
+from parasparse.patterns import Pattern
 from parasparse.rules.assignments import as_pairs
 from parasparse.rules.maskable import check_maskable
 from parasparse.rules.prune import Prune
@@ -19,6 +20,23 @@ from parasparse.scores.statistics import Statistics
 from parasparse.targets.reach import Spec, group_by_rule, reaches
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import listed
+
+
+@dataclass(frozen=True)
+class ByMagnitude:
+    """Prune by magnitude; a tensor that has a mask keeps no other entries than this mask does."""
+
+    sparsity: float | None
+    pattern: Pattern
+    keeps_masks: ClassVar[bool] = True
+
+    def __call__(
+        self, tensors: dict[str, Tensor], held: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Return the masks of `tensors`, which are 0 where the masks in `held` drop entries."""
+        found = Prune(self.sparsity, pattern=self.pattern)(tensors)
+        both = {name: (mask, held.get(name)) for name, mask in found.items()}
+        return {name: new if old is None else new & old for name, (new, old) in both.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +63,7 @@ class Group:
             given["history"] = rows
         unseen = self.unseen(statistics)
         seen = [target for target in self.targets if target not in unseen]
-        by_magnitude = Prune(self.treatment.sparsity, pattern=self.treatment.pattern)
+        by_magnitude = ByMagnitude(self.treatment.sparsity, self.treatment.pattern)
         pairs = [(seen, replace(self.treatment, **given)), (unseen, by_magnitude)]
         return [(_named(targets), treatment) for targets, treatment in pairs if targets]
 
@@ -58,7 +76,8 @@ class Group:
 
     def unseen(self, statistics: Statistics) -> list[Target]:
         """Return the tensors that no input was recorded for."""
-        seen = {} if statistics.grams is None else statistics.grams.shared
+        grams = {} if statistics.grams is None else statistics.grams.shared
+        seen = {name for name, gram in grams.items() if gram.samples}
         return [target for target in self.targets if target.name not in seen]
 
 

@@ -9,8 +9,8 @@ are. Only one thread runs at a time.
 import contextvars
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from parasparse.oneshot.placement import move
+from parasparse.oneshot.thread_state import ThreadState
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Call:
         block: the block.
         args, kwargs: what it is called with.
         owned: the modules and tensors of the model by id, which are neither copied nor moved.
+        state: what the thread of the run has, such as an autocast of the model.
     """
 
     name: str
@@ -37,13 +39,19 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     owned: dict[int, Any]
+    state: ThreadState = field(default_factory=ThreadState.here)
     _homes: list[tuple[Tensor, torch.device]] = field(default_factory=list)
     _storage: torch.device | str = "cpu"
 
     def repeated(self) -> Any:
         """Call the block with a copy of its arguments, which it may write into."""
-        args, kwargs = copy.deepcopy((self.args, self.kwargs), dict(self.owned))
-        return self.block(*args, **kwargs)
+        memo = dict(self.owned)
+        for leaf in tree_leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:  # of a model that takes gradients
+                memo.setdefault(id(leaf), leaf.detach().clone())
+        args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
+        with self.state.entered():
+            return self.block(*args, **kwargs)
 
     @contextmanager
     def brought(self) -> Iterator[None]:
@@ -71,12 +79,14 @@ class Run(threading.Thread):
 
     Attributes:
         call: the call of a block at which it has stopped; None once it has returned.
+        free: names of blocks at which it need not stop.
     """
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], free: Iterable[str] = ()) -> None:
         super().__init__(daemon=True)
         self.call: Call | None = None
-        self._context, self._autocasts = contextvars.copy_context(), _autocasts()
+        self.free = frozenset(free)
+        self._context, self._state = contextvars.copy_context(), ThreadState.here()
         self._function = function
         self._error: BaseException | None = None
         self._is_closed = False
@@ -95,6 +105,8 @@ class Run(threading.Thread):
 
     def stop(self, call: Call) -> None:
         """Wait, in this thread, for the next `advance`."""
+        if self._is_closed:  # the model has caught what should unwind it
+            raise _Closed
         self.call = call
         self._has_stopped.release()
         self._may_run.acquire()
@@ -120,21 +132,9 @@ class Run(threading.Thread):
             self._has_stopped.release()
 
     def _called(self) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for autocast in self._autocasts:
-                stack.enter_context(autocast)
+        with torch.no_grad(), self._state.entered():
             self._function()
 
 
 class _Closed(BaseException):
     """Unwinds the frames of a run that is given up, as GeneratorExit does."""
-
-
-def _autocasts() -> list[torch.autocast]:
-    """Return the autocasts of this thread, which other threads do not have."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return [
-        torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
-        for kind in kinds
-    ]

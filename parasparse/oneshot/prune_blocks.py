@@ -47,7 +47,8 @@ def prune_blocks(
     Args:
         model: any module, not compiled; changed in place.
         batches: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword
-            arguments. Each runs in a thread of its own.
+            arguments. Each runs in a thread of its own. The first calls each block as often as any
+            other does, and in the same order.
         rules: as for `sparsify`, with names in the whole model. The tensors of one block that a
             rule reaches are one group. `OneShot` gets the statistics of the block.
         blocks: names or globs of modules; a ModuleList stands for the modules in it. None: the
@@ -61,7 +62,8 @@ def prune_blocks(
 
     Raises:
         ValueError: `blocks` reaches nothing, a block is not called or lies in another, a rule
-            reaches no tensor in a block, there are no batches, or arguments exclude each other.
+            reaches no tensor in a block, there are no batches, one calls other blocks than the
+            first, or arguments exclude each other.
         TypeError: a tensor cannot be masked, or `batches` is a single batch.
         RuntimeError: the statistics are not finite. After any error, the blocks before this one
             are pruned, and this one is as it was.

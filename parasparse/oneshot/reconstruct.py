@@ -118,7 +118,7 @@ def _trained(
 def _train(calls: list[Call], wanted: list[Tensor], steps: int, optimizer: Any) -> None:
     for step in range(steps):
         number = step % len(calls)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             optimizer.zero_grad()
             _error(calls[number], wanted[number]).backward()
             optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -118,9 +119,17 @@ class OneShot:
         self, tensors: dict[str, Tensor], masks: Mapping[str, Tensor | None] | None = None
     ) -> dict[str, NewWeights]:
         """Return mask and weights for each of `tensors`, which are 0 where `masks` drop entries."""
-        statistics, held = self._statistics(), masks or {}
         for name, tensor in tensors.items():
             _check_weights(name, tensor)
+        with ExitStack() as stack:  # products are of full precision
+            for kind in {tensor.device.type for tensor in tensors.values()}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return self._found(tensors, masks or {})
+
+    def _found(
+        self, tensors: dict[str, Tensor], held: Mapping[str, Tensor | None]
+    ) -> dict[str, NewWeights]:
+        statistics = self._statistics()
         found: dict[str, NewWeights] = {}
         for names in self._batches(list(tensors), statistics):
             hessians: dict[Any, Damped] = {}

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.acceleration.measure import called
 from parasparse.oneshot.paused_run import Call, Run
+from parasparse.oneshot.thread_state import ThreadState
 
 
 class Walk:
@@ -53,6 +54,8 @@ class Walk:
                 handle = block.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
             stack.callback(self._close)
+            # Autocast would keep casts of weights, which change meanwhile.
+            stack.enter_context(ThreadState.here().entered())
             yield
 
     def count(self) -> None:
@@ -62,8 +65,11 @@ class Walk:
     def start(self) -> None:
         """Run all batches from the start up to their next block."""
         self._close()
+        # Runs share what is neither parameter nor buffer, such as a table made in the first call.
+        kept = [value for m in self.model.modules() for value in tree_leaves(vars(m))]
+        self._owned |= {id(value): value for value in kept if isinstance(value, Tensor)}
         for number in range(len(self.batches)):
-            self._runs.append(Run(partial(self._run, number)))
+            self._runs.append(Run(partial(self._run, number), self._done))
             self._advance(self._runs[-1])
 
     def at(self, name: str) -> list[Call]:
@@ -111,14 +117,22 @@ class Walk:
             raise
 
     def _on_device(self, value: Any) -> Any:
-        moves = isinstance(value, Tensor) and self.device is not None
-        return value.to(self.device) if moves else value
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()  # the caller's tensor stays where it is, whatever moves
+        return value if self.device is None else value.to(self.device)
 
     def _called(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
         run = threading.current_thread()
         if isinstance(run, Run):
-            if name not in self._done:
-                run.stop(Call(name, block, args, kwargs, self._owned))
+            if name in run.free:
+                return
+            if name in self._done or name not in self.calls:
+                raise ValueError(
+                    f'the first batch must call "{name}" as often as all others do, and the blocks '
+                    "in the same order. Put another batch first, or give blocks that contain these."
+                )
+            run.stop(Call(name, block, args, kwargs, self._owned))
         elif not self._runs:  # the first batch, which counts
             self.calls[name] += 1
 

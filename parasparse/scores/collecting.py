@@ -124,8 +124,8 @@ def _recorder(
     name, grams = target.name, statistics.grams
     rows = None if grams is None or target.stored().is_complex() else rows_of(module)
     if grams is not None and rows is not None:
-        first = grams.rows.setdefault(name, rows)
-        return lambda module, value: grams.add(name, value, first)
+        grams.rows.setdefault(name, rows)
+        return lambda module, value: grams.add(name, value, rows)
     squares = _squares_of(module)
     if squares is None:
         return None

@@ -21,12 +21,13 @@ class SharedGram:
     the sum before it.
 
     Attributes:
-        rows: how the layers of its members read an input.
+        rows: how the layers of its members read the latest input.
         members: names of tensors.
         total: (groups, in, in), float64; None before the first input.
         samples: rows in `total`.
         inputs: how many inputs there were, the latest included.
         source: the latest input, and its version then.
+        inference: a copy of the latest input if it is an inference tensor, which has no version.
         seen: members that have seen the latest input.
         waiting: a copy of the latest input until it is added.
     """
@@ -37,6 +38,7 @@ class SharedGram:
     samples: int = 0
     inputs: int = 0
     source: tuple[Callable[[], Tensor | None], int | None] | None = None
+    inference: Tensor | None = None
     seen: set[str] = field(default_factory=set)
     waiting: Tensor | None = None
 
@@ -44,11 +46,14 @@ class SharedGram:
         """Whether `x`, read in this way, is the latest input, and has not changed since."""
         if self.source is None or rows.geometry != self.rows.geometry:
             return False
-        return self.source[0]() is x and self.source[1] == _version(x)
+        if self.source[0]() is not x or self.source[1] != _version(x):
+            return False
+        return self.inference is None or torch.equal(self.inference, x)
 
-    def start(self, name: str, x: Tensor) -> None:
-        """Take `x` as the latest input, seen by `name`."""
-        self.inputs += 1
+    def start(self, name: str, x: Tensor, rows: Rows) -> None:
+        """Take `x`, read in this way, as the latest input, seen by `name`."""
+        self.inputs, self.rows = self.inputs + 1, rows
+        self.inference = x.clone() if x.is_inference() else None
         self.source, self.seen, self.waiting = (ref(x), _version(x)), {name}, x.detach()
         if self.members == self.seen:
             self.add()
@@ -116,7 +121,7 @@ class Grams:
             else:
                 self._split(gram, {name})
                 gram = self.shared[name]
-            self._start(gram, name, x)
+            self._start(gram, name, x, rows)
 
     def _first(self, name: str, x: Tensor, rows: Rows) -> None:
         for gram in self.shared.values():
@@ -126,16 +131,16 @@ class Grams:
                 self.shared[name] = gram
                 return
         gram = SharedGram(rows, {name})
-        self._start(gram, name, x)
+        self._start(gram, name, x, rows)
         self.shared[name] = gram
 
-    def _start(self, gram: SharedGram, name: str, x: Tensor) -> None:
+    def _start(self, gram: SharedGram, name: str, x: Tensor, rows: Rows) -> None:
         if not bool(x.isfinite().all()):
             raise RuntimeError(
                 f'inputs must be finite; input {gram.inputs + 1} of "{name}" in this block has NaN '
                 "or infinity. Leave that batch out, or run the model in float32 or bfloat16."
             )
-        gram.start(name, x)
+        gram.start(name, x, rows)
 
     def _split(self, gram: SharedGram, names: set[str]) -> None:
         if names:
@@ -149,7 +154,7 @@ class Grams:
         for gram in set(self.shared.values()):
             self._split(gram, gram.members - gram.seen)
             gram.add()
-            gram.source = None
+            gram.source = gram.inference = None
 
     def sum_over(self, group: Any, summed: Callable[[Tensor | None], Tensor | None]) -> None:
         """Sum over the processes of `group`; `summed` does so for one tensor, which may be None."""

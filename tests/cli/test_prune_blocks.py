@@ -93,6 +93,7 @@ WRONG = {
     "no folder": (["--sparsity", "0.5", "--tokenizer", "nowhere"], "must be a folder"),
     "no text": (["--sparsity", "0.5", "--text", "nowhere.txt"], "cannot be read as text"),
     "little text": (["--sparsity", "0.5", "--length", "64"], "ten times --length"),
+    "long sequences": (["--sparsity", "0.5", "--length", "32"], "at most 16"),
     "no blocks": (["--sparsity", "0.5", "--blocks", "h.*"], "reaches none"),
 }
 
@@ -103,3 +104,13 @@ def test_a_wrong_call_writes_nothing(folder, kind, capsys):
     assert run(*arguments(folder), *more) == 1
     assert text in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_the_tokenizer_of_another_model_is_refused(folder, capsys):
+    config = LlamaConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "in")
+    assert run(*arguments(folder, "--sparsity", "0.5")) == 1
+    assert "must be that of the model, which has 5 tokens" in capsys.readouterr().err

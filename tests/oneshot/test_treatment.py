@@ -315,6 +315,17 @@ def test_complex_weights_are_refused_by_name():
         ps.sparsify(model, ps.OneShot(0.5, statistics))
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_autocast_changes_nothing(update):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16), correlated(100, 32)
+    prune = ps.OneShot(0.5, statistics_of(layer, x), update=update)
+    other = ps.sparsify(copy.deepcopy(layer), prune)
+    with torch.autocast("cpu", torch.bfloat16):
+        ps.sparsify(layer, prune)
+    assert torch.equal(layer.weight, other.weight)
+
+
 def test_statistics_can_be_given_later():
     layer = nn.Linear(16, 8)
     statistics = statistics_of(layer, correlated(60, 16))

@@ -92,9 +92,11 @@ def test_each_layer_counts_what_it_was_called_with(plan, mode):
             torch.testing.assert_close(found, product(torch.cat(own)))
 
 
-def test_an_input_that_changes_in_place_is_another():
-    model, x = Part(), X.clone()
-    with torch.no_grad(), ps.scores.collect(model, grams=True) as statistics:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_changes_in_place_is_another(mode):
+    model = Part()
+    with mode(), ps.scores.collect(model, grams=True) as statistics:
+        x = X.clone()
         model([("a", x), ("b", x)])
         model([("a", y := Y.clone())])
         y.add_(1)
@@ -130,6 +132,22 @@ def test_convolutions_have_the_gram_of_their_patches(name):
     rows = layer.weight.view(layer.groups, -1, size)
     energy = (rows @ gram * rows).sum(-1).flatten()
     torch.testing.assert_close(energy, out.square().transpose(0, 1).flatten(1).sum(1))
+
+
+def test_a_tied_weight_is_read_as_each_of_its_layers_does():
+    one, two = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=2, dilation=2)
+    x = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    expected = 0
+    for layer in (one, two):
+        with torch.no_grad(), ps.scores.collect(layer, grams=True) as statistics:
+            layer(x)
+        expected = expected + statistics.gram("weight")
+    two.weight = one.weight
+    model = nn.ModuleList([one, two])
+    with torch.no_grad(), ps.scores.collect(model, grams=True) as statistics:
+        for layer in model:
+            layer(x)
+    torch.testing.assert_close(statistics.gram("0.weight"), expected)
 
 
 def test_an_unfolded_convolution():
