@@ -52,7 +52,7 @@ def changed(value):
         return {key: 7 * number for key, number in value.items()}
     if isinstance(value, str):
         return value + "x"
-    return not value if isinstance(value, bool) else 7 * value
+    return not value if isinstance(value, bool) else 7 * (value or 1)
 
 
 def shown(file, content):
