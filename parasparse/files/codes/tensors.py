@@ -174,7 +174,7 @@ def _by_unit(
 
 
 def _piece_size(kept: int, words: Tensor) -> int:
-    """Return how many units make a piece: as many as hold about 2^15 words, a multiple of 8."""
+    """Return how many units make a piece: as many as hold `_WORDS_OF_PIECE`, a multiple of 8."""
     wanted = _WORDS_OF_PIECE * len(words) // max(1, kept * words.shape[1])
     return max(1, min(wanted, _UNITS_OF_PIECE) // 8 * 8)
 
