@@ -93,7 +93,7 @@ def writing(path: str, source: Checkpoint, layout: Layout) -> Iterator[Put]:
                     f'"{next(iter(source.not_tensors))}". Write a .pt file.'
                 )
             file = stack.enter_context(replacing(path))
-            write = _safetensors_writer(file, layout, source.metadata)
+            write = safetensors_writer(file, layout, source.metadata)
         elif suffix in TORCH:
             write = stack.enter_context(torch_writer(path, source, layout))
         else:
@@ -123,7 +123,8 @@ def _checked(name: str, info: TensorInfo, pieces: Iterable[Tensor]) -> Iterator[
         raise RuntimeError(f"the dtype or size of {name!r} is not that of the layout.")
 
 
-def _safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, str]) -> Put:
+def safetensors_writer(file: BinaryIO, layout: Layout, metadata: Mapping[str, str]) -> Put:
+    """Return a function that writes each tensor of `layout` to its place in a file."""
     start = head(metadata, {n: (info.dtype, info.shape) for n, info in layout.infos.items()})
     file.write(start)
     offsets, end = {}, len(start)
@@ -154,7 +155,7 @@ def _folder_writer(path: str, source: SafetensorsFolder, layout: Layout) -> Iter
         for shard, held in source.shards.items():
             infos = {n: layout.infos[n] for n, home in homes.items() if home == shard}
             file = files.enter_context(open(folder / shard, "xb"))
-            writers[shard] = _safetensors_writer(file, Layout(infos), held.metadata)
+            writers[shard] = safetensors_writer(file, Layout(infos), held.metadata)
         _copy_files(source, folder, homes, layout)
         yield lambda name, pieces: writers[homes[name]](name, pieces)
 

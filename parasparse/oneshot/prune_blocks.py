@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from parasparse.acceleration.measure import undisturbed
 from parasparse.oneshot.block_report import BlockReport
 from parasparse.oneshot.block_rules import Group, block_rules
 from parasparse.oneshot.finding_blocks import blocks_of
+from parasparse.oneshot.on_disk import OnDisk
 from parasparse.oneshot.placement import placed
 from parasparse.oneshot.report import OneShotRow
 from parasparse.oneshot.walk import Walk, batches_in
@@ -35,6 +38,8 @@ def prune_blocks(
     resume: bool = False,
     device: torch.device | str | None = None,
     storage: torch.device | str = "cpu",
+    source: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
     progress: Callable[[BlockReport], object] | None = None,
 ) -> nn.Module:
     """Prune `model` block by block, from the inputs that each block gets; return the model.
@@ -58,12 +63,17 @@ def prune_blocks(
         device: where the model runs. Each block is there only for its turn, everything else all
             the time; afterwards all are where they were. None: where they are.
         storage: where the arguments of blocks wait for their turn.
+        source: a checkpoint with the tensors of `model` that are on the meta device. They are read
+            when they are needed, one block at a time, so the model may be larger than memory.
+        output: a new folder for the pruned weights of `source`, a safetensors file a block, and the
+            other files of `source`. Masks are folded into the weights, and the model is on the
+            meta device again afterwards. With `resume`, blocks that are there are not pruned again.
         progress: called with a `BlockReport` after each block, as in `progress=print`.
 
     Raises:
         ValueError: `blocks` reaches nothing, a block is not called or lies in another, a rule
             reaches no tensor in a block, there are no batches, one calls other blocks than the
-            first, or arguments exclude each other.
+            first, `source` lacks a tensor, or arguments exclude each other.
         TypeError: a tensor cannot be masked, or `batches` is a single batch.
         RuntimeError: the statistics are not finite. After any error, the blocks before this one
             are pruned, and this one is as it was.
@@ -84,20 +94,43 @@ def prune_blocks(
     """
     found = blocks_of(model, blocks)
     groups = block_rules(model, found, rules)
+    disk = _on_disk(model, found, source, output, resume=resume)
     walk = Walk(model, found, batches_in(batches), device=device, storage=storage)
-    with undisturbed(model), placed(model, found, device) as places, walk.entered():
+    with undisturbed(model), placed(model, found, device, disk) as places, walk.entered():
         walk.count()
         _check_calls(walk, is_given=blocks is not None, recompute=recompute, resume=resume)
         walk.start()
         for number, name in enumerate(walk.calls, 1):
             with places[name].held():
                 made = _Made()
-                if not (resume and _is_pruned(groups[name])):
+                is_new = not (resume and _is_pruned(name, groups[name], disk))
+                if is_new:
                     made = _pruned(walk, name, groups[name], recompute=recompute)
+                report = _report(name, number, len(walk.calls), groups[name], made)
+                if disk is not None and is_new:
+                    disk.write(name)
                 walk.leave(name)
             if progress is not None:
-                progress(_report(name, number, len(walk.calls), groups[name], made))
+                progress(report)
+        if disk is not None:
+            disk.finish()
     return model
+
+
+def _on_disk(
+    model: nn.Module, blocks: Mapping[str, nn.Module],
+    source: str | os.PathLike[str] | None, output: str | os.PathLike[str] | None, *, resume: bool,
+) -> OnDisk | None:  # fmt: skip
+    """Return what reads from `source` and writes to `output`, if they are given."""
+    if (source is None) != (output is None):
+        raise ValueError("`source` and `output` must be given together.")
+    if source is None or output is None:
+        return None
+    if os.path.exists(output) and not resume and any(Path(output).iterdir()):
+        raise ValueError(
+            f'`output` must be a new folder, but "{output}" has files. Give another, or `resume`.'
+        )
+    return OnDisk(model, blocks, source, output)
 
 
 @dataclass(frozen=True)
@@ -166,7 +199,9 @@ def _check_calls(walk: Walk, *, is_given: bool, recompute: bool, resume: bool) -
         raise ValueError("`recompute` must be True with `resume`: dense outputs are not kept.")
 
 
-def _is_pruned(groups: list[Group]) -> bool:
+def _is_pruned(name: str, groups: list[Group], disk: OnDisk | None) -> bool:
+    if disk is not None:
+        return disk.is_written(name)
     return all(target.masks() for group in groups for target in group.targets)
 
 
