@@ -29,7 +29,7 @@ def constants_of(trace: Trace, units: Units, readers: list[Reader]) -> Constants
     added: dict[str, Tensor] = {}
     for reader in readers:
         read = reader.read
-        if read.weight is None or read.columns.shape[0] > 1:
+        if not reader.has_constants or read.weight is None or read.columns.shape[0] > 1:
             continue
         weight = weights[read.weight].detach().movedim(read.summed, 1)
         values = reader.foldable(units)[0]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parasparse.attach import attaching
+from parasparse.attach.classes import base_class
 from parasparse.targets.tensors import Target, named_modules
 from parasparse.verbs.squash import squash
 
@@ -35,16 +36,48 @@ def shared_copy(model: nn.Module, tensors: list[Target]) -> nn.Module:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             copied.setdefault(id(parameter), _alike(parameter, parameter.detach()))
-    for _, _, module, _ in named_modules(model):
-        for value in vars(module).values():
-            if type(value) is OrderedDict and not value:  # its hooks: `deepcopy` takes long
-                copied[id(value)] = OrderedDict()
+    for _, _, module, _ in reversed(list(named_modules(model))):  # what others contain comes first
+        for each in (module._modules.get("parametrizations"), module):
+            if each is not None and id(each) not in copied and _is_copied_as_usual(each):
+                _copy_into(copied, each)
     twin = copy.deepcopy(model, copied)
     for target in masked:
         for site in target.sites:
             (original,) = site.originals()
             attaching.detach(copied[id(site.module)], site.attr, copied[id(original)])
     return twin.eval()
+
+
+def _is_copied_as_usual(module: nn.Module) -> bool:
+    """Whether the class of a module leaves it to `deepcopy` how it is copied."""
+    base = base_class(module)
+    return not hasattr(base, "__deepcopy__") and all(
+        getattr(base, name) is getattr(nn.Module, name)
+        for name in ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+    )
+
+
+def _copy_into(copied: dict[int, Any], module: nn.Module) -> None:
+    """Copy a module as `deepcopy` does, in a fraction of the time."""
+    twin = copied[id(module)] = module.__new__(type(module))
+    for name, value in module.__getstate__().items():
+        vars(twin)[name] = _copied(value, copied, is_dict=name in _DICTS)
+
+
+def _copied(value: Any, copied: dict[int, Any], *, is_dict: bool = False) -> Any:
+    if type(value) in _SIMPLE:
+        return value
+    if id(value) in copied:
+        return copied[id(value)]
+    if type(value) in (OrderedDict, set) and not value:  # such as hooks
+        return copied.setdefault(id(value), type(value)())
+    if type(value) is dict and is_dict:
+        return {name: _copied(each, copied) for name, each in value.items()}
+    return copy.deepcopy(value, copied)
+
+
+_DICTS = ("_parameters", "_buffers", "_modules")
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
 def _is_plain(target: Target) -> bool:

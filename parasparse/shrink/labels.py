@@ -6,23 +6,30 @@ a label is expanded (stride 0), so that it takes no memory there. A tensor may h
 such as one for the rows and one for the columns of a weight.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-_MANY = 2**31  # more than there are ids: a pair of them is one number
+_BITS = 31  # of an id: a pair of them is one number
 
 
 def tidy(label: Tensor) -> Tensor:
     """Return `label`, expanded along each dimension along which its ids do not change."""
     for dim in reversed(range(label.ndim)):
         if varies(label, dim):
-            small = compact(label)
-            first = small.narrow(dim, 0, 1)
-            # A few indices tell most dimensions that vary from others.
-            some = (small.narrow(dim, 1, 1), small[(slice(None),) * dim + (slice(None, None, 61),)])
-            if all(torch.equal(part, first.expand_as(part)) for part in (*some, small)):
+            first = compact(label).narrow(dim, 0, 1)
+            parts = _parts(compact(label), dim)
+            if all(torch.equal(part, first.expand_as(part)) for part in parts):
                 label = label.narrow(dim, 0, 1).expand(label.shape)
     return label
+
+
+def _parts(label: Tensor, dim: int) -> Iterator[Tensor]:
+    """Yield a few indices of `dim`, which tell most labels that vary there, and then all."""
+    yield label.narrow(dim, 1, 1)
+    yield label[(slice(None),) * dim + (slice(None, None, 61),)]
+    yield label
 
 
 def compact(label: Tensor) -> Tensor:
@@ -88,16 +95,12 @@ class Ties:
             if a.shape[dim] > 1 and a.stride(dim) == 0 and b.stride(dim) == 0:
                 a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
         a, b = a.flatten(), b.flatten()
-        differ = a != b
-        if not differ.all():
-            a, b = a[differ], b[differ]
-        stays = a * b == 0
-        if stays.any():
-            self.pin((a + b)[stays], "it meets a size that stays")
-            a, b = a[~stays], b[~stays]
-        if len(a):
-            edges = a * _MANY + b
-            self._edges.append(torch.unique(edges) if len(edges) > 10_000 else edges)
+        if not bool(torch.minimum(a, b).all()):
+            self.pin(torch.where((a == 0) | (b == 0), a + b, 0), "it meets a size that stays")
+            there = (a != 0) & (b != 0)
+            a, b = a[there], b[there]
+        edges = (a << _BITS) + b
+        self._edges.append(torch.unique(edges) if len(edges) > 10_000 else edges)
 
     def pin(self, label: Tensor, reason: str) -> None:
         """Keep all ids of `label`, for `reason`."""
@@ -109,16 +112,13 @@ class Ties:
     def units(self) -> Tensor:
         """Return the unit of each id; tied ids have one. The unit of id 0 is 0."""
         units = torch.arange(self.count)
-        if not self._edges:
-            return units
-        edges = torch.unique(torch.cat(self._edges))
-        a, b = edges // _MANY, edges % _MANY
-        while True:
-            low = torch.minimum(units[a], units[b])
-            hooked = units.scatter_reduce(0, units[a], low, "amin")
-            hooked = hooked.scatter_reduce(0, units[b], low, "amin")
-            while not torch.equal(hooked, further := hooked[hooked]):
-                hooked = further
-            if torch.equal(hooked, units):
-                return units
-            units = hooked
+        edges = torch.cat([torch.zeros(0, dtype=torch.long), *self._edges])
+        a, b = edges >> _BITS, edges & ((1 << _BITS) - 1)
+        while len(a):  # tie the higher unit of each pair to the lower one, and look what is left
+            units.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+            while not torch.equal(units, further := units[units]):
+                units = further
+            a, b = units[a], units[b]
+            differ = a != b
+            a, b = a[differ], b[differ]
+        return units

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.epsilons import Epsilon
 from parasparse.shrink.sizes import Attribute, numbers
 
@@ -79,8 +79,8 @@ class Means:
         self.found: list[Mean] = []
         self.read: set[str] = set()
         self._names = names
-        self._scaled = WeakTensorKeyDictionary()
-        self._gains = WeakTensorKeyDictionary()
+        self._scaled: ByTensor[_Scaled] = ByTensor()
+        self._gains: ByTensor[_Gain] = ByTensor()
         self._given: list[Epsilon] = []
 
     def start(self, label: Tensor, state: Tensor, module: str, out: Tensor, *, of: str) -> None:

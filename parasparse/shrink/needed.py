@@ -56,16 +56,15 @@ def _keep_read(units: Units, readers: list[Reader]) -> bool:
     """Keep what readers read, except for constants that may go."""
     changed = False
     for reader in readers:
-        read, needed = reader.read, reader.needed(units)
-        unknown = needed & (read.constants.isnan() | units.stay(read.columns))
-        changed |= units.need(read.columns[unknown], f"{reader.where} reads it")
+        unknown = reader.read.columns[reader.unknown(units)]
+        changed |= units.need(unknown, f"{reader.where} reads it")
     return changed
 
 
 def _keep_heirs(units: Units, readers: list[Reader]) -> bool:
     """Keep one of the constants that a reader without a bias reads, or all if it must be."""
     changed = False
-    for reader in readers:
+    for reader in (reader for reader in readers if reader.has_constants):
         columns, gone = reader.read.columns, reader.collapsing(units)
         if not bool(gone.any()):
             continue
@@ -92,11 +91,11 @@ def keep_shapes(
     Returns:
         The attributes that change, with their new values; and whether more units are kept.
     """
-    shapes = distinct(trace.shapes)
+    shapes, least = distinct(trace.shapes), _Least(trace)
     before = int(units.kept.sum())
     while True:
         changed = _keep_regular(units, shapes)
-        changed |= _keep_least(trace, units)
+        changed |= least.keep(units)
         changed |= _keep_groups(trace, units)
         changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
         if changed:
@@ -129,17 +128,29 @@ def _keep_regular(units: Units, shapes: list[Tensor]) -> bool:
     return changed
 
 
-def _keep_least(trace: Trace, units: Units) -> bool:
-    """Keep one channel of each tensor, and as many of others as the program needs."""
-    changed = False
-    leaves = [(label, 1) for leaf in trace.leaves.values() for label in leaf.labels]
-    for label, number in leaves + trace.least:
-        ids = compact(label).flatten()
-        stay = units.stay(ids)
-        missing = number - int(stay.sum())
-        if missing > 0:
-            changed |= units.keep(ids[~stay][:missing], "one channel of a tensor must stay")
-    return changed
+class _Least:
+    """The labels of which some ids must stay, and how many: one of each tensor, and more."""
+
+    def __init__(self, trace: Trace) -> None:
+        found = [(label, 1) for leaf in trace.leaves.values() for label in leaf.labels]
+        found += trace.least
+        self._ids = [compact(label).flatten() for label, _ in found]
+        self._all = torch.cat([torch.zeros(0, dtype=torch.long), *self._ids])
+        sizes = torch.tensor([len(ids) for ids in self._ids], dtype=torch.long)
+        self._of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # of which label
+        self._least = torch.tensor([number for _, number in found], dtype=torch.long)
+
+    def keep(self, units: Units) -> bool:
+        """Keep as many as needed; return whether some were not kept before."""
+        stay = units.stay(self._all).to(torch.long)
+        fewer = torch.zeros_like(self._least).index_add_(0, self._of, stay) < self._least
+        changed = False
+        for place in fewer.nonzero().flatten().tolist():
+            ids = self._ids[place]
+            missing = int(self._least[place]) - int(units.stay(ids).sum())
+            more = ids[~units.stay(ids)][: max(missing, 0)]
+            changed |= units.keep(more, "one channel of a tensor must stay")
+        return changed
 
 
 def _keep_groups(trace: Trace, units: Units) -> bool:

@@ -25,6 +25,9 @@ class Reader:
         masked: by name of a parameter, the entries that a mask drops: nothing can be added there.
         has_bias: whether constants may be added to its bias.
         has_weights: whether its weights may be changed.
+
+    Attributes:
+        has_constants: whether one of its inputs is a constant other than 0.
     """
 
     def __init__(
@@ -36,6 +39,9 @@ class Reader:
         self._masked_bias = masked.get(read.bias or "")
         self._masked_weight = masked.get(read.weight or "")
         self._collapses = has_weights
+        self._known = ~read.constants.isnan()
+        self._constant = self._known & (read.constants != 0)
+        self.has_constants = bool(self._constant.any())
         self._number = -1  # of rows for which `_needed` holds
         self._needed = torch.zeros(())
 
@@ -47,9 +53,13 @@ class Reader:
             self._needed = self._needed_by(live)
         return self._needed
 
+    def unknown(self, units: Units) -> Tensor:
+        """Return the columns that are needed and are no constants that may go."""
+        return self.needed(units) & (~self._known | units.stay(self.read.columns))
+
     def loud(self, units: Units) -> Tensor:
         """Return the columns whose constants matter and cannot be added to the bias."""
-        loud = self.needed(units) & ~self.read.constants.isnan() & (self.read.constants != 0)
+        loud = self.needed(units) & self._constant
         if not self._folds:
             return loud
         if self._masked_bias is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
+from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
@@ -204,8 +204,8 @@ class Trace(TorchDispatchMode):
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
         self.means = Means(self._names)
         self.dropped = dropped
-        self._facts = WeakTensorKeyDictionary()
-        self._in_memory: dict[int, list[WeakIdRef]] = {}
+        self._facts: ByTensor[Facts] = ByTensor()
+        self._in_memory: dict[int, ByTensor[None]] = defaultdict(ByTensor)
 
     def facts(self, tensor: Tensor) -> Facts:
         """Return what is known of `tensor`. What no operation made is a constant."""
@@ -213,7 +213,7 @@ class Trace(TorchDispatchMode):
         if found is None:
             self._facts[tensor] = found = self._leaf(tensor)
             self._remember_memory(tensor)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def labels(self, tensor: Any) -> tuple[Tensor, ...]:
         """Return the labels of `tensor`, none if it is no tensor."""
@@ -330,7 +330,9 @@ class Trace(TorchDispatchMode):
 
     def _follow(self, call: Call, *, mutates: bool) -> None:
         outs = call.outs()
-        self.uses.update(id(t) for t in call.tensors() if id(t) in self._names)
+        for key in map(id, call.tensors()):
+            if key in self._names:
+                self.uses[key] += 1
         self.means.follow(call, mutates=mutates)
         rule = self._rule_for(call)
         found = unknown_operation(self, call) if rule is None else rule(self, call)
@@ -352,14 +354,13 @@ class Trace(TorchDispatchMode):
     def _written(self, outs: list[Tensor]) -> None:
         """Forget the states of other tensors in memory that has been written to."""
         for storage in {out.untyped_storage()._cdata for out in outs}:
-            for tensor in [reference() for reference in self._in_memory[storage]]:
-                if tensor is not None and not any(tensor is out for out in outs):
+            for tensor, _ in self._in_memory[storage].items():
+                if not any(tensor is out for out in outs):
                     labels = self._facts[tensor].labels
                     self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
 
     def _remember_memory(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()._cdata
-        self._in_memory.setdefault(storage, []).append(WeakIdRef(tensor))
+        self._in_memory[tensor.untyped_storage()._cdata][tensor] = None
 
 
 def unknown_operation(trace: Trace, call: Call) -> list[Facts]:

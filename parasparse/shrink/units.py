@@ -29,7 +29,7 @@ class Units:
 
     def keep(self, ids: Tensor, reason: str) -> bool:
         """Keep the units of `ids`; return whether one of them was not kept before."""
-        units = self.of[compact(ids)]
+        units = self.of.take(compact(ids))
         new = units[~self.kept[units]]
         if not len(new):
             return False
@@ -40,7 +40,7 @@ class Units:
 
     def need(self, ids: Tensor, reason: str) -> bool:
         """Keep the units of `ids` and their values; return whether that is new for one of them."""
-        units = self.of[compact(ids)]
+        units = self.of.take(compact(ids))
         if bool(self.matters[units].all()):
             return False
         self.matters[units] = True
@@ -49,11 +49,11 @@ class Units:
 
     def stay(self, ids: Tensor) -> Tensor:
         """Return whether each of `ids` stays."""
-        return self.kept[self.of[ids]]
+        return self.kept.take(self.of.take(ids))
 
     def matter(self, ids: Tensor) -> Tensor:
         """Return whether the outputs depend on each of `ids`."""
-        return self.matters[self.of[ids]]
+        return self.matters.take(self.of.take(ids))
 
     def reason(self, unit: int) -> str:
         """Return why a unit stays."""

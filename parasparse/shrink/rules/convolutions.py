@@ -90,7 +90,7 @@ def _channels(trace: Trace, x: Tensor) -> Tensor | None:
     found = None
     for label in trace.labels(x):
         if varying(label) == (1,):
-            found = label.select(0, 0).flatten(1)[:, 0]
+            found = compact(label).flatten()
         else:
             trace.ties.pin(label, "convolution along channels")
     return found
@@ -99,7 +99,7 @@ def _channels(trace: Trace, x: Tensor) -> Tensor | None:
 def _ids_along(trace: Trace, w: Tensor, dim: int) -> Tensor | None:
     for label in trace.labels(w):
         if varying(label) == (dim,):
-            return label.movedim(dim, 0).flatten(1)[:, 0]
+            return compact(label).flatten()
         if dim in varying(label):
             trace.ties.pin(label, "a weight whose channels are combined")
     return None
