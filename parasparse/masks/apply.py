@@ -112,12 +112,17 @@ def _masked_eagerly(weight: Tensor, mask: Tensor) -> Tensor:
     return product.view(weight.dtype)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch's first vmap is running, which supports neither Functions nor integer views.
+
+    `autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` run it.
+    """
+    return torch._C._dispatch_keys(tensor).has(_FIRST_VMAP)
+
+
 def _derivative(tensor: Tensor, mask: Tensor) -> Tensor:
     """Mask a gradient or tangent as the weight is masked."""
-    if torch._C._dispatch_keys(tensor).has(_FIRST_VMAP):
-        # `autograd.grad(is_grads_batched=True)` and `jacobian(vectorize=True)` run torch's first
-        # vmap, which supports neither Functions nor integer views
-        # (test_gradcheck_once_and_twice_forward_and_backward).
+    if is_batched(tensor):  # test_gradcheck_once_and_twice_forward_and_backward
         return _masked(tensor, mask)
     return apply_mask(tensor, mask)
 

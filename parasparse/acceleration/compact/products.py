@@ -5,7 +5,8 @@
     sampled(g, x, places)                          (g.T @ x) at the kept places
 
 The gradients of these two are such products again, so derivatives of any order are sparse. Under
-torch.compile, which has no sparse tensors, they are custom operators.
+torch.compile, which has no sparse tensors, they are custom operators. Under vmap and forward-mode
+derivatives, for which there are no kernels, W is dense.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from parasparse.acceleration.formats.compressed import CSR, Bag, csr
+from parasparse.acceleration.weight.layers import is_transformed
+from parasparse.masks.apply import is_batched
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -31,6 +34,9 @@ def can_multiply(values: Tensor) -> bool:
 
 def product(x: Tensor, values: Tensor, places: Indices, *, transposed: bool = False) -> Tensor:
     """Return x @ W.T, or x @ W if `transposed`, for x with two dimensions and at least one row."""
+    if _is_transformed(x, values):
+        dense = _dense(values, places)
+        return x @ (dense if transposed else dense.t())
     run = _product if torch.compiler.is_compiling() else _Product.apply
     result: Tensor = run(x, values, *places, transposed)
     return result
@@ -38,9 +44,30 @@ def product(x: Tensor, values: Tensor, places: Indices, *, transposed: bool = Fa
 
 def sampled(g: Tensor, x: Tensor, places: Indices) -> Tensor:
     """Return the entries of g.T @ x at the kept places, row by row."""
+    if _is_transformed(g, x):
+        return (g.t() @ x)[_rows_and_columns(places)]
     run = _sampled if torch.compiler.is_compiling() else _Sampled.apply
     result: Tensor = run(g, x, *places)
     return result
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform is running, for example over a backward pass."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_transformed() or any(map(is_batched, tensors))
+
+
+def _dense(values: Tensor, places: Indices) -> Tensor:
+    starts, _, column_starts, *_ = places
+    zeros = values.new_zeros(len(starts) - 1, len(column_starts) - 1)
+    return zeros.index_put(_rows_and_columns(places), values)
+
+
+def _rows_and_columns(places: Indices) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each entry, row by row."""
+    _, columns, _, rows, _ = places
+    return rows.sort().values.long(), columns.long()
 
 
 def _times(

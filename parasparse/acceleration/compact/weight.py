@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parasparse.acceleration.compact.products import can_multiply, product
 from parasparse.acceleration.compact.uses import Recorder
-from parasparse.acceleration.weight import dispatch
+from parasparse.acceleration.weight import dispatch, recurrent
 from parasparse.acceleration.weight.layers import each, format_for, is_strided, multiplied
 from parasparse.attach.accelerated import StandIn
 from parasparse.masks.places import Places
@@ -64,7 +64,9 @@ class CompactWeight(StandIn):
     def __new__(cls, values: Tensor, places: Places, recorder: Recorder | None = None) -> Self:
         """Make a weight of the values at `places`, whose uses `recorder` records."""
         nan = torch.full((1,), torch.nan, dtype=values.dtype, device=values.device)
-        self = torch.Tensor._make_subclass(cls, nan.expand(places.shape))
+        guarded = cls is CompactWeight and not torch.compiler.is_compiling()
+        kind: type[Self] = GuardedWeight if guarded else cls  # type: ignore[assignment]
+        self = torch.Tensor._make_subclass(kind, nan.expand(places.shape))
         self.kept, self.places, self.recorder = values, places, recorder
         return self
 
@@ -123,7 +125,7 @@ class CompactWeight(StandIn):
         elif func in dispatch.METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        elif dispatch.writes(func) or isinstance(kwargs.get("out"), CompactWeight):
+        elif dispatch.stand_ins_in(_written(func, args, kwargs)):
             raise RuntimeError(
                 "a compact weight must not be changed in place, because it is computed from its "
                 "kept values. Write to `parametrizations.<name>.original`, assign a tensor to the "
@@ -134,6 +136,25 @@ class CompactWeight(StandIn):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CompactWeight({self.places.extra_repr()}, {self.dtype})"
+
+
+class GuardedWeight(CompactWeight):
+    """A weight that refuses to be read by code that bypasses the subclass; see `__new__`."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{func} must not read a compact weight together with this kind of tensor, which does "
+            "not ask the weight how to multiply. Pass ordinary tensors (the `values()` of a nested "
+            "one), or call parasparse.expand(model) first."
+        )
+
+
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a call writes to, if anything."""
+    if not dispatch.writes(func):
+        return kwargs.get("out")
+    return [*args, *kwargs.values()][0]  # torch.nn.init passes all arguments by keyword
 
 
 def _pointwise(
@@ -199,6 +220,7 @@ def _lookup(func: Any, input: Tensor, weight: Any, *more: Any, **options: Any) -
 _OF_MATRICES = (torch.addmm, torch.mm, torch.Tensor.mm)
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **dispatch.HANDLERS,
+    **recurrent.OF_CELLS,
     **dict.fromkeys((F.embedding, F.embedding_bag), _lookup),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _pointwise),
     torch.addmm: _addmm,

@@ -37,6 +37,10 @@ def _relu(projected: Tensor, recurrent: Tensor, state: State) -> State:
 
 
 _CELLS = {torch.lstm: _lstm, torch.gru: _gru, torch.rnn_tanh: _tanh, torch.rnn_relu: _relu}
+_ONE_STEP = {
+    torch.lstm_cell: _lstm, torch.gru_cell: _gru,
+    torch.rnn_tanh_cell: _tanh, torch.rnn_relu_cell: _relu,
+}  # fmt: skip
 
 
 def recurrent(func: Any, *args: Any) -> Any:
@@ -65,6 +69,19 @@ def recurrent(func: Any, *args: Any) -> Any:
         x = outputs[0] if ways == 1 else torch.cat(outputs, 2)
     final = tuple(torch.stack(part) for part in zip(*ends, strict=True))
     return (x.transpose(0, 1) if batch_first else x), *final
+
+
+def one_step(
+    func: Any, input: Tensor, hx: Any, ih: Tensor, hh: Tensor,  # noqa: A002
+    ih_bias: Tensor | None = None, hh_bias: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """Run a cell, such as nn.LSTMCell, for one step."""
+    if torch.is_autocast_enabled(input.device.type):
+        return NotImplemented
+    state: State = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    projected = nested_linear(input, ih, ih_bias)
+    end = _ONE_STEP[func](projected, nested_linear(state[0], hh, hh_bias), state)
+    return end if len(end) > 1 else end[0]
 
 
 def _one_way(
@@ -116,3 +133,4 @@ def _itself(use: Use) -> Use:
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = dict.fromkeys(_CELLS, recurrent)
+OF_CELLS: dict[Any, Callable[..., Any]] = dict.fromkeys(_ONE_STEP, one_step)

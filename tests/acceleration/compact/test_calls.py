@@ -1,6 +1,7 @@
 """A compact weight in every form of call that torch allows, beside the masked weight."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -78,6 +79,42 @@ def test_a_result_may_be_written_to_another_tensor():
             torch.add(out, 1, out=layer.weight)
 
 
+WRITING = {
+    "copy": lambda w: r(5, 6).copy_(w),
+    "add": lambda w: r(5, 6).add_(w, alpha=2),
+    "+=": lambda w: operator.iadd(r(5, 6), w),
+    "addmm": lambda w: r(3, 6).addmm_(r(3, 5), w),
+    "lerp": lambda w: r(5, 6).lerp_(w, 0.5),
+    "part": lambda w: r(2, 5, 6)[0].copy_(w),
+    "foreach": lambda w: torch._foreach_add([r(5, 6)], [w])[0],
+}
+
+
+@pytest.mark.parametrize("call", WRITING.values(), ids=WRITING)
+def test_other_tensors_are_changed_by_a_weight(call):
+    masked = ps.sparsify(nn.Linear(6, 5).double(), 0.6)
+    small = ps.compact(copy.deepcopy(masked))
+    torch.testing.assert_close(call(small.weight), call(masked.weight))
+
+
+CHANGING = {
+    "fill": lambda w: w.fill_(1.0),
+    "+=": lambda w: operator.iadd(w, 1),
+    "item": lambda w: operator.setitem(w, 0, 1.0),
+    "data": lambda w: setattr(w, "data", r(5, 6)),
+    "init": nn.init.ones_,
+    "init by name": lambda w: nn.init.normal_(tensor=w),
+    "foreach": lambda w: torch._foreach_add_([w], 1.0),
+}
+
+
+@pytest.mark.parametrize("call", CHANGING.values(), ids=CHANGING)
+def test_the_weight_itself_is_not_changed(call):
+    small = ps.compact(ps.sparsify(nn.Linear(6, 5).double(), 0.6))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must not be changed in place"):
+        call(small.weight)
+
+
 @torch.enable_grad()
 def stepped(model, optimizer):
     model(torch.ones(1, 6)).sum().backward()
@@ -147,3 +184,30 @@ def test_hooks_on_the_weight_name_the_stored_values():
     for call in (lambda: layer.weight.register_hook(print), lambda: layer.weight.retain_grad()):
         with pytest.raises(RuntimeError, match="original"):
             call()
+
+
+def jagged():
+    return torch.nested.nested_tensor([r(3, 6), r(4, 6)], layout=torch.jagged)
+
+
+BYPASSING = {
+    "linear": lambda w: F.linear(jagged(), w),
+    "linear of a part": lambda w: F.linear(jagged(), w.chunk(2)[1]),
+    "matmul": lambda w: jagged() @ w,
+}
+
+
+@pytest.mark.parametrize("call", BYPASSING.values(), ids=BYPASSING)
+def test_tensors_that_do_not_ask_the_weight_are_refused(call):
+    small = ps.compact(ps.sparsify(nn.Linear(6, 6).double(), 0.6))
+    with pytest.raises(RuntimeError, match=r"compact weight.*`values\(\)`"):
+        call(small.weight)
+
+
+def test_jagged_inputs_pass_as_their_values_or_compiled():
+    masked = ps.sparsify(nn.Linear(6, 5).double(), 0.6)
+    small, given = ps.compact(copy.deepcopy(masked)), jagged()
+    want = masked(given).values()
+    torch.testing.assert_close(small(given.values()), want)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(given).values(), want)

@@ -130,6 +130,45 @@ def test_transforms_of_torch_func():
         close(*(forward_ad.unpack_dual(each(given)).tangent for each in (compact, model)))
 
 
+def every_output(y):
+    """Return a gradient of `y` for each entry of it."""
+    return torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+
+
+def vectorized(y, tensors):
+    return torch.autograd.grad(y, tensors, every_output(y), is_grads_batched=True)
+
+
+def mapped(y, tensors):
+    grads = vmap(lambda g: torch.autograd.grad(y, tensors, g, retain_graph=True))
+    return grads(every_output(y))
+
+
+def of_second_order(y, tensors):
+    (first,) = torch.autograd.grad(y.square().sum(), tensors[1], create_graph=True)
+    return vectorized(first, tensors)
+
+
+def forward_over_reverse(y, tensors):
+    with forward_ad.dual_level():
+        given = forward_ad.make_dual(torch.ones_like(y), torch.full_like(y, 2))
+        found = torch.autograd.grad(y, tensors, given)
+        return [forward_ad.unpack_dual(each).tangent for each in found]
+
+
+@pytest.mark.parametrize("way", [vectorized, mapped, of_second_order, forward_over_reverse])
+def test_backward_passes_under_transforms(way):
+    models, found = both(), []
+    for model in models:
+        inputs = X.clone().requires_grad_()
+        stored = model[0].parametrizations.weight.original
+        of_weight, of_inputs = way(model(inputs), (stored, inputs))
+        found.append((of_weight, of_inputs))
+    places = models[1][0].parametrizations.weight[0]
+    kept = found[0][0].flatten(-2)[..., places.positions()]
+    close(found[1], (kept, found[0][1]))
+
+
 def strict(model):
     return torch.export.export(model, (X,), strict=True).module()
 
@@ -317,7 +356,9 @@ LAYERS = {
         lambda: nn.EmbeddingBag(6, 4, sparse=True, mode="sum"), 0.5, (torch.tensor([[1, 1, 5]]),)
     ),
     "lstm cell": (lambda: nn.LSTMCell(3, 4), 0.5, (x(2, 3),)),
-    "gru cell": (lambda: nn.GRUCell(3, 4), 0.5, (x(2, 3),)),
+    "gru cell": (lambda: nn.GRUCell(3, 4, bias=False), 0.5, (x(2, 3), x(2, 4))),
+    "rnn cell": (lambda: nn.RNNCell(3, 4), 0.5, (x(2, 3),)),
+    "relu cell": (lambda: nn.RNNCell(3, 4, nonlinearity="relu"), 0.5, (x(3),)),
     "no rows": (lambda: nn.Linear(3, 2), 0.5, (x(0, 3),)),
 }  # fmt: skip
 
@@ -388,6 +429,18 @@ def test_models_change_their_dtype_and_layout():
     want = conv(images)
     ps.compact(conv).to(memory_format=torch.channels_last)
     close(conv(images), want)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_multiply_sparsely(kind, monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = ps.sparsify(kind(3, 4), 0.5), x(2, 3).float()
+    compact = ps.compact(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [torch.utils._pytree.tree_leaves(each(inputs))[0] for each in (compact, model)]
+        torch.testing.assert_close(*found)
+    monkeypatch.setattr(CompactWeight, "plain", lambda _: pytest.fail("dense values"))
+    torch.utils._pytree.tree_leaves(compact(inputs))[0].sum().backward()
 
 
 def test_recurrent_layers_keep_no_list_of_weights():
