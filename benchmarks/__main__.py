@@ -32,6 +32,7 @@ LIMITS = {
     "channels": 60,
     "payoff": 30,
     "training": 180,
+    "compact_updates": 4,
     "packing": 6,
     "packed_sizes": 20,
     "checkpoints": 10,

@@ -71,6 +71,17 @@ def _ratio(timings: Timings, way: str) -> str:
     return times(timings[way]["ratio"]) if way in timings else "-"
 
 
+def updates(content: Content) -> str:
+    """Return how long an update of the places takes, relative to a dense step."""
+    found = content["results"]
+    ways = list(next(iter(found.values())))[1:]
+    rows = [
+        [network, *(_ratio(each, way) for way in ways), time_in(each["dense step"], "ms")]
+        for network, each in found.items()
+    ]
+    return table(["an update, in dense steps", *ways, "dense step, ms"], rows)
+
+
 def memory(content: Content) -> str:
     """Return the peak memory of a process over that of the dense one."""
     found = content["memory"]
@@ -108,5 +119,6 @@ TABLES: dict[str, Table] = {
     "training.slower": slower,
     "training.steps": steps,
     "training.memory": memory,
+    "compact_updates.updates": updates,
     "mnist_compact.accuracy": accuracy,
 }
