@@ -13,45 +13,59 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import parasparse as ps
 from benchmarks.timing import after, compare, elapsed, own, show, threads, write
-from benchmarks.training import NETWORKS, made, step_of
 
-SPARSITY = 0.95
-NAMES = ("MLP 2048, batch 128", "MLP 4096, batch 128")
+WIDTHS, BATCH = (2048, 4096), 128
+RULES = dict.fromkeys(("0.weight", "2.weight"), 0.95)
 GROWTH = {"SET": "random", "RigL": "gradient"}
 
 
-def update_of(network: str, growth: str) -> Callable[[], float]:
-    """Return what trains for a step and then returns the milliseconds of an update."""
-    build, inputs = NETWORKS[network]
-    model, x = made("compact", build, SPARSITY), inputs()
-    optimizer = torch.optim.Adam(model.parameters())
-    rules = {row.name: SPARSITY for row in ps.summary(model).rows}
-    controller = ps.DynamicSparsity(
-        model, rules, optimizer, prune="magnitude", growth=growth, redistribution="none",
-        prune_rate=0.3, every=1, init="resume",
-    )  # fmt: skip
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    )
 
-    def train() -> None:
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    x, target = torch.randn(BATCH, 784), torch.randn(BATCH, 10)
+
+    def step() -> None:
         optimizer.zero_grad()
-        F.mse_loss(model(x), torch.zeros(len(x), 10)).backward()
+        F.mse_loss(model(x), target).backward()
         optimizer.step()
 
-    return after(train, lambda _: controller.step())
+    return step
+
+
+def dense_step(width: int) -> Callable[[], float]:
+    model = mlp(width)
+    step = step_of(model, torch.optim.Adam(model.parameters()))
+    return lambda: elapsed(step)
+
+
+def update(width: int, growth: str) -> Callable[[], float]:
+    """Return what trains for a step and then returns the milliseconds of an update."""
+    model = ps.compact(ps.sparsify(mlp(width), RULES))
+    optimizer = torch.optim.Adam(model.parameters())
+    controller = ps.DynamicSparsity(
+        model, RULES, optimizer, prune="magnitude", growth=growth, redistribution="none",
+        prune_rate=0.3, every=1, init="resume",
+    )  # fmt: skip
+    return after(step_of(model, optimizer), lambda _: controller.step())
 
 
 def main() -> None:
     results = {}
-    for network in NAMES:
-        build, inputs = NETWORKS[network]
+    for width in WIDTHS:
         with threads(1):
-            step = step_of(made("dense", build, SPARSITY), inputs())
-            calls = {"dense step": lambda step=step: elapsed(step)}
-            calls |= {name: update_of(network, growth) for name, growth in GROWTH.items()}
-            results[network] = compare(calls, repeats=9, clock=own)
-        show(network, results[network])
+            calls = {"dense step": dense_step(width)}
+            calls |= {name: update(width, growth) for name, growth in GROWTH.items()}
+            question = f"MLP {width}, batch {BATCH}"
+            results[question] = compare(calls, repeats=9, clock=own)
+        show(question, results[question])
     write("compact_updates", results)
 
 

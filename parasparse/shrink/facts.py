@@ -46,7 +46,7 @@ def with_zeros(state: Tensor, value: Tensor) -> Tensor:
     Along dimensions where the state does not vary, all of `value` must be 0.
     """
     small = compact(state)
-    if value.is_meta or not bool(small.any()):
+    if value.is_meta or not value.numel() or not bool(small.any()):
         return torch.clamp(small, max=KNOWN).expand(state.shape)
     same = [dim for dim in range(value.ndim) if small.shape[dim] == 1 < value.shape[dim]]
     there = _has_others_than_0(value, same) if same else value != 0

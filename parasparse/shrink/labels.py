@@ -37,7 +37,7 @@ def compact(label: Tensor) -> Tensor:
     shape, strides = label.shape, label.stride()
     if 0 not in strides:
         return label
-    sizes = [1 if n and not s else n for n, s in zip(shape, strides, strict=True)]
+    sizes = [1 if not s else n for n, s in zip(shape, strides, strict=True)]
     return label.as_strided(sizes, strides)
 
 
@@ -90,11 +90,7 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Make the ids of `a` and `b`, of shapes that broadcast, one unit entry by entry."""
-        a, b = torch.broadcast_tensors(a, b)
-        for dim in range(a.ndim):
-            if a.shape[dim] > 1 and a.stride(dim) == 0 and b.stride(dim) == 0:
-                a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
-        a, b = a.flatten(), b.flatten()
+        a, b = (ids.flatten() for ids in torch.broadcast_tensors(compact(a), compact(b)))
         if not bool(torch.minimum(a, b).all()):
             self.pin(torch.where((a == 0) | (b == 0), a + b, 0), "it meets a size that stays")
             there = (a != 0) & (b != 0)

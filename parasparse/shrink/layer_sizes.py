@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from parasparse.shrink.sizes import Attribute, holder_of
 
-# Class, attribute, parameter or buffer, dimension.
+# Class, attribute, parameter or buffer, dimension. The first tensor that a layer has counts.
 _SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Linear, "in_features", "weight", 1),
     (nn.Linear, "out_features", "weight", 0),
@@ -24,6 +24,8 @@ _SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.GroupNorm, "num_channels", "weight", 0),
     (nn.PReLU, "num_parameters", "weight", 0),
     (nn.RNNBase, "input_size", "weight_ih_l0", 1),
+    (nn.RNNBase, "proj_size", "weight_hr_l0", 0),
+    (nn.RNNBase, "hidden_size", "weight_hr_l0", 1),
     (nn.RNNBase, "hidden_size", "weight_hh_l0", 1),
     (nn.RNNCellBase, "input_size", "weight_ih", 1),
     (nn.RNNCellBase, "hidden_size", "weight_hh", 1),
@@ -45,7 +47,7 @@ def layer_sizes(
         prefix = f"{path}." if path else ""
         for kind, attribute, tensor, dim in _SIZES:
             if isinstance(module, kind) and f"{prefix}{tensor}" in shapes:
-                found[Attribute(path, attribute)] = shapes[f"{prefix}{tensor}"][dim]
+                found.setdefault(Attribute(path, attribute), shapes[f"{prefix}{tensor}"][dim])
         shape = shapes.get(f"{prefix}weight")
         if isinstance(module, _ConvNd) and shape is not None:
             number = groups.get(Attribute(path, "groups"), int(module.groups))
@@ -63,7 +65,8 @@ def sized_by(model: nn.Module, attribute: Attribute) -> tuple[str, int] | None:
     holder = holder_of(model, attribute)
     prefix = f"{attribute.path}." if attribute.path else ""
     for kind, name, tensor, dim in _SIZES:
-        if isinstance(holder, kind) and name == attribute.name:
+        there = isinstance(holder, kind) and getattr(holder, tensor, None) is not None
+        if there and name == attribute.name:
             return f"{prefix}{tensor}", dim
     if isinstance(holder, _ConvNd) and attribute.name in ("in_channels", "out_channels"):
         is_rows = (attribute.name == "out_channels") != isinstance(holder, _ConvTransposeNd)

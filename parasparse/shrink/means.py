@@ -172,6 +172,11 @@ class Means:
         if name == "mul" and gain is not None:
             mean.gains.append((gain.name, gain.shift, power))
             return _Scaled(mean, 0.0)
+        if name == "addcmul" and not is_first and not call.kwargs:
+            factors = [self._gain(t) for t in call.args[1:] if t not in self._scaled]
+            if len(factors) == 1 and factors[0] is not None:
+                mean.gains.append((factors[0].name, factors[0].shift, power))
+                return _Scaled(mean, 0.0)
         if name in ("mul", "div") and gain is None and not call.kwargs:
             return _Scaled(mean, power if is_first or name == "mul" else -power)
         return None

@@ -63,7 +63,7 @@ class StandIns:
         if name not in PRODUCTS or func._schema.is_mutable:
             return None
         tensors = [t for t in args if isinstance(t, Tensor)]
-        if any(t.is_meta for t in tensors):
+        if any(t.is_meta or t.layout != torch.strided for t in tensors):
             return None
         if name == "convolution":
             like = func(*map(_without_values, args))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.facts import UNKNOWN, facts
 from parasparse.shrink.labels import along, varies, varying
-from parasparse.shrink.sizes import Size, expression, numbers, span
+from parasparse.shrink.sizes import Size, Span, expression, numbers, span
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace, lowest
 
@@ -121,15 +121,30 @@ def _viewed(name: str) -> Callable[..., None]:
         sizes = _flat(args[1:] or tuple(kwargs.values()))
         if not all(isinstance(size, int) for size in sizes) or len(sizes) != out.ndim:
             return
+        if name in ("expand", "broadcast_to"):
+            _follow_sizes(trace, args[0], sizes, out)
         for dim, size in enumerate(sizes):
             _require(trace, size, out, dim, name)
 
     return check
 
 
+def _follow_sizes(trace: Trace, tensor: Tensor, sizes: Sequence[Any], out: Tensor) -> None:
+    """Give labels to dimensions in which `tensor` is repeated to the size of another tensor."""
+    shape = [1] * (out.ndim - tensor.ndim) + list(_SHAPE(tensor))
+    labels = list(trace.labels(out))
+    for dim, size in enumerate(sizes):
+        is_new = isinstance(size, Size) and shape[dim] == 1 < size and out.stride(dim) == 0
+        if is_new and isinstance(expression(size), Span):
+            labels.append(along(trace.ties.new(int(size)), dim, out.shape))
+    trace.set_facts(out, facts(labels, trace.state(out)))
+
+
 def _like(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     """A tensor gets the sizes of another one."""
-    for dim, size in enumerate(_sizes(trace, args[1] if len(args) > 1 else kwargs["other"])):
+    sizes = _sizes(trace, args[1] if len(args) > 1 else kwargs["other"])
+    _follow_sizes(trace, args[0], sizes, out)
+    for dim, size in enumerate(sizes):
         _require(trace, size, out, dim, "expand_as")
 
 

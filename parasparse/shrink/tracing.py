@@ -334,7 +334,8 @@ class Trace(TorchDispatchMode):
             if key in self._names:
                 self.uses[key] += 1
         self.means.follow(call, mutates=mutates)
-        rule = self._rule_for(call)
+        is_sparse = any(t.layout != torch.strided for t in (*outs, *call.tensors()))
+        rule = None if is_sparse else self._rule_for(call)
         found = unknown_operation(self, call) if rule is None else rule(self, call)
         if not self.constants_hold and call.takes_number():
             found = [Facts(each.labels, self._zeros_alone(call, each.state)) for each in found]
@@ -353,6 +354,7 @@ class Trace(TorchDispatchMode):
 
     def _written(self, outs: list[Tensor]) -> None:
         """Forget the states of other tensors in memory that has been written to."""
+        outs = [out for out in outs if out.layout == torch.strided]
         for storage in {out.untyped_storage()._cdata for out in outs}:
             for tensor, _ in self._in_memory[storage].items():
                 if not any(tensor is out for out in outs):
@@ -360,7 +362,8 @@ class Trace(TorchDispatchMode):
                     self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
 
     def _remember_memory(self, tensor: Tensor) -> None:
-        self._in_memory[tensor.untyped_storage()._cdata][tensor] = None
+        if tensor.layout == torch.strided:
+            self._in_memory[tensor.untyped_storage()._cdata][tensor] = None
 
 
 def unknown_operation(trace: Trace, call: Call) -> list[Facts]:

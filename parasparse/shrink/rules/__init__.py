@@ -7,11 +7,12 @@ from parasparse.shrink.rules.matrix_products import MATRIX_PRODUCTS
 from parasparse.shrink.rules.movement import MOVEMENTS
 from parasparse.shrink.rules.reduction import REDUCTIONS
 from parasparse.shrink.rules.spatial import SPATIAL
+from parasparse.shrink.rules.writing import WRITES
 from parasparse.shrink.tracing import Call, Rule
 
 RULES: dict[str, Rule] = {
     **MOVEMENTS, **INDEXING, **CONVOLUTIONS, **MATRIX_PRODUCTS, **REDUCTIONS, **SPATIAL,
-    **ELEMENTWISE,
+    **WRITES, **ELEMENTWISE,
 }  # fmt: skip
 
 

@@ -52,9 +52,10 @@ def merge(trace: Trace, labels: list[Tensor], label: Tensor) -> None:
             big, small = (label, other) if there < dims else (other, label)
             _join(trace, big, small)
             labels[place] = big
-        else:
-            for each in (label, other):
-                trace.ties.pin(each, "its channels are combined in two ways")
+        else:  # such as the queries and keys of each head: heads stay whole
+            first, second = (_one_along(trace, each, dims & there) for each in (label, other))
+            trace.ties.tie(first, second)
+            labels[place] = first
         return
     labels.append(label)
 
@@ -67,6 +68,15 @@ def _join(trace: Trace, big: Tensor, small: Tensor) -> None:
         trace.ties.pin(small, "all units use it")
     else:
         trace.ties.tie(big, small)
+
+
+def _one_along(trace: Trace, label: Tensor, dims: set[int]) -> Tensor:
+    """Make `label` one unit for each index of `dims`; return it as it varies along them alone."""
+    others = tuple(set(varying(label)) - dims)
+    along_all(trace, label, others)
+    for dim in others:
+        label = fixed_along(label, dim, label.shape[dim])
+    return label
 
 
 def along_all(trace: Trace, label: Tensor, dims: tuple[int, ...]) -> None:
@@ -130,6 +140,12 @@ def _filled(trace: Trace, call: Call) -> list[Facts]:
     return [Facts(trace.labels(call.args[0]), state)]
 
 
+def _made(trace: Trace, call: Call) -> list[Facts]:
+    """A new tensor, of which the program has stated the sizes."""
+    (out,) = call.outs()
+    return [Facts((), with_zeros(everywhere(KNOWN, out.shape), out))]
+
+
 def _alike(trace: Trace, call: Call) -> list[Facts]:
     """A new tensor of the same sizes."""
     if call.name in RANDOM:
@@ -162,6 +178,7 @@ ELEMENTWISE: dict[str, Rule] = {
                      "leaky_relu", "elu", "softplus", "threshold", "rrelu_with_noise",
                      "hardswish", "mish", "gelu", "silu", "celu", "nan_to_num"), elementwise),
     **dict.fromkeys(("fill", "zero", "fill_", "zero_"), _filled),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), _made),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
                      "randn_like"), _alike),
 }  # fmt: skip

@@ -12,10 +12,9 @@ from parasparse.shrink.facts import (
     everywhere,
     facts,
     lowest_along,
-    lowest_of,
     worst,
 )  # fmt: skip
-from parasparse.shrink.labels import fixed_along, varies, varying
+from parasparse.shrink.labels import compact, fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.tracing import Call, Rule, Trace, lowest
@@ -50,6 +49,7 @@ def _indexed(trace: Trace, call: Call) -> list[Facts]:
 
 def _index(tensor: Tensor, indices: list[Tensor | None], dims: list[int], out: Tensor) -> Tensor:
     """Index a tensor that does not vary along `dims`."""
+    tensor = compact(tensor)
     for dim in dims:
         tensor = tensor.narrow(dim, 0, 1)
     rest = [d for d in range(tensor.ndim) if d not in dims]
@@ -81,9 +81,10 @@ def _picked(
     for tensor in call.tensors()[1:]:
         for label in trace.labels(tensor):
             trace.ties.pin(label, "used as an index")
-    others = lowest(trace, call.tensors()[1:])
-    state = lowest_of([run(state), everywhere(others, out.shape)], out.shape)
-    return facts(labels, state)
+    state = run(state)
+    if lowest(trace, call.tensors()[1:]) == UNKNOWN:  # zeros are zeros wherever they are picked
+        state = only_zeros(state)
+    return facts(labels, state.expand(out.shape))
 
 
 def _along(trace: Trace, call: Call) -> list[Facts]:
@@ -107,7 +108,9 @@ def _along(trace: Trace, call: Call) -> list[Facts]:
         return t.expand(out.shape)
 
     found = _picked(trace, call, [dim], out, run, state)
-    return [found] + [Facts(found.labels, found.state) if o.shape == out.shape else
+    places = Facts(found.labels, everywhere(UNKNOWN, out.shape))
+    first = places if call.name.startswith("arg") else found
+    return [first] + [places if o.shape == out.shape else
                       Facts((), everywhere(UNKNOWN, o.shape)) for o in rest]  # fmt: skip
 
 

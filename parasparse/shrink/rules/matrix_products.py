@@ -33,7 +33,7 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
     w_over, w_other = _sorted(trace, w, -2)
     for here, there in ((x_over, w_over), (w_over, x_over)):
         if here and not there and x.shape[-1] > 1:
-            for label in here:
+            for label in (label for label in here if len(varying(label)) == 1):
                 trace.ties.pin(label, "multiplied by a tensor whose size stays")
     for one, other in ((x, w), (w, x)):
         _keep_batches(trace, one, other)
@@ -79,7 +79,7 @@ def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[
     one unit along `dim`, and is found in the result.
     """
     over, other = [], []
-    for label in trace.labels(tensor):
+    for label in _inner(trace, tensor):
         if varies(label, dim % label.ndim):
             over.append(label)
             if len(varying(label)) > 1:
@@ -88,6 +88,26 @@ def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[
         else:
             other.append(label)
     return over, other
+
+
+def _inner(trace: Trace, tensor: Tensor) -> list[Tensor]:
+    """Return the labels of `tensor`, one for each dimension: the outer ones of two kinds stay.
+
+    Such are the experts and the inner channels of fused weights.
+    """
+    kept: list[Tensor] = []
+    for label in sorted(trace.labels(tensor), key=_is_outer):
+        if any(varying(label) == varying(other) for other in kept):
+            trace.ties.pin(label, "other channels share its dimension")
+        else:
+            kept.append(label)
+    return kept
+
+
+def _is_outer(label: Tensor) -> bool:
+    """Whether neighbours have the same id."""
+    ids = compact(label).flatten()[:2]
+    return len(ids) < 2 or bool(ids[0] == ids[1])
 
 
 def _flat(label: Tensor | None, size: int) -> Tensor:
@@ -99,7 +119,7 @@ def _ids(trace: Trace, label: Tensor, dim: int) -> Tensor:
     rest = label.ndim - 1 if dim == -2 else label.ndim - 2
     if varies(label, rest):
         trace.ties.pin(label, "its channels are combined in two ways")
-    return label.select(rest, 0)
+    return compact(label).select(rest, 0)
 
 
 def _read(trace: Trace, x: Tensor, w: Tensor, over: Tensor, rows: list[Tensor], bias: Any) -> None:
@@ -112,7 +132,7 @@ def _read(trace: Trace, x: Tensor, w: Tensor, over: Tensor, rows: list[Tensor], 
     name, summed = _stored(trace, w)
     trace.reads.append(
         Read(
-            columns=over.reshape(-1, over.shape[-1])[:1],
+            columns=compact(over).reshape(-1, over.shape[-1])[:1],
             rows=pure[0].reshape(-1, size)[0] if pure else torch.zeros(size, dtype=torch.long),
             states=states.expand(w.shape[-2:]).t(),
             constants=constants_of(x.reshape(-1, x.shape[-1]), state).unsqueeze(0),

@@ -55,9 +55,13 @@ def _checked(run: Callable[..., Any]) -> Rule:
     move = _moved(run)
 
     def rule(trace: Trace, call: Call) -> list[Facts]:
-        if trace.function not in _CHECKED or call.name in ("select", "unbind"):
+        picks = call.name in ("select", "unbind")
+        if picks or trace.function not in _CHECKED:
             _pieces_stay(trace, call)
-        return move(trace, call)
+        found = move(trace, call)
+        if picks:  # what varied along the dimension that is gone says nothing any more
+            found = [Facts(tuple(filter(varying, each.labels)), each.state) for each in found]
+        return found
 
     return rule
 

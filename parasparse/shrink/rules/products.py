@@ -17,7 +17,7 @@ def constants_of(x: Tensor, state: Tensor) -> Tensor:
     values = torch.full((x.shape[-1],), torch.nan, dtype=kind)
     values[state == ZERO] = 0.0
     known = (state == KNOWN).nonzero().flatten()
-    if x.is_meta or not len(known):
+    if x.is_meta or not len(x) or not len(known):
         return values
     columns = x[:, known.to(x.device)].cpu().to(kind)
     # A kernel computes the last entries of a row by other instructions, which may round otherwise.
@@ -76,6 +76,9 @@ def product_state(call: Call, zero: Tensor, known: Tensor, bias: Tensor | None) 
     if bias is not None:
         known, _ = torch.broadcast_tensors(known, bias)
     state = torch.where(known, KNOWN, UNKNOWN).to(torch.uint8)
+    if not out.numel():  # nothing tells what the values would be, but for zeros
+        silent = zero if bias is None else zero & (bias == 0)
+        return torch.where(known & silent, ZERO, state).to(torch.uint8).expand(out.shape)
     if not call.is_stand_in or not bool(known.any()):
         return with_zeros(state.expand(out.shape), out)
     if bool((known & ~zero).any()):

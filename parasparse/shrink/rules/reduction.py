@@ -19,7 +19,7 @@ from parasparse.shrink.facts import (
     with_zeros,
     worst,
 )  # fmt: skip
-from parasparse.shrink.labels import along, tidy, varies, varying
+from parasparse.shrink.labels import along, compact, tidy, varies, varying
 from parasparse.shrink.means import RMS_NORMS
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
@@ -89,6 +89,7 @@ def _keeps(call: Call, x: Tensor) -> bool:
 
 
 def _without_dims(tensor: Tensor, dims: list[int], keep: bool) -> Tensor:
+    tensor = compact(tensor)
     for dim in sorted(dims, reverse=True):
         tensor = tensor.narrow(dim, 0, 1) if keep else tensor.select(dim, 0)
     return tensor
