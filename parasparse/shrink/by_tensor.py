@@ -45,5 +45,5 @@ class ByTensor(Generic[Value]):
         for reference, value in list(self._held.values()):
             tensor = reference()
             if tensor is not None:
-                tensor._fix_weakref()  # torch needs it of what comes from a weak reference
+                tensor._fix_weakref()  # type: ignore[attr-defined] # of a weak reference
                 yield tensor, value
