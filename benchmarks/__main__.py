@@ -5,7 +5,7 @@
 Each benchmark runs in its own process, with a time limit. If one fails or runs out of time, its old
 results stay, its name is printed at the end, and the exit code is 1. BENCH_QUICK=1 makes a trial
 run that writes nothing to benchmarks/results or to the documentation. mnist, mnist_compact and
-tickets need data, mnn a package of its own; they are not included.
+tickets need data, mnn and runtimes other packages; they are not included.
 """
 
 from __future__ import annotations

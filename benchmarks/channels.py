@@ -34,6 +34,7 @@ from torchvision import models
 
 import parasparse as ps
 from benchmarks.memory import peak
+from benchmarks.networks import Logits, bert, images, tokens
 from benchmarks.timing import QUICK, Timing, compare, show, write
 
 try:
@@ -46,23 +47,6 @@ PATIENCE = 60  # seconds for one call of Torch-Pruning
 Networks = dict[str, nn.Module]
 
 
-class Logits(nn.Module):
-    """A model of transformers that takes token numbers and returns one tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens)[0]
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    return Logits(BertModel(BertConfig(), add_pooling_layer=False))
-
-
 def llama() -> nn.Module:
     """About 100 million parameters, with grouped queries."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,14 +56,6 @@ def llama() -> nn.Module:
         num_attention_heads=10, num_key_value_heads=5, use_cache=False,
     )  # fmt: skip
     return Logits(LlamaForCausalLM(config))
-
-
-def images(batch: int) -> Tensor:
-    return torch.randn(batch, 3, 224, 224)
-
-
-def tokens(batch: int) -> Tensor:
-    return torch.randint(1000, (batch, 128))
 
 
 # A function that makes the network, and one that makes inputs of a batch size.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+import parasparse as ps
 
 
 class Where(nn.Module):
@@ -27,3 +30,42 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(x)[0])
+
+
+def for_inference(model: nn.Module, x: Tensor) -> nn.Module:
+    """Accelerate a network as docs/payoff.md advises: batch norms folded, pooling channels_last."""
+    pools = [module for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    for pool in pools:
+        pool.register_forward_hook(lambda _, x, y: y.contiguous())
+    if pools:
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        first.to(memory_format=torch.channels_last)
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        model = fuse(model)
+    zeros = any(p.dim() > 1 and 2 * p.count_nonzero() <= p.numel() for p in model.parameters())
+    return ps.accelerate(model, x) if zeros else model
+
+
+class Logits(nn.Module):
+    """A model of transformers that takes token numbers and returns one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens)[0]
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return Logits(BertModel(BertConfig(), add_pooling_layer=False))
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 224, 224)
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.randint(1000, (batch, 128))

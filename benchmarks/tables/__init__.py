@@ -20,6 +20,7 @@ from benchmarks.tables import (
     deploy_page,
     payoff_page,
     performance_page,
+    runtimes_page,
     training_page,
 )
 from benchmarks.tables.losses import losses
@@ -27,7 +28,7 @@ from benchmarks.tables.markdown import Content, machine
 
 HERE = Path(__file__).parents[1]
 PAGES = HERE.parent / "docs"
-ON_PAGES = (performance_page, payoff_page, deploy_page, training_page)
+ON_PAGES = (performance_page, payoff_page, runtimes_page, deploy_page, training_page)
 TABLES = {name: function for page in ON_PAGES for name, function in page.TABLES.items()}
 BEGIN, END = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE), "<!-- end of table -->"
 MARKED = re.compile(rf"({BEGIN.pattern}\n)(.*?)^({END})$", re.MULTILINE | re.DOTALL)

@@ -41,6 +41,8 @@ COMPARED = (
     Compared("whole channels, time", "channels", ".*", "parasparse", ("dense", "Torch-Pruning")),
     Compared("whole channels, bytes", "channels", ".*", "parasparse", ("dense", "Torch-Pruning"),
              "bytes"),
+    Compared("networks in other runtimes", "runtimes", ".*", "parasparse",
+             ("torch", "onnxruntime", "OpenVINO", "MNN", "DeepSparse"), "processor"),
     Compared("training with compact weights", "training", ".*", "compact",
              ("dense", "torch's prune", "SparseLab")),
     Compared("training with compact weights, bytes", "training", ".*", "compact",
