@@ -71,7 +71,7 @@ def cheapest(kept: Tensor, inner: int, entry_bits: float, place_bits: PlaceBits)
         grid, last = kept, (1, 1)
         for unit in chain:
             grid = _coarser(grid, unit[0] // last[0], unit[1] // last[1])
-            held = int(grid.count_nonzero())
+            held = number if grid is kept else int(grid.count_nonzero())
             values = held * unit[0] * unit[1] * entry_bits
             if values >= least:  # coarser units keep at least as much
                 break
@@ -92,5 +92,8 @@ def _chains(rows: int, columns: int, inner: int) -> Iterator[list[Unit]]:
 def _coarser(grid: Tensor, tall: int, wide: int) -> Tensor:
     """Return which `tall` x `wide` rectangles of `grid` contain a kept unit."""
     rows, columns = grid.shape
+    if tall == wide == 1:
+        return grid
     cut = grid.view(torch.uint8).view(rows // tall, tall, columns // wide, wide)
-    return cut.amax(1).amax(2).view(torch.bool)  # 10 times faster than `any` over both
+    cut = cut.squeeze(1) if tall == 1 else cut.amax(1)
+    return cut.amax(2).view(torch.bool)  # 10 times faster than `any` over both

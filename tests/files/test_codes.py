@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from parasparse.files.codes import bins, digits, offsets, places, tensors
 from parasparse.files.codes.cursor import Cursor
+from parasparse.files.codes.flags import Kind
 from parasparse.files.codes.numbers import NumberReader, pack_number
 from parasparse.files.codes.tensors import decode, decode_rows, encode
 from tests.files.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
@@ -128,6 +129,15 @@ def test_patterns_take_the_bits_of_their_patterns():
         assert 8 * len(encode(kept)) < bits * kept.numel() + 2000
 
 
+@pytest.mark.parametrize("end", [[], [1], [0], [0, 1], [1, 1, 0], [1, 1, 1]], ids=str)
+def test_patterns_may_end_in_the_middle_of_a_group(end):
+    kept = torch.cat([mask("2:4", (16, 64)).flatten(), torch.tensor(end, dtype=torch.bool)])
+    for tensor in (kept, kept.float(), (kept * 7).to(torch.int16)):
+        coded = encode(tensor)
+        assert Cursor(coded[4:]).unpack("B")[0] & 7 == Kind.FOURS
+        assert same(decode(coded, tensor.dtype, tuple(tensor.shape)), tensor)
+
+
 @pytest.mark.parametrize(
     ("tensor", "most"),
     [
@@ -199,8 +209,8 @@ def test_bins_hold_every_number_and_count_their_bits(pairs):
     for value, count in pairs:
         counts[value] += count
     found = bins.choose_bins(counts)
-    assert found.lows.diff().gt(0).all()
-    assert torch.all(found.lows[1:] >= found.lows[:-1] + (1 << found.widths[:-1]))
+    ends = [low + (1 << width) for low, width in zip(found.lows, found.widths, strict=True)]
+    assert all(end <= low for end, low in zip(ends, found.lows[1:], strict=False))
     values = counts.nonzero().squeeze(1).int()
     for coded in (found, replace(found, sign=1 << 16)):
         numbers = coded.of_numbers[values.long()]

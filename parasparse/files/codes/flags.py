@@ -19,7 +19,7 @@ from parasparse.files.codes.digits import (
 )
 from parasparse.files.codes.places import pack_places, places_of, unpack_places
 
-_SOME = 1 << 15
+_SOME = 1 << 13
 
 
 class Kind(IntEnum):
@@ -124,8 +124,7 @@ def unpack_flags(
         size, base = _SIZES[code.kind], base_for(len(code.patterns))
         groups = -(-total // size)
         digits = unpack_digits(cursor.take(digits_nbytes(groups, base)), groups, base)
-        flags = unpack_fields(code.patterns.index_select(0, digits), 8 * groups, 1)
-        found = places_of(flags.view(-1, 8)[:, :size].reshape(-1)[:total])
+        found = _places_of_patterns(code.patterns, digits, size, total)
     are_set = total if found is None else len(found)
     if are_set != number:
         raise ValueError(f"{number} flags must be set; {are_set} are.")
@@ -133,6 +132,20 @@ def unpack_flags(
 
 
 _SIZES = {Kind.FOURS: 4, Kind.EIGHTS: 8}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
+
+
+def _places_of_patterns(patterns: Tensor, digits: Tensor, size: int, total: int) -> Tensor:
+    """Return where `total` flags are set, whose patterns of `size` each are given by `digits`."""
+    flags = unpack_fields(patterns, 8 * len(patterns), 1).view(-1, 8)[:, :size].contiguous()
+    number = int(flags[0].sum())
+    if number not in _WORDS or not bool((flags.sum(1) == number).all()):
+        chosen = flags.view(_WORDS[size]).view(-1).index_select(0, digits)
+        return places_of(chosen.view(torch.uint8)[:total])
+    # Each pattern sets equally many, as N:M does: their places in it are a word.
+    places = flags.nonzero()[:, 1].to(torch.uint8).view(_WORDS[number])
+    chosen = places.index_select(0, digits).view(torch.uint8).view(-1, number)
+    return (chosen + torch.arange(0, total, size, dtype=torch.int32).unsqueeze(1)).view(-1)
 
 
 def _patterns(flags: Tensor, size: int) -> Tensor:

@@ -93,11 +93,12 @@ def pack_head(head: Head) -> Tensor:
 
 
 def _packed_bins(bins: Bins) -> bytes:
-    ends = torch.cat([bins.lows.new_zeros(1), bins.lows + (1 << bins.widths)])[:-1]
-    gaps = bins.lows - ends
-    widths = (bins.widths + _GAP * (gaps != 0)).tolist()
-    numbers = [gap.to_bytes(2, "little") for gap in gaps[gaps != 0].tolist()]
-    return b"".join([pack_number(len(widths)), bytes(widths), *numbers])
+    end, widths, gaps = 0, [], []
+    for low, width in zip(bins.lows, bins.widths, strict=True):
+        widths.append(width if low == end else width + _GAP)
+        gaps.append((low - end).to_bytes(2, "little") if low != end else b"")
+        end = low + (1 << width)
+    return b"".join([pack_number(len(widths)), bytes(widths), *gaps])
 
 
 def _packed_record(record: Record) -> bytes:
@@ -157,9 +158,7 @@ def _unpack_bins(reader: NumberReader, sign: int) -> Bins:
         end = lows[-1] + (1 << widths[-1])
     if not coded or max(widths) > 16 or lows[-1] > 0xFFFF:
         raise ValueError("the table of bins is impossible.")
-    return Bins(
-        torch.tensor(lows, dtype=torch.int32), torch.tensor(widths, dtype=torch.int32), sign
-    )
+    return Bins(tuple(lows), tuple(widths), sign)
 
 
 def _unpack_record(reader: NumberReader) -> Record:

@@ -28,13 +28,15 @@ class NumberReader:
 
     def number(self) -> int:
         """Return the next number."""
-        number = shift = 0
-        while shift < _MOST_BITS:
-            byte = self.take(1)[0]
+        number = 0
+        for shift in range(0, _MOST_BITS, 7):
+            if self.left == 0:
+                raise ValueError("a number must follow; no byte does.")
+            byte = self._data[self._place]
+            self._place += 1
             number |= (byte & 127) << shift
             if byte < 128:
                 return number
-            shift += 7
         raise ValueError(f"a number has more than {_MOST_BITS} bits.")
 
     def take(self, nbytes: int) -> bytes:
