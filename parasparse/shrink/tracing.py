@@ -281,6 +281,11 @@ class Trace(TorchDispatchMode):
             return self.leaves[id(tensor)]
         return None
 
+    def is_stored(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a parameter or buffer, or a part of one."""
+        memory = tensor.untyped_storage()._cdata
+        return any(leaf.tensor.untyped_storage()._cdata == memory for leaf in self.leaves.values())
+
     def is_used_once(self, name: str) -> bool:
         """Whether one operation alone reads a parameter."""
         return all(self.uses[key] == 1 for key, leaf in self.leaves.items() if leaf.name == name)

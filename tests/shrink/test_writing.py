@@ -141,6 +141,61 @@ def test_experts_in_one_tensor_lose_inner_channels():
     assert not ps.plan_shrink(model, example).rows
 
 
+class Hit(nn.Module):
+    """Experts in one tensor, of which only those run that get a token."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 8, 4))
+        self.down = nn.Parameter(torch.randn(4, 4, 8))
+        self.pick = pick
+
+    def forward(self, x, expert):
+        out = torch.zeros_like(x)
+        for each in expert.unique():
+            (rows,) = torch.where(expert == each)
+            up, down = self.pick(self.up, each), self.pick(self.down, each)
+            out.index_add_(0, rows, F.linear(F.linear(x[rows], up).relu(), down))
+        return out
+
+
+PICKS = {
+    "by a number": lambda w, e: w[int(e)],
+    "by an index": lambda w, e: w[e],
+    "by a list": lambda w, e: w[e[None]][0],
+    "unbound": lambda w, e: w.unbind(0)[int(e)],
+    "of a view": lambda w, e: w.view(2, 2, *w.shape[1:])[int(e) // 2, int(e) % 2],
+}
+
+
+@pytest.mark.parametrize("pick", PICKS.values(), ids=PICKS)
+def test_experts_that_the_example_does_not_hit_keep_their_channels(pick):
+    """The example hits experts alone that a mask drops as a whole."""
+    torch.manual_seed(0)
+    model = Hit(pick).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    first = torch.zeros(6, dtype=torch.long)
+    kept = torch.ones(4, 8, dtype=torch.bool)
+    kept[0] = False
+    kept[:, :3] = False
+    ps.sparsify(model, {"up": kept[:, :, None].expand(4, 8, 4)})
+    masked = ps.squash(copy.deepcopy(model))
+    ps.shrink(model, (x, first))
+    assert model.up.shape[:2] == (4, 5)
+    for experts in (first, torch.tensor([0, 1, 2, 3, 1, 1])):
+        torch.testing.assert_close(model(x, experts), masked(x, experts), rtol=1e-12, atol=1e-12)
+
+
+def test_whole_experts_are_no_units():
+    torch.manual_seed(0)
+    model, x = Hit(PICKS["by a number"]).double(), torch.randn(6, 4, dtype=torch.float64)
+    example = (x, torch.tensor([0, 1, 1, 1, 0, 1]))
+    units = ps.coupled(model, example)
+    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    kept = ps.mask_of(model, "up").any(-1)
+    assert kept.all(0).sum() == 4 and (kept == kept[:1]).all()
+
+
 class Convolved(nn.Module):
     """A graph whose neighbours are a sparse matrix."""
 

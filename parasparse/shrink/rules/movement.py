@@ -55,13 +55,33 @@ def _checked(run: Callable[..., Any]) -> Rule:
     move = _moved(run)
 
     def rule(trace: Trace, call: Call) -> list[Facts]:
-        picks = call.name in ("select", "unbind")
-        if picks or trace.function not in _CHECKED:
+        if trace.function not in _CHECKED:
             _pieces_stay(trace, call)
-        found = move(trace, call)
-        if picks:  # what varied along the dimension that is gone says nothing any more
-            found = [Facts(tuple(filter(varying, each.labels)), each.state) for each in found]
-        return found
+        return move(trace, call)
+
+    return rule
+
+
+def _picked(run: Callable[..., Any]) -> Rule:
+    """Return the rule of an operation that takes entries of a dimension by their number."""
+    move = _moved(run)
+
+    def rule(trace: Trace, call: Call) -> list[Facts]:
+        _pieces_stay(trace, call)
+        x, dim = call.args[0], call.arg(1, "dim", 0) % call.args[0].ndim
+        found = [
+            # What varied along the dimension that is gone says nothing any more.
+            Facts(tuple(filter(varying, each.labels)), each.state)
+            for each in move(trace, call)
+        ]
+        if not trace.is_stored(x):
+            return found
+        # Other inputs may pick others, as tokens pick experts.
+        for label in trace.labels(x):
+            if varying(label) == (dim,):
+                trace.ties.pin(label, "its entries are picked by number")
+        state = compact(worst(trace.state(x), [dim], x.shape)).select(dim, 0)
+        return [Facts(each.labels, state.expand(each.state.shape)) for each in found]
 
     return rule
 
@@ -277,8 +297,8 @@ MOVEMENTS: dict[str, Rule] = {
     "channel_shuffle": _channels_shuffled, "native_channel_shuffle": _channels_shuffled,
     "repeat": _tiled, "constant_pad_nd": _padded, "im2col": _patched,
     "cat": _concatenated, "stack": _concatenated,
-    "slice": _checked(_aten.slice), "select": _checked(torch.select),
+    "slice": _checked(_aten.slice), "select": _picked(torch.select),
     "split": _checked(torch.split), "split_with_sizes": _checked(torch.split_with_sizes),
-    "unbind": _checked(torch.unbind), "unsafe_split": _checked(torch.split),
+    "unbind": _picked(torch.unbind), "unsafe_split": _checked(torch.split),
     "unsafe_chunk": _checked(torch.chunk),
 }  # fmt: skip
