@@ -33,6 +33,7 @@ def accelerate(
     *,
     formats: str | Collection[str] | SavedChoices | None = None,
     keep_dense: bool = True,
+    compile_kernel: bool = False,
 ) -> nn.Module:
     """Make the weights of `model` multiply sparsely where that is faster; return the model.
 
@@ -46,10 +47,14 @@ def accelerate(
         model: a squashed or masked model; changed in place.
         example_inputs: inputs of the model: a tensor, a tuple or a dict. None: linear layers are
             measured at 1, 8 and 64 rows, and convolutions stay dense.
-        formats: the formats to choose from, among "csr", "bag", "bsr", "channels" and "2:4"; None:
-            all. Or the `plan` of an earlier `accelerated`; then nothing is measured.
+        formats: the formats to choose from, among "csr", "bag", "bsr", "channels", "2:4" and
+            "compiled"; None: all but "compiled". Or the `plan` of an earlier `accelerated`; then
+            nothing is measured.
         keep_dense: False frees the dense values of weights that multiply sparsely at each measured
             number of rows. `restore` then raises `RuntimeError`.
+        compile_kernel: True also chooses from "compiled", a kernel in C++, which is compiled once
+            and kept in torch's folder of extensions. Without a compiler, a warning says so, and
+            the other formats are chosen from.
 
     Raises:
         ValueError: no weight is at least half zeros or has channels of zeros; a format, or a weight
@@ -74,7 +79,7 @@ def accelerate(
             "with `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`."
         )
     plan = checked_plan(formats)
-    names = checked_names(formats if plan is None else plan)
+    names = checked_names(formats if plan is None else plan, compile_kernel=compile_kernel)
     targets = _candidates(model, plan)
     if not keep_dense:
         _check_freeable(targets)

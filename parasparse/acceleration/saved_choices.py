@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from parasparse.acceleration.formats.format import FORMATS, formats_of
+from parasparse.acceleration.formats.format import ALL_FORMATS, FORMATS, formats_of
+from parasparse.acceleration.formats.library import library
 from parasparse.acceleration.table import AccelerationRow, row_of
 from parasparse.text import listed
 
@@ -36,23 +37,30 @@ def _is_list(value: Any, of: Any = None) -> bool:
     return isinstance(value, (list, tuple)) and (of is None or all(map(of, value)))
 
 
-def checked_names(formats: Any) -> list[str]:
+def checked_names(formats: Any, *, compile_kernel: bool = False) -> list[str]:
     """Return the formats that may be chosen, or those in a plan; raise if one is not known."""
     if formats is None:
-        return list(FORMATS)
+        return _compilable(list(ALL_FORMATS if compile_kernel else FORMATS))
     if not isinstance(formats, (str, list, tuple, set, Mapping)):
         raise TypeError(
             f"`formats` must be names of formats, or a plan; got {formats!r} of type "
             f"{type(formats).__name__}."
         )
     names = [formats] if isinstance(formats, str) else list(formats)
+    if compile_kernel:
+        names.append("compiled")
     if isinstance(formats, Mapping):
         names = [name for every in formats.values() for _, name in every if name is not None]
-    unknown = [name for name in names if not isinstance(name, str) or name not in FORMATS]
+    unknown = [name for name in names if not isinstance(name, str) or name not in ALL_FORMATS]
     if unknown or not (names or isinstance(formats, Mapping)):
         got = listed(unknown) or "none"
-        raise ValueError(f"`formats` must be among {listed(FORMATS)}; got {got}.")
-    return names
+        raise ValueError(f"`formats` must be among {listed(ALL_FORMATS)}; got {got}.")
+    return names if isinstance(formats, Mapping) else _compilable(names)
+
+
+def _compilable(names: list[str]) -> list[str]:
+    """Return `names`, without the format that needs a compiler if there is none."""
+    return [name for name in names if name != "compiled" or library() is not None]
 
 
 def planned(plan: SavedChoices, originals: Mapping[str, Tensor]) -> list[AccelerationRow]:

@@ -17,7 +17,7 @@ class AccelerationRow:
         shape: shape of the weight.
         sparsity: share of zeros, in [0, 1].
         rows: how often a call multiplies each entry: the number of tokens or pixels.
-        format: "csr", "bag", "bsr", "channels" or "2:4"; None: the dense kernel.
+        format: "csr", "bag", "bsr", "channels", "2:4" or "compiled"; None: the dense kernel.
         dense_ms: milliseconds of the dense kernel; None if not measured, as with a saved plan.
         chosen_ms: milliseconds of the format; None if not measured.
     """

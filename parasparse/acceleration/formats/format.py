@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.regular import Channels, TwoFour
 
@@ -37,6 +38,9 @@ class Format(Protocol):
 FORMATS: dict[str, Callable[[Tensor], Format | None]] = {
     "csr": CSR.of, "bag": Bag.of, "bsr": BSR.of, "channels": Channels.of, "2:4": TwoFour.of,
 }  # fmt: skip
+# With what `accelerate` chooses from only when asked.
+ALL_FORMATS = FORMATS | {"compiled": Compiled.of}
+_BESIDE_CSR = {"bag": Bag, "compiled": Compiled}  # they share its tensors
 
 
 def formats_of(weight: Tensor, names: Collection[str]) -> dict[str, Format]:
@@ -44,13 +48,13 @@ def formats_of(weight: Tensor, names: Collection[str]) -> dict[str, Format]:
     found: dict[str, Format] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR|CSC|BSR) tensor support is in beta")
-        for name in [name for name in FORMATS if name in names]:
+        for name in [name for name in ALL_FORMATS if name in names]:
             csr = found.get("csr")
             made: Format | None
-            if name == "bag" and isinstance(csr, CSR):
-                made = Bag.beside(csr)
+            if name in _BESIDE_CSR and isinstance(csr, CSR):
+                made = _BESIDE_CSR[name].beside(csr)
             else:
-                made = FORMATS[name](weight)
+                made = ALL_FORMATS[name](weight)
             if made is not None:
                 found[name] = made
     return found

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.format import Format
 
-_KINDS = {"csr": CSR, "bag": Bag, "bsr": BSR}
+_KINDS = {"csr": CSR, "bag": Bag, "bsr": BSR, "compiled": Compiled}
 
 
 def made_of(parts: Sequence[Tensor], kind: str, shape: Sequence[int]) -> CSR | Bag | BSR:

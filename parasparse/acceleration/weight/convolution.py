@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parasparse.acceleration.formats import operators
+from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.regular import Channels
 from parasparse.acceleration.weight.layers import Use, each, format_for, is_strided, multiplied
+from parasparse.acceleration.weight.shifts import output_sizes, shifted
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
 _Steps = tuple[_Sizes, _Sizes, _Sizes]  # the kernel, the stride and the dilation
@@ -41,7 +43,7 @@ def convolution(
     if padding == "same" or min(*stride, *dilation, groups) < 1 or len(weight) % groups:
         return NotImplemented  # torch's own error
     padding = each(0 if padding == "valid" else padding, dims)
-    sizes = _output_sizes(x.shape[2:], kernel, stride, padding, dilation)
+    sizes = output_sizes(x.shape[2:], kernel, stride, padding, dilation)
     rows = len(x) * math.prod(sizes)
     more = (bias, stride, padding, dilation, groups)
     chosen = format_for(weight, lambda: Use(func, x.to("meta"), more, rows), rows, input, bias)
@@ -77,6 +79,8 @@ def _product(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: _Steps, x: Ten
     if torch.compiler.is_compiling():
         made: Tensor = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *steps)
         return made
+    if isinstance(matrix, Compiled) and math.prod(steps[0]) > 1:
+        return shifted(matrix, bias, steps, x)
     patches, outputs = _patches(x.contiguous(), *steps), matrix.shape[0]
     rest = x.ndim - 1  # the dimensions of a patch come first
     batch, *positions = sizes = patches.shape[rest:]
@@ -114,14 +118,14 @@ def _(
     kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     none = (0,) * len(kernel)
-    sizes = _output_sizes(x.shape[2:], kernel, stride, none, dilation)
+    sizes = output_sizes(x.shape[2:], kernel, stride, none, dilation)
     return x.new_empty(x.shape[0], shape[0], *sizes)
 
 
 def _patches(x: Tensor, kernel: _Sizes, stride: _Sizes, dilation: _Sizes) -> Tensor:
     """Return a view of the patches: (channels, *kernel, batch, *positions)."""
     batch, channels, *sizes = x.shape
-    positions = _output_sizes(tuple(sizes), kernel, stride, (0,) * len(kernel), dilation)
+    positions = output_sizes(tuple(sizes), kernel, stride, (0,) * len(kernel), dilation)
     of_image, of_channel, *steps = x.stride()
     within = [n * d for n, d in zip(steps, dilation, strict=True)]
     between = [n * s for n, s in zip(steps, stride, strict=True)]
@@ -147,14 +151,6 @@ def _same(kernel: _Sizes, dilation: _Sizes) -> list[int]:
     """Return the padding before and after each dimension, the last one first."""
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
-
-
-def _output_sizes(
-    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:  # fmt: skip
-    every = zip(sizes, kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
 
 HANDLERS: dict[Any, Any] = dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution)
