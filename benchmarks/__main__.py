@@ -37,6 +37,7 @@ LIMITS = {
     "packed_sizes": 20,
     "checkpoints": 10,
     "sharding": 5,
+    "oneshot": 60,
 }
 
 

@@ -47,6 +47,8 @@ COMPARED = (
              ("dense", "torch's prune", "SparseLab")),
     Compared("training with compact weights, bytes", "training", ".*", "compact",
              ("dense", "torch's prune", "SparseLab"), "memory"),
+    Compared("pruning a layer as SparseGPT does", "oneshot", "layer.*", "parasparse, obs",
+             ("SparseGPT, plain",)),
     Compared("masked checkpoint, bytes", "sizes", ".*", "parasparse, masked",
              ("dense", PRUNE, "torch.ao.pruning"), "bytes"),
     Compared("packed checkpoint, bytes", "sizes", ".*", "parasparse, packed .pt",

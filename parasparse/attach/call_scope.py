@@ -10,7 +10,7 @@ anything that it was computed from has changed, or in surroundings where it migh
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,13 @@ def read(module: nn.Module, stack: MaskedParametrizationList) -> Tensor:
         # A backward pass inside `forward` frees this graph, and a step of an optimizer may follow.
         value.register_hook(_clearing(call.kept))
     return value
+
+
+def keep_in_this_mode(module: nn.Module) -> None:
+    """Let the running call of `module` keep what it reads, in the mode that a hook entered."""
+    call = _innermost.call
+    if call is not None and call.module is module:
+        _innermost.call = replace(call, surroundings=_surroundings())
 
 
 def _clearing(kept: dict[Any, _Read]) -> Callable[[Tensor], None]:

@@ -18,7 +18,8 @@ class _State:
     """One layer, with inputs scaled to unit variance.
 
     X fits the outputs, `sparse` is its sparse copy D, and `dual` the multiplier V of X = D.
-    `wanted` is W H, and `values` and `vectors` are the eigenvalues and eigenvectors of H.
+    `scaled` is W, `wanted` is W H, and `values` and `vectors` are the eigenvalues and eigenvectors
+    of H.
     `inverse` is that of H + rho.
     """
 
@@ -26,6 +27,7 @@ class _State:
     values: Tensor
     vectors: Tensor
     wanted: Tensor
+    scaled: Tensor
     sparse: Tensor
     dual: Tensor
     mask: Tensor
@@ -34,13 +36,16 @@ class _State:
 
     def fit(self, rho: float) -> Tensor:
         """Return X + V / rho for the X nearest to the outputs and to D."""
-        if bool(self.problem.hessian.unseen.all()):  # nothing to fit: the largest weights stay
-            return self.wanted
+        unseen = self.problem.hessian.unseen
+        if bool(unseen.all()):
+            return self.scaled
         if self.inverse is None or rho != self.rho:  # it stays for some iterations
             self.inverse = (self.vectors / (self.values + rho)) @ self.vectors.mT
             self.rho = rho
         near = self.wanted + rho * self.sparse - self.dual
-        return near @ self.inverse + self.dual / rho
+        total = near @ self.inverse + self.dual / rho
+        # Without inputs there is nothing to fit, and the largest weights stay.
+        return torch.where(unseen[:, None, None], self.scaled, total)
 
     def project(self, total: Tensor, mask: Tensor, rho: float) -> int:
         """Set D and V; return how many entries of the mask have moved."""
@@ -99,4 +104,6 @@ def _start(problem: Problem) -> _State:
     wanted = (weights.to(scale) @ (hessian.matrix / scale)).to(weights)
     scaled = weights * scale.to(weights)
     empty = torch.zeros_like(weights)
-    return _State(problem, values.unsqueeze(-2), vectors, wanted, scaled, empty, empty.bool())
+    return _State(
+        problem, values.unsqueeze(-2), vectors, wanted, scaled, scaled, empty, empty.bool()
+    )

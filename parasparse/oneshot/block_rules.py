@@ -76,9 +76,8 @@ class Group:
 
     def unseen(self, statistics: Statistics) -> list[Target]:
         """Return the tensors that no input was recorded for."""
-        grams = {} if statistics.grams is None else statistics.grams.shared
-        seen = {name for name, gram in grams.items() if gram.samples}
-        return [target for target in self.targets if target.name not in seen]
+        grams = statistics.grams
+        return [t for t in self.targets if grams is None or not grams.samples(t.name)]
 
 
 def block_rules(

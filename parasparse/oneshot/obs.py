@@ -49,8 +49,8 @@ def obs(
                 gone = torch.where(mask[:, column], 0.0, own) / diagonal[:, column, None]
                 lost[:, column - start] = gone
                 own.masked_fill_(~mask[:, column], 0.0)
-                later = factor[:, column, column + 1 : last]
-                left[:, column + 1 : last].sub_(later.unsqueeze(-1) * gone.unsqueeze(1))
+                later = factor[:, column, column + 1 : last, None]
+                left[:, column + 1 : last].addcmul_(later, gone.unsqueeze(1), value=-1)
             _apply(
                 left[:, last:stop],
                 factor[:, first:last, last:stop],

@@ -14,6 +14,8 @@ from torch import Tensor
 from parasparse.scores.damping import Damped
 from parasparse.scores.layouts import Layout
 
+_PANEL = 512  # columns of a matrix at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -72,5 +74,11 @@ def problem_of(
 
 
 def quadratic(change: Tensor, matrix: Tensor) -> float:
-    """Return tr(change matrix change^T), summed over groups."""
-    return float(((change @ matrix.to(change)) * change).sum(dtype=torch.float64))
+    """Return tr(change matrix change^T) for symmetric matrices, summed over groups."""
+    total = 0.0
+    for start in range(0, matrix.shape[-1], _PANEL):  # the upper triangle, whose sum counts twice
+        stop = start + _PANEL
+        product = change[..., start:stop] @ matrix[:, start:stop, start:].to(change)
+        product[..., _PANEL:] *= 2
+        total += float(product.mul_(change[..., start:]).sum(-1).sum(dtype=torch.float64))
+    return total

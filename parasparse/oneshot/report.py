@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parasparse.oneshot.least_squares import LARGEST, least_squares
-from parasparse.oneshot.problem import Solution, quadratic
+from parasparse.oneshot.problem import Problem, Solution, quadratic
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class OneShotRow:
             Gram matrix was singular.
         error: relative error.
         damped_error: with the damped Gram matrix, whose error the update minimizes.
+        unseen: matrices of a stack, such as experts, that had no input: pruned by magnitude.
         lower_bound: the least `damped_error` of any weights on this mask. None for "obs" and "none"
             with more than 1024 inputs, where finding it would take longer than the update.
     """
@@ -41,6 +42,7 @@ class OneShotRow:
     damping: float
     error: float
     damped_error: float
+    unseen: int
     lower_bound: float | None
 
 
@@ -50,12 +52,20 @@ def row_of(solution: Solution, weights: Tensor, samples: int) -> OneShotRow:
     hessian, dense = problem.hessian, problem.weights
     if best is None and dense.shape[-1] <= LARGEST:
         best = least_squares(dense, mask, hessian.matrix)
-    whole, outputs = quadratic(dense, hessian.matrix) or 1.0, quadratic(dense, problem.gram) or 1.0
     change = (weights.to(dense) - dense).masked_fill(hessian.dead.unsqueeze(-2), 0.0)
+    error, damped_error = _energies(change, problem)
+    outputs, damped_outputs = (energy or 1.0 for energy in _energies(dense, problem))
     return OneShotRow(
         problem.name, mask.numel(), int(mask.sum()), samples, mask.shape[-1],
         int(hessian.dead.sum()), hessian.damping,
-        quadratic(change, problem.gram) / outputs,
-        quadratic(change, hessian.matrix) / whole,
-        None if best is None else quadratic(best - dense, hessian.matrix) / whole,
+        error / outputs, damped_error / damped_outputs, int(hessian.unseen.sum()),
+        None if best is None else _energies(best - dense, problem)[1] / damped_outputs,
     )  # fmt: skip
+
+
+def _energies(weights: Tensor, problem: Problem) -> tuple[float, float]:
+    """Return the squared outputs of `weights`, by the Gram matrix and by the damped one."""
+    plain, damped = (m.diagonal(dim1=-2, dim2=-1) for m in (problem.gram, problem.hessian.matrix))
+    added = damped - plain  # they differ in nothing else
+    energy = quadratic(weights, problem.gram)
+    return energy, energy + float((weights.square().sum(-2) * added).sum())

@@ -24,6 +24,7 @@ from parasparse.patterns import Pattern, n_of_m, takes_sparsity
 from parasparse.scores.damping import Damped, damped
 from parasparse.scores.statistics import Statistics
 from parasparse.scores.weights_alone import Score
+from parasparse.text import listed
 
 Update = Literal["admm", "least_squares", "obs", "none"]
 _UPDATES = ("admm", "least_squares", "obs", "none")
@@ -61,7 +62,8 @@ class OneShot:
         RuntimeError: on call, if no Gram matrix of a tensor was collected, or it stays singular.
 
     Warns:
-        UserWarning: a tensor had no input: it is pruned by magnitude.
+        UserWarning: a tensor, or a matrix of a stack, such as an expert, had no input: it is
+            pruned by magnitude.
 
     Examples:
         >>> layer = nn.Linear(8, 4)
@@ -201,6 +203,14 @@ class OneShot:
             warnings.warn(
                 f'"{problem.name}" had no input, so it is pruned by magnitude, and its weights '
                 "stay as they are. Collect more inputs, or exclude it.",
+                stacklevel=2,
+            )
+        elif bool(problem.hessian.unseen.any()):
+            unseen = problem.hessian.unseen.nonzero().flatten().tolist()
+            warnings.warn(
+                f'matrices of "{problem.name}" had no input, so they are pruned by magnitude, and '
+                f"their weights stay as they are: {listed(unseen)} of {len(problem.weights)}. They "
+                "may be experts that saw no token. Collect more inputs.",
                 stacklevel=2,
             )
         if self.history is not None:

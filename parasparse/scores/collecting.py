@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -19,6 +20,7 @@ from parasparse.masks.mask import Mask
 from parasparse.scores.grams import Grams
 from parasparse.scores.inputs import is_conv1d_of_gpt2, rows_of
 from parasparse.scores.products import wide
+from parasparse.scores.stack_products import Watch
 from parasparse.scores.statistics import Statistics, Sums
 from parasparse.sharding.fsdp import data_parallel_groups, managed_parameters, reshard
 from parasparse.targets.reach import Specs, as_list, reached_alone, reaches
@@ -44,7 +46,8 @@ def collect(
             sparsity alone reaches.
         grams: collect Gram matrices of the inputs, which `OneShot` needs, instead of gradients, so
             that forward passes are enough. An input that several layers get, such as the query, key
-            and value projections, is counted once, and they share its matrix. Sums are in 64 bits.
+            and value projections, is counted once, and they share its matrix. Fused experts have
+            one for each expert. Sums are in 64 bits.
 
     Raises:
         ValueError: a target reaches no tensor.
@@ -71,6 +74,8 @@ def collect(
                 _check_masked_everywhere(target)
                 _watch_gradients(target, statistics, stack, sharded)
                 _watch_inputs(target, statistics, stack)
+            if statistics.grams is not None:
+                _watch_stacks(chosen, statistics, statistics.grams, stack)
             yield statistics
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
@@ -115,6 +120,31 @@ def _watch_inputs(target: Target, statistics: Statistics, stack: ExitStack) -> N
             hook = _hook(site.module, record, statistics)
             handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
+
+
+def _watch_stacks(
+    targets: list[Target], statistics: Statistics, grams: Grams, stack: ExitStack
+) -> None:
+    """Watch the products of stacks of matrices, such as fused experts, module by module."""
+    owners: dict[nn.Module, dict[str, str]] = {}
+    for target in targets:
+        for site in target.sites:
+            is_stack = len(target.shape) == 3 and not target.stored().is_complex()
+            if is_stack and rows_of(site.module) is None:
+                owners.setdefault(site.module, {})[target.name] = site.attr
+    for owner, attributes in owners.items():
+        ignored = partial(_is_ignored, owner=owner, statistics=statistics)
+        watch = Watch(owner, attributes, grams.add_products, ignored)
+        stack.callback(owner.register_forward_pre_hook(watch.begin).remove)
+        stack.callback(owner.register_forward_hook(watch.end, always_call=True).remove)
+
+
+def _is_ignored(module: nn.Module, owner: nn.Module, statistics: Statistics) -> bool:
+    # Copies of the model have its hooks too. Checkpointing runs forward again during backward
+    # (test_inputs_are_counted_once_under_checkpointing).
+    again = torch._C._current_graph_task_id() != -1
+    transformed = torch._C._are_functorch_transforms_active()
+    return module is not owner or statistics.is_paused or again or transformed
 
 
 def _recorder(
@@ -188,11 +218,7 @@ def _hook(
 ) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
-        # Copies of the model have its hooks too. Checkpointing runs forward again during backward
-        # (test_inputs_are_counted_once_under_checkpointing).
-        again = torch._C._current_graph_task_id() != -1
-        transformed = torch._C._are_functorch_transforms_active()
-        if module is not owner or statistics.is_paused or again or transformed or value.is_meta:
+        if value.is_meta or _is_ignored(module, owner, statistics):
             return
         record(module, torch.cat(value.unbind()) if value.is_nested else value)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 GROWTH = (1, 10, 100, 1000)
+_SMALL = 256  # rows of triangular matrices that are inverted in one piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +32,7 @@ class Damped:
     @cached_property
     def inverse_factor(self) -> Tensor:
         """The upper triangular U with U^T U the inverse of H, as in SparseGPT."""
-        eye = torch.eye(self.factor.shape[-1]).to(self.factor).expand_as(self.factor)
-        inverse: Tensor = torch.linalg.solve_triangular(self.factor, eye, upper=True)
-        return inverse
+        return _inverse(self.factor)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -52,6 +51,22 @@ class Damped:
         return self.inverse_factor.square().sum(-2)
 
 
+def _inverse(upper: Tensor) -> Tensor:
+    """Return the inverse of upper triangular matrices, half by half: most of it are products."""
+    size = upper.shape[-1]
+    if size <= _SMALL:
+        eye = torch.eye(size).to(upper).expand_as(upper)
+        small: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+        return small
+    first, last = slice(size // 2), slice(size // 2, None)
+    inverse = torch.zeros_like(upper)
+    inverse[..., first, first] = _inverse(upper[..., first, first])
+    inverse[..., last, last] = _inverse(upper[..., last, last])
+    beside = inverse[..., first, first] @ upper[..., first, last]
+    inverse[..., first, last] = -beside @ inverse[..., last, last]
+    return inverse
+
+
 def damped(gram: Tensor, damping: float) -> Damped:
     """Return `gram` (groups, in, in) damped, by up to 1000 times `damping` if it stays singular.
 
@@ -62,11 +77,10 @@ def damped(gram: Tensor, damping: float) -> Damped:
     dead = diagonal <= 0
     unseen = dead.all(-1)
     mean = torch.where(unseen, 0.0, diagonal.mean(-1))
-    matrix = gram.clone()
-    matrix.diagonal(dim1=-2, dim2=-1)[dead] = 1.0
     for growth in GROWTH:
-        own = matrix.clone()
-        own.diagonal(dim1=-2, dim2=-1).add_(growth * damping * mean.unsqueeze(-1))
+        own = gram.clone()
+        damped_diagonal = torch.where(dead, 1.0, diagonal) + growth * damping * mean.unsqueeze(-1)
+        own.diagonal(dim1=-2, dim2=-1).copy_(damped_diagonal)
         factor, failed = torch.linalg.cholesky_ex(own.flip(-2, -1))
         if not failed.any() and factor.isfinite().all():
             used = growth * damping

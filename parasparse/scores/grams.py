@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from parasparse.scores.inputs import Rows
+from parasparse.scores.layouts import Layout
+from parasparse.scores.row_sums import RowSum
+from parasparse.scores.stack_grams import StackGram
+from parasparse.scores.stack_products import Seen
 
 
 @dataclass(eq=False)
@@ -23,8 +27,7 @@ class SharedGram:
     Attributes:
         rows: how the layers of its members read the latest input.
         members: names of tensors.
-        total: (groups, in, in), float64; None before the first input.
-        samples: rows in `total`.
+        sum: of the inputs.
         inputs: how many inputs there were, the latest included.
         source: the latest input, and its version then.
         inference: a copy of the latest input if it is an inference tensor, which has no version.
@@ -34,8 +37,7 @@ class SharedGram:
 
     rows: Rows
     members: set[str]
-    total: Tensor | None = None
-    samples: int = 0
+    sum: RowSum = field(default_factory=RowSum)
     inputs: int = 0
     source: tuple[Callable[[], Tensor | None], int | None] | None = None
     inference: Tensor | None = None
@@ -73,22 +75,16 @@ class SharedGram:
         x, self.waiting = self.waiting, None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for part in self.rows.of(x):
-                part = part.double()
-                if self.total is None:
-                    self.total = part.new_zeros(len(part), part.shape[-1], part.shape[-1])
-                self.total.baddbmm_(part.mT, part)
-                self.samples += part.shape[1]
+                self.sum.add(part)
 
     def without(self, names: set[str]) -> SharedGram:
         """Let `names` leave, which have not seen the latest input; return their own Gram."""
         self.members -= names
-        total = None if self.total is None else self.total.clone()
-        return SharedGram(self.rows, names, total, self.samples, self.inputs - 1, seen=set(names))
+        return SharedGram(self.rows, names, self.sum.copy(), self.inputs - 1, seen=set(names))
 
     def copy(self, name: str) -> SharedGram:
         """Return a copy for `name` alone."""
-        total = None if self.total is None else self.total.clone()
-        return SharedGram(self.rows, {name}, total, self.samples, self.inputs)
+        return SharedGram(self.rows, {name}, self.sum.copy(), self.inputs)
 
 
 class Grams:
@@ -97,11 +93,31 @@ class Grams:
     Attributes:
         rows: how the layer of each watched tensor reads its inputs.
         shared: the Gram of each tensor that had an input.
+        stacks: the Gram matrices of each stack of matrices that had one.
     """
 
     def __init__(self) -> None:
         self.rows: dict[str, Rows] = {}
         self.shared: dict[str, SharedGram] = {}
+        self.stacks: dict[str, StackGram] = {}
+
+    def layout(self, name: str) -> Layout | None:
+        """Return the layout of tensor `name`; None if there is no Gram matrix of it."""
+        known = self.stacks.get(name) or self.rows.get(name)
+        return None if known is None else known.layout
+
+    def samples(self, name: str) -> int:
+        """Return how many inputs tensor `name` had."""
+        if name in self.stacks:
+            return self.stacks[name].samples
+        return self.shared[name].sum.samples if name in self.shared else 0
+
+    def total(self, name: str) -> Tensor:
+        """Return the Gram matrices of tensor `name`, which had inputs: (groups, in, in)."""
+        found = self.stacks.get(name) or self.shared[name].sum
+        found.finish()
+        assert found.total is not None
+        return found.total
 
     def add(self, name: str, x: Tensor, rows: Rows) -> None:
         """Add the input `x` of tensor `name`.
@@ -134,12 +150,27 @@ class Grams:
         self._start(gram, name, x, rows)
         self.shared[name] = gram
 
-    def _start(self, gram: SharedGram, name: str, x: Tensor, rows: Rows) -> None:
-        if not bool(x.isfinite().all()):
+    def add_products(self, seen: Seen) -> None:
+        """Add rows that met matrices of a stack.
+
+        Raises:
+            RuntimeError: they are not finite, or earlier ones met the transposed matrices.
+        """
+        name = seen.name
+        for rows in seen.rows.values():
+            _check_finite(rows, f'an input of "{name}"')
+            if name not in self.stacks:
+                self.stacks[name] = StackGram(seen.layout, rows.shape[-1], rows.device)
+        gram = self.stacks[name]
+        if gram.layout != seen.layout:
             raise RuntimeError(
-                f'inputs must be finite; input {gram.inputs + 1} of "{name}" in this block has NaN '
-                "or infinity. Leave that batch out, or run the model in float32 or bfloat16."
+                f'the matrices of "{name}" must be multiplied from one side; they are from both. '
+                "Exclude the tensor."
             )
+        gram.add(seen.rows)
+
+    def _start(self, gram: SharedGram, name: str, x: Tensor, rows: Rows) -> None:
+        _check_finite(x, f'input {gram.inputs + 1} of "{name}"')
         gram.start(name, x, rows)
 
     def _split(self, gram: SharedGram, names: set[str]) -> None:
@@ -153,8 +184,12 @@ class Grams:
         """Add what waits, at the end of the block."""
         for gram in set(self.shared.values()):
             self._split(gram, gram.members - gram.seen)
+        for gram in set(self.shared.values()):
             gram.add()
+            gram.sum.finish()
             gram.source = gram.inference = None
+        for stack in self.stacks.values():
+            stack.finish()
 
     def sum_over(self, group: Any, summed: Callable[[Tensor | None], Tensor | None]) -> None:
         """Sum over the processes of `group`; `summed` does so for one tensor, which may be None."""
@@ -167,12 +202,37 @@ class Grams:
         for name, rows in self.rows.items():
             gram = self.shared.get(name) or SharedGram(rows, {name})
             if gram not in done:
-                gram.total = summed(gram.total)
-                samples = summed(torch.tensor(gram.samples))
-                gram.samples = 0 if samples is None else int(samples)
-                if gram.total is not None:
+                gram.sum.total = summed(gram.sum.total)
+                samples = summed(torch.tensor(gram.sum.samples))
+                gram.sum.samples = 0 if samples is None else int(samples)
+                if gram.sum.total is not None:
                     self.shared[name] = gram
                 done.add(gram)
+        self._sum_stacks_over(group, summed)
+
+    def _sum_stacks_over(
+        self, group: Any, summed: Callable[[Tensor | None], Tensor | None]
+    ) -> None:
+        own = {name: (one.layout, one.inputs) for name, one in self.stacks.items()}
+        every: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(every, own, group=group)
+        known = {name: found for each in every for name, found in each.items()}
+        for name, (layout, inputs) in sorted(known.items()):
+            if name not in self.stacks:
+                self.stacks[name] = StackGram(layout, inputs, torch.device("cpu"))
+            stack = self.stacks[name]
+            total, samples = summed(stack.total), summed(torch.tensor(stack.samples))
+            assert total is not None
+            assert samples is not None
+            stack.total, stack.samples = total, int(samples)
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(x.isfinite().all()):
+        raise RuntimeError(
+            f"inputs must be finite; {what} in this block has NaN or infinity. Leave that batch "
+            "out, or run the model in float32 or bfloat16."
+        )
 
 
 def _version(x: Tensor) -> int | None:

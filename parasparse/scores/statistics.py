@@ -94,7 +94,7 @@ class Statistics:
 
     def input_norm(self, name: str) -> Tensor:
         """Return the 2-norm of the inputs of each entry over batches; broadcasts to the tensor."""
-        if self.grams is not None and name in self.grams.shared:
+        if self.grams is not None and self.grams.samples(name):
             diagonal = self._gram(name).diagonal(dim1=-2, dim2=-1)
             return self.layout(name).of_inputs(diagonal, self.sums[name].read().shape).sqrt()
         remedy = (
@@ -112,7 +112,8 @@ class Statistics:
         """Return x x^T summed over the inputs of the tensor: (in, in), float64, not a copy.
 
         Convolutions have one for each group, (groups, in, in), whose inputs are patches
-        (in_channels / groups * kernel entries); of one group, (in, in).
+        (in_channels / groups * kernel entries); of one group, (in, in). A stack of matrices, such
+        as fused experts, has one for each, (experts, in, in).
         """
         total = self._gram(name)
         return total if len(total) > 1 or self.layout(name).is_stack else total[0]
@@ -120,13 +121,11 @@ class Statistics:
     def count(self, name: str) -> int:
         """Return how many inputs `gram(name)` sums, such as tokens; 0 if there were none."""
         self._watched(name)
-        shared = self._grams().shared
-        return shared[name].samples if name in shared else 0
+        return self._grams().samples(name)
 
     def layout(self, name: str) -> Layout:
         """Return how the tensor is made of matrices, one for each Gram matrix."""
-        self._watched(name)
-        return self._grams().rows[name].layout
+        return self._watched(name)
 
     def add_curvature(self, loss: Tensor) -> None:
         """Add H g for each tensor, with gradient g and Hessian H of `loss`.
@@ -227,15 +226,18 @@ class Statistics:
             raise RuntimeError("Gram matrices were not collected. Use `collect(..., grams=True)`.")
         return self.grams
 
-    def _watched(self, name: str) -> None:
-        """Raise RuntimeError if no Gram matrix could be collected for tensor `name`."""
+    def _watched(self, name: str) -> Layout:
+        """Return the layout of tensor `name`; raise RuntimeError if it has no Gram matrix."""
         self._parts(name)
-        if name not in self._grams().rows:
+        layout = self._grams().layout(name)
+        if layout is None:
             raise RuntimeError(
-                f'no Gram matrix of "{name}" can be collected. Real weights of Linear, Conv1d to '
-                "Conv3d and the Conv1D of transformers have one. Exclude other tensors, or use a "
-                "score that needs none."
+                f'no Gram matrix of "{name}" was collected. Real weights of Linear, Conv1d to '
+                "Conv3d and the Conv1D of transformers have one, and stacks of matrices (experts, "
+                "..., ...) that inputs were multiplied with. Exclude other tensors, or use a score "
+                "that needs none."
             )
+        return layout
 
     def _gram(self, name: str) -> Tensor:
         if not self.count(name):
@@ -243,9 +245,7 @@ class Statistics:
                 f'no input of "{name}" was collected. Run the model in the block, not compiled. '
                 "The layer must be called as a module."
             )
-        total = self._grams().shared[name].total
-        assert total is not None
-        return total
+        return self._grams().total(name)
 
     def _parts(self, name: str) -> list[str]:
         parts = self.parts.get(name, [name])

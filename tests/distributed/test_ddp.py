@@ -149,6 +149,30 @@ def grams_are_summed(rank):
         torch.testing.assert_close(ps.stored(alone, name), ps.stored(ddp, name))
 
 
+class Experts(nn.Module):
+    """A stack of two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(2, 8, 4))
+
+    def forward(self, x, experts):
+        return [x @ self.matrices[expert] for expert in experts]
+
+
+def grams_of_experts_are_summed(rank):
+    """One process has tokens for one expert, or the other process has none at all."""
+    for experts in ([0], []), ([0], [1, 0]):
+        ddp = DistributedDataParallel(Experts())
+        with torch.no_grad(), ps.scores.collect(ddp, "*", grams=True) as found:
+            ddp(data(0), experts[rank])
+        counts = [sum(expert in own for own in experts) for expert in range(2)]
+        assert found.count("matrices") == 4 * sum(counts)
+        x = data(0).double()
+        for count, gram in zip(counts, found.gram("matrices"), strict=True):
+            torch.testing.assert_close(gram, count * (x.T @ x))
+
+
 def draws_are_alike_whatever_the_seeds(rank):
     torch.manual_seed(rank)
     ddp = DistributedDataParallel(net())
@@ -201,6 +225,7 @@ def a_controller_that_does_not_know_of_the_others_warns(rank):
         gates_train_alike,
         statistics_are_summed,
         grams_are_summed,
+        grams_of_experts_are_summed,
         statistics_of_what_one_process_does_not_reach,
         draws_are_alike_whatever_the_seeds,
         check_names_what_differs,

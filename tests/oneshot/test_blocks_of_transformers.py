@@ -87,6 +87,54 @@ def test_masks_are_those_of_runs_of_the_whole_model(family):
         model.eval()(**inputs[0])
 
 
+MOE = {**SMALL, "num_key_value_heads": 1, "num_local_experts": 4}
+EXPERTS = {
+    "mixtral": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**MOE, sliding_window=None)), False),
+    "qwen3 moe": (
+        lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(
+            **SMALL, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=8)),
+        False),
+    "gpt-oss": (
+        lambda: tf.GptOssForCausalLM(tf.GptOssConfig(
+            **MOE, head_dim=8, num_experts_per_tok=2, sliding_window=8)),
+        True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_fused_experts_are_pruned_from_the_tokens_that_each_saw(name, implementation):
+    torch.manual_seed(0)
+    build, is_transposed = EXPERTS[name]
+    model, inputs = build().eval(), ids()
+    model.set_experts_implementation(implementation)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    experts, met = model.model.layers[0].mlp.experts, []
+    hook = experts.register_forward_pre_hook(
+        lambda _, args, kwargs: met.append((*args, *kwargs.values())[:2]), with_kwargs=True
+    )
+    with torch.no_grad(), ps.scores.collect(model, "*.experts", grams=True) as statistics:
+        for batch in inputs:
+            model(**batch)
+    hook.remove()
+    weight = "model.layers.0.mlp.experts.gate_up_proj"
+    for expert in range(4):
+        rows = [x.reshape(-1, 16)[(chosen == expert).any(-1).flatten()] for x, chosen in met]
+        x = torch.cat(rows).double()
+        torch.testing.assert_close(statistics.gram(weight)[expert], x.T @ x, rtol=1e-4, atol=1e-6)
+    assert statistics.layout(weight).is_transposed == is_transposed
+    reports = []
+    ps.prune_blocks(model, inputs, ps.OneShot(0.5), progress=reports.append)
+    assert not any(report.by_magnitude for report in reports)
+    stacks = {n: mask for n, mask in ps.named_masks(model) if "experts" in n}
+    assert len(stacks) == 4
+    for mask in stacks.values():
+        inputs_last = mask.mT if is_transposed else mask
+        assert (inputs_last.sum(-1) == inputs_last.shape[-1] // 2).all()
+
+
 def original(name):
     """Return a Llama, its tokens, and what the original programs made of it."""
     data = np.load(Path(__file__).parent / "originals_llama.npz")

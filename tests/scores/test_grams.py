@@ -1,9 +1,12 @@
 """Gram matrices of inputs: which inputs, counted how often, stored once."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,17 +173,50 @@ def test_input_norms_are_those_without_grams():
         torch.testing.assert_close(found.float(), expected)
 
 
-def test_any_batches_give_the_same_masks_and_numbers_that_add_exactly_the_same_bits():
-    model, x = nn.Linear(32, 8), torch.randn(120, 32) @ torch.randn(32, 32)
-    exact = x.mul(16).round() / 16
-    masks, bits = [], []
+WIDE = torch.randn(2000, 300, generator=torch.Generator().manual_seed(0)).exp() - 1
+WHOLE = seen(nn.Linear(300, 2), WIDE).gram("weight")
+
+
+@given(st.lists(st.integers(0, 2000), max_size=6))
+@settings(max_examples=15)
+def test_any_batches_of_the_same_rows_give_the_same_bits(cuts):
+    sizes = [b - a for a, b in itertools.pairwise([0, *sorted(cuts), 2000])]
+    statistics = seen(nn.Linear(300, 2), *WIDE.split(sizes))
+    assert torch.equal(statistics.gram("weight"), WHOLE)
+    assert statistics.count("weight") == 2000
+
+
+def test_the_sum_of_many_rows_is_their_product_and_symmetric():
+    torch.testing.assert_close(WHOLE, product(WIDE), rtol=1e-12, atol=1e-12)
+    assert torch.equal(WHOLE, WHOLE.T)
+
+
+@pytest.mark.parametrize("name", ["linear", "grouped"])
+def test_masks_and_weights_do_not_depend_on_batches(name):
+    torch.manual_seed(0)
+    x = torch.randn(120, 32) @ torch.randn(32, 32)
+    model = nn.Linear(32, 8) if name == "linear" else nn.Conv1d(4, 8, 3, groups=2)
+    x = x if name == "linear" else x.view(120, 4, 8)
+    found = []
     for size in (1, 7, 60, 120):
-        statistics = seen(model, *x.split(size))
-        prune = ps.OneShot(0.5, statistics)
-        masks.append(prune({"weight": model.weight})["weight"].mask)
-        bits.append(seen(model, *exact.split(size)).gram("weight"))
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
-    assert all(torch.equal(gram, bits[0]) for gram in bits)
+        prune = ps.OneShot(0.5, seen(model, *x.split(size)))
+        found.append(prune({"weight": model.weight})["weight"])
+    for other in found[1:]:
+        assert torch.equal(other.mask, found[0].mask)
+        assert torch.equal(other.weights, found[0].weights)
+
+
+def test_a_gram_read_in_the_block_goes_on():
+    model = nn.Linear(6, 4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with ps.scores.collect(model, grams=True) as statistics:
+            for count, part in enumerate((X, Y), 1):
+                with mode():
+                    model(F.pad(part, (0, 2)))
+                assert statistics.gram("weight").diagonal()[:4].gt(0).all()
+                assert statistics.count("weight") == 5 * count
+        expected = product(F.pad(torch.cat([X, Y]), (0, 2)))
+        torch.testing.assert_close(statistics.gram("weight"), expected)
 
 
 def test_a_batch_that_is_not_finite_is_named_and_refused():

@@ -193,7 +193,8 @@ def test_whole_experts_are_no_units():
     units = ps.coupled(model, example)
     ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
     kept = ps.mask_of(model, "up").any(-1)
-    assert kept.all(0).sum() == 4 and (kept == kept[:1]).all()
+    assert kept.all(0).sum() == 4
+    assert (kept == kept[:1]).all()
 
 
 class Convolved(nn.Module):

@@ -1,0 +1,217 @@
+"""One-shot pruning of language models: seconds and memory, against a plain loop of SparseGPT.
+
+    python -m benchmarks.oneshot
+
+*Layers*: pruning one layer of random weights to 50%, given the Gram matrix of its inputs. The plain
+loop is algorithm 1 of the paper of SparseGPT in float32, column after column. ALPS is the function
+of fmchisel, if it is installed. Errors are squared changes of the outputs, relative to the outputs.
+
+*Blocks*: a block of a language model with 1 B parameters, without the softmax of its attention, by
+`prune_blocks` and by a plain loop that collects a Gram matrix for each layer. Each runs in a fresh
+process with two numbers of tokens; the line through both gives the seconds for 128 x 2,048 tokens.
+Memory is what the peak is above that with the block and its inputs.
+
+Times are those of the processor on one thread, because machines are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import parasparse as ps
+from benchmarks.memory import peak
+from benchmarks.timing import QUICK, compare, show, threads, write
+
+SPARSITY, DAMPING, COLUMNS = 0.5, 0.01, 128
+LAYERS = {  # outputs, inputs
+    "1 B, attention": (2048, 2048),
+    "1 B, up": (5632, 2048),
+    "1 B, down": (2048, 5632),
+    "7 B, attention": (4096, 4096),
+}
+BY_ADMM = ("1 B, attention",)
+TOKENS, ALL_TOKENS = (1024, 3072), 128 * 2048
+HIDDEN, WIDE = 2048, 5632
+if QUICK:
+    LAYERS, TOKENS, HIDDEN, WIDE = {"1 B, attention": (64, 64)}, (256, 512), 64, 128
+PLAIN, OURS = "SparseGPT, plain", "parasparse"
+
+
+def plain_prune(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return the weights of SparseGPT, as the paper writes its algorithm 1, in float32."""
+    left, gram, pruned = weight.clone(), gram.float(), torch.empty_like(weight)
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, left.shape[1], COLUMNS):
+        stop = start + COLUMNS
+        tile, own = left[:, start:stop].clone(), factor[start:stop, start:stop]
+        scores, lost = tile.square() / own.diagonal().square(), torch.empty_like(tile)
+        least = scores.flatten().sort().values[int(scores.numel() * SPARSITY)]
+        for column in range(tile.shape[1]):
+            kept = tile[:, column].masked_fill(scores[:, column] <= least, 0.0)
+            error = (tile[:, column] - kept) / own[column, column]
+            tile[:, column:] -= error.unsqueeze(1) @ own[column, column:].unsqueeze(0)
+            pruned[:, start + column], lost[:, column] = kept, error
+        left[:, stop:] -= lost @ factor[start:stop, stop:]
+    return pruned
+
+
+def ours(update: str, layer: nn.Linear, statistics: ps.scores.Statistics) -> Tensor:
+    prune = ps.OneShot(SPARSITY, statistics, update=update, scope="tensor", history=[])
+    return prune({"weight": layer.weight})["weight"].weights
+
+
+def alps(layer: nn.Linear, gram: Tensor) -> Tensor:
+    from fmchisel.pruning.alps.utils.alps_sparsify import sparsify_weight
+
+    return sparsify_weight(layer, {layer: gram.float()}, SPARSITY, percdamp=DAMPING)[1]
+
+
+def collected(outputs: int, inputs: int) -> tuple[nn.Linear, ps.scores.Statistics]:
+    """Return a layer, and the Gram matrix of correlated inputs."""
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=False)
+    x = torch.randn(2 * inputs, 64) @ torch.randn(64, inputs) / 8 + torch.randn(2 * inputs, inputs)
+    with torch.no_grad(), ps.scores.collect(layer, grams=True) as statistics:
+        layer(x)
+    return layer, statistics
+
+
+def of_processor(function: Callable[[], object]) -> float:
+    """Return the milliseconds that the processor works on a call."""
+    start = time.process_time()
+    function()
+    return (time.process_time() - start) * 1e3
+
+
+@torch.no_grad()
+def measure_layer(name: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return timings, and the error of the outputs."""
+    layer, statistics = collected(*LAYERS[name])
+    gram, weight = statistics.gram("weight"), layer.weight.detach()
+    calls: dict[str, Callable[[], Tensor]] = {
+        PLAIN: partial(plain_prune, weight, gram),
+        f"{OURS}, obs": partial(ours, "obs", layer, statistics),
+    }
+    if name in BY_ADMM:
+        calls[f"{OURS}, admm"] = partial(ours, "admm", layer, statistics)
+        if find_spec("fmchisel"):
+            calls["ALPS"] = partial(alps, layer, gram)
+    found: dict[str, Tensor] = {}
+
+    def kept(way: str) -> None:
+        found[way] = calls[way]()
+
+    timings = compare(
+        {way: partial(kept, way) for way in calls}, repeats=3, warm_up=0, clock=of_processor
+    )
+    energy = ((weight @ gram.float()) * weight).sum()
+    changes = {way: new - weight for way, new in found.items()}
+    return timings, {
+        way: float(((change @ gram.float()) * change).sum() / energy)
+        for way, change in changes.items()
+    }
+
+
+class Block(nn.Module):
+    """The matrices of a block of Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(HIDDEN, WIDE, bias=False) for _ in range(2))
+        self.down = nn.Linear(WIDE, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.o(self.q(x).sigmoid() * self.k(x) + self.v(x))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@torch.no_grad()
+def plain_block(block: nn.Module, batches: list[Tensor]) -> None:
+    """Prune `block` with a Gram matrix for each layer, then run it on what goes on."""
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    grams = {layer: torch.zeros(2 * (layer.in_features,)) for layer in layers}
+
+    def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        grams[layer] += x.T @ x
+
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    for x in batches:
+        block(x)
+    for handle in handles:
+        handle.remove()
+    for layer in layers:
+        layer.weight.copy_(plain_prune(layer.weight, grams.pop(layer)))
+    for x in batches:
+        block(x)
+
+
+def our_block(block: nn.Module, batches: list[Tensor]) -> None:
+    rule = ps.OneShot(SPARSITY, update="obs", scope="tensor")
+    ps.prune_blocks(nn.Sequential(block), batches, rule, blocks="0")
+
+
+BLOCKS = {PLAIN: plain_block, OURS: our_block}
+
+
+def measure_block(way: str, tokens: int) -> dict[str, float]:
+    """Return seconds and bytes, measured in this fresh process."""
+    torch.manual_seed(0)
+    block, batches = Block(), list(torch.randn(tokens, HIDDEN).split(512))
+    with torch.no_grad():
+        block(batches[0])
+    before = peak()
+    seconds = of_processor(lambda: BLOCKS[way](block, batches)) / 1e3
+    return {"seconds": seconds, "bytes": peak() - before}
+
+
+def measured_blocks() -> dict[str, dict[str, float]]:
+    """Return for each way the seconds for both numbers of tokens and for all, and the bytes."""
+    found: dict[str, dict[str, float]] = {way: {} for way in BLOCKS}
+    for tokens in TOKENS:
+        for way in BLOCKS:
+            command = [sys.executable, "-m", "benchmarks.oneshot", way, str(tokens)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            result = json.loads(run.stdout)
+            found[way][f"{tokens:,} tokens, seconds"] = result["seconds"]
+            found[way]["bytes"] = result["bytes"]
+            print(way, tokens, result, flush=True)
+    for of in found.values():
+        few, many = (of[f"{tokens:,} tokens, seconds"] for tokens in TOKENS)
+        each = (many - few) / (TOKENS[1] - TOKENS[0])
+        of[f"{ALL_TOKENS:,} tokens, seconds"] = few + each * (ALL_TOKENS - TOKENS[0])
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    with threads(1):
+        if arguments:
+            print(json.dumps(measure_block(arguments[0], int(arguments[1]))))
+            return
+        results, errors = {}, {}
+        for name in LAYERS:
+            results[f"layer, {name}"], errors[name] = measure_layer(name)
+            show(name, results[f"layer, {name}"])
+            print("  errors:", errors[name], flush=True)
+        versions = {"fmchisel": version("fmchisel")} if find_spec("fmchisel") else {}
+        block = measured_blocks()
+        write("oneshot", results, errors=errors, block=block, versions=versions)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,37 @@
+"""The tables of docs/how-to/prune-language-models.md."""
+
+from __future__ import annotations
+
+from benchmarks.tables.markdown import Content, Table, grid, significant, table
+
+
+def layers(content: Content) -> str:
+    return grid(content, "layer, (.*)", "layer", unit="s")
+
+
+def errors(content: Content) -> str:
+    """Return the relative squared error of the outputs of each layer."""
+    ways = list(dict.fromkeys(way for found in content["errors"].values() for way in found))
+    rows = [
+        [layer, *(f"{found[way]:.5f}" if way in found else "-" for way in ways)]
+        for layer, found in content["errors"].items()
+    ]
+    return table(["layer", *ways], rows)
+
+
+def block(content: Content) -> str:
+    """Return the seconds for each number of tokens, and the peak memory."""
+    found = content["block"]
+    seconds = [key for key in next(iter(found.values())) if key != "bytes"]
+    rows = [
+        [way, *(significant(of[key]) for key in seconds), significant(of["bytes"] / 1e6)]
+        for way, of in found.items()
+    ]
+    return table(["one block", *seconds, "memory, MB"], rows)
+
+
+TABLES: dict[str, Table] = {
+    "oneshot.layers": layers,
+    "oneshot.errors": errors,
+    "oneshot.block": block,
+}
