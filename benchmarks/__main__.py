@@ -38,6 +38,8 @@ LIMITS = {
     "checkpoints": 10,
     "sharding": 5,
     "oneshot": 60,
+    "language_model": 60,
+    "sentence_encoder": 90,
 }
 
 

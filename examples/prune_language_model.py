@@ -1,9 +1,9 @@
 """Train a small character language model, prune it in one shot in many ways, and compare.
 
-The text is the standard library's own sources. The model is trained once, and kept in `out/`; each
-seed draws another text for calibration.
+The text is the standard library's own sources. Each seed trains a model, which is kept in `out/`,
+and draws the text for calibration.
 
-    python examples/prune_language_model.py --seeds 3
+    python examples/prune_language_model.py
 """
 
 import argparse
@@ -12,6 +12,7 @@ import math
 import statistics
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -63,15 +64,19 @@ class LanguageModel(nn.Module):
 
 
 def text():
-    """Return training and validation text as tokens: newline, the printable characters, others."""
+    """Return training and validation text as tokens."""
     root = Path(sysconfig.get_paths()["stdlib"])
     folders = (root, root / "asyncio", root / "email")
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    content = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    ids = tokens("\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
+    return ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+
+
+def tokens(content):
+    """Return the tokens of a text: newline, the printable characters, "?" for all others."""
     codes = torch.frombuffer(bytearray(content.encode("ascii", "replace")), dtype=torch.uint8)
     known = (codes >= 32) & (codes < 127)
-    ids = torch.where(known, codes.long() - 31, torch.where(codes == 10, 0, ord("?") - 31))
-    return ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    return torch.where(known, codes.long() - 31, torch.where(codes == 10, 0, ord("?") - 31))
 
 
 def draw(ids, number, generator, length=CONTEXT):
@@ -79,9 +84,20 @@ def draw(ids, number, generator, length=CONTEXT):
     return torch.stack([ids[start : start + length] for start in starts])
 
 
-def train(ids, steps):
-    torch.manual_seed(0)
-    model, generator = LanguageModel(), torch.Generator().manual_seed(1)
+def trained(ids, steps, seed, out):
+    """Return the model of this seed: what an earlier run has left in `out`, or a new one."""
+    kept = out / f"language_model_{steps}_{seed}.pt"
+    if not kept.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save(train(ids, steps, seed).state_dict(), kept)
+    model = LanguageModel().eval()
+    model.load_state_dict(torch.load(kept))
+    return model
+
+
+def train(ids, steps, seed):
+    torch.manual_seed(seed)
+    model, generator = LanguageModel(), torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     start = time.time()
     for step in range(steps):
@@ -96,11 +112,11 @@ def train(ids, steps):
         optimizer.step()
         if step % 100 == 99:
             print(f"step {step + 1}: loss {loss:.3f}, {time.time() - start:.0f} s", flush=True)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()
-def perplexity(model, ids, number=64):
+def perplexity(model, ids, number=256):
     batch = draw(ids, number, torch.Generator().manual_seed(7), CONTEXT + 1)
     losses = [
         F.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
@@ -115,7 +131,7 @@ METHODS = {
     "RIA": lambda *s, **how: ps.OneShot(*s, score="ria", update="none", **how),
     "SparseGPT": lambda *s, **how: ps.OneShot(*s, update="obs", scope="tensor", **how),
     "least squares": lambda *s, **how: ps.OneShot(*s, score="wanda", update="least_squares", **how),
-    "and swaps": lambda *s, **how: ps.OneShot(
+    "with swaps": lambda *s, **how: ps.OneShot(
         *s, score="wanda", update="least_squares", swaps=20, **how
     ),
     "ADMM": lambda *s, **how: ps.OneShot(*s, scope="tensor", **how),
@@ -126,55 +142,63 @@ SPARSITIES = {
 }
 
 
+RECONSTRUCTED = ("magnitude", "ADMM")
+
+
+def compare(dense, calibration, validation, methods, sparsities, steps) -> Iterator:
+    """Yield the method, the sparsity and the perplexity of each pruned copy of `dense`."""
+    for sparsity in sparsities:
+        shares, how = SPARSITIES[sparsity]
+        for method in methods:
+            model = copy.deepcopy(dense)
+            ps.prune_blocks(model, calibration.split(32), METHODS[method](*shares, **how))
+            yield method, sparsity, perplexity(model, validation)
+            if steps and method in RECONSTRUCTED:
+                ps.reconstruct(model, dense, calibration.split(8), steps=steps)
+                yield f"{method}, reconstruct", sparsity, perplexity(model, validation)
+
+
+def calibration_text(ids, number, seed):
+    return draw(ids, number, torch.Generator().manual_seed(11 + seed))
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1400, help="training steps")
-    parser.add_argument("--seeds", type=int, default=1, help="draws of calibration text")
+    parser.add_argument("--seeds", type=int, default=3, help="models, and draws of text")
     parser.add_argument("--sequences", type=int, default=128, help="sequences of calibration text")
     parser.add_argument("--reconstruct", type=int, default=200, help="steps of `reconstruct`")
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--sparsities", nargs="+", default=[*SPARSITIES], choices=SPARSITIES)
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args(arguments)
-    training, validation = text()
-    args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / f"language_model_{args.steps}.pt"
-    if not kept.exists():
-        torch.save(train(training, args.steps).state_dict(), kept)
-    dense = LanguageModel().eval()
-    dense.load_state_dict(torch.load(kept))
-
-    found = {}
+    start, (training, validation) = time.time(), text()
+    perplexities = {}
     for seed in range(args.seeds):
-        drawn = draw(training, args.sequences, torch.Generator().manual_seed(11 + seed))
-        batches = drawn.split(32)
-        for sparsity in args.sparsities:
-            shares, how = SPARSITIES[sparsity]
-            for method in args.methods:
-                model = copy.deepcopy(dense)
-                ps.prune_blocks(model, batches, METHODS[method](*shares, **how))
-                found.setdefault((method, sparsity), []).append(perplexity(model, validation))
-            if args.reconstruct:  # of the last method
-                ps.reconstruct(model, dense, drawn.split(8), steps=args.reconstruct)
-                key = (f"{method}, reconstruct", sparsity)
-                found.setdefault(key, []).append(perplexity(model, validation))
-    show(found, perplexity(dense, validation), args.sparsities)
+        dense = trained(training, args.steps, seed, args.out)
+        perplexities.setdefault(("dense", ""), []).append(perplexity(dense, validation))
+        calibration = calibration_text(training, args.sequences, seed)
+        choice = (args.methods, args.sparsities, args.reconstruct)
+        for method, sparsity, found in compare(dense, calibration, validation, *choice):
+            print(f"seed {seed}, {sparsity}, {method}: {found:.3f}", flush=True)
+            perplexities.setdefault((method, sparsity), []).append(found)
+    means = {key: statistics.mean(found) for key, found in perplexities.items()}
+    show(means.pop(("dense", "")), means, args.sparsities)
+    print(f"{(time.time() - start) / 60:.1f} minutes")
 
 
-def show(found, dense, sparsities):
-    """Print mean perplexities, and what is added to that of the dense model."""
-    print(f"\nperplexity on held-out text; dense {dense:.3f}")
-    print("".join([" " * 20, *(f"{sparsity:>9}" for sparsity in sparsities)]))
-    for method in dict.fromkeys(method for method, _ in found):
-        means = [statistics.mean(found[method, sparsity]) for sparsity in sparsities]
-        print("".join([f"{method:20}", *(f"{mean:9.3f}" for mean in means)]))
-    if ("SparseGPT", sparsities[0]) in found and ("ADMM", sparsities[0]) in found:
-        rises = [
-            [statistics.mean(found[method, sparsity]) - dense for method in ("ADMM", "SparseGPT")]
-            for sparsity in sparsities
-        ]
-        shares = [f"{one / other:9.2f}" for one, other in rises]
-        print("".join([f"{'rise, of SparseGPT':20}", *shares]))
+def show(dense, means, sparsities):
+    """Print the perplexities, and how much they rise over `dense`, in parts of SparseGPT's rise."""
+    methods = list(dict.fromkeys(method for method, _ in means))
+    print("".join([f"\n{'perplexity':24}", *(f"{sparsity:>9}" for sparsity in sparsities)]))
+    print(f"{'dense':24}" + f"{dense:9.3f}" * len(sparsities))
+    for method in methods:
+        print(f"{method:24}" + "".join(f"{means[method, s]:9.3f}" for s in sparsities))
+    if "SparseGPT" in methods:
+        print("rise over dense, relative to that of SparseGPT")
+        for method in methods:
+            rises = [(means[m, s] - dense for m in (method, "SparseGPT")) for s in sparsities]
+            print(f"{method:24}" + "".join(f"{one / other:9.2f}" for one, other in rises))
 
 
 if __name__ == "__main__":

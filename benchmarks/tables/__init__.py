@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.tables import (
     charts,
     deploy_page,
+    language_page,
     oneshot_page,
     payoff_page,
     performance_page,
@@ -30,7 +31,8 @@ from benchmarks.tables.markdown import Content, machine
 HERE = Path(__file__).parents[1]
 PAGES = HERE.parent / "docs"
 ON_PAGES = (
-    performance_page, payoff_page, runtimes_page, deploy_page, oneshot_page, training_page,
+    performance_page, payoff_page, runtimes_page, deploy_page, training_page, language_page,
+    oneshot_page,
 )  # fmt: skip
 TABLES = {name: function for page in ON_PAGES for name, function in page.TABLES.items()}
 BEGIN, END = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE), "<!-- end of table -->"

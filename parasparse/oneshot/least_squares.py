@@ -40,16 +40,26 @@ def _by_cholesky(weights: Tensor, mask: Tensor, matrix: Tensor) -> Tensor:
         kept = int(counts[rows].max())
         if kept == 0:
             continue
-        # The kept inputs first; a row with fewer has some that are not, which are solved to 0.
-        places = (~mask[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[:, :kept]
-        own = mask[rows].gather(-1, places)
-        system = matrix[places.unsqueeze(-1), places.unsqueeze(-2)]
-        system = system * (own.unsqueeze(-1) & own.unsqueeze(-2))
-        system.diagonal(dim1=-2, dim2=-1).masked_fill_(~own, 1.0)
+        places, own, system = kept_systems(mask[rows], matrix, kept)
         right = wanted[rows].gather(-1, places) * own
         solved = torch.cholesky_solve(right.unsqueeze(-1), torch.linalg.cholesky(system))
         found[rows] = torch.zeros_like(found[rows]).scatter(-1, places, solved.squeeze(-1))
     return found.to(weights)
+
+
+def kept_systems(mask: Tensor, matrix: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the part of `matrix` that each row of `mask` (rows, in) keeps.
+
+    Returns:
+        Inputs, (rows, kept), the kept ones first; which of these are kept; and the systems
+        (rows, kept, kept), with those of I where an input is not.
+    """
+    places = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[:, :kept]
+    own = mask.gather(-1, places)
+    system = matrix[places.unsqueeze(-1), places.unsqueeze(-2)]
+    system = system * (own.unsqueeze(-1) & own.unsqueeze(-2))
+    system.diagonal(dim1=-2, dim2=-1).masked_fill_(~own, 1.0)
+    return places, own, system
 
 
 def by_conjugate_gradients(

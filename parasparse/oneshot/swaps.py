@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parasparse.oneshot.least_squares import kept_systems
+
 _NUMBERS = 1 << 23  # in 64 bits, at a time
+_ROUNDING = 1e-12  # of an input: a smaller part that the others lack is none
 
 
 def swapped(
@@ -45,53 +48,54 @@ def swapped(
 def _of_rows(
     weights: Tensor, mask: Tensor, matrix: Tensor, swaps: int, width: int, allowed: Tensor
 ) -> Tensor:
-    rows = torch.arange(len(weights), device=weights.device)
-    wanted, places = weights @ matrix, torch.arange(weights.shape[1], device=weights.device)
-    mask, inverse = mask.clone(), _inverses(mask, matrix)
+    rows, places = (torch.arange(size, device=weights.device) for size in weights.shape)
+    wanted, mask = weights @ matrix, mask.clone()
+    inverse, own = _start(mask, matrix)
     going = mask.any(-1) & (allowed & ~mask).any(-1)
     for _ in range(swaps):
         if not bool(going.any()):
             break
-        entering, gain, larger = _taken_in(inverse, wanted, matrix, allowed & ~mask)
-        # Dropping j raises the error by w_j^2 / (inverse)_jj.
-        values = (larger @ wanted.unsqueeze(-1)).squeeze(-1)
-        diagonal = larger.diagonal(dim1=-2, dim2=-1)
+        # Taking in j lowers the error by (its residual)^2 / own_j.
+        kept = (inverse @ wanted.unsqueeze(-1)).squeeze(-1)
+        candidates = allowed & ~mask & (own > _ROUNDING * matrix.diagonal())
+        gains = torch.where(candidates, (wanted - kept @ matrix).square() / own, -1.0)
+        gain, entering = gains.max(-1)
+        going &= gain > 0
+        # The inverse with it is larger by v v^T / own_j.
+        v = (inverse @ matrix[entering].unsqueeze(-1)).squeeze(-1)
+        v[rows, entering] = -1.0
+        more = torch.where(going, 1 / own[rows, entering], 0.0).unsqueeze(-1) * v
+        values = kept + more * (v * wanted).sum(-1, keepdim=True)
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1) + more * v
+        # Dropping i then raises the error by values_i^2 / diagonal_i.
         near = mask if width == 1 else mask & (places // width == entering.unsqueeze(-1) // width)
-        cost = torch.where(near, values.square() / diagonal.clamp(min=1e-300), torch.inf)
-        leaving = cost.argmin(-1)
-        going &= (cost[rows, leaving] < gain * (1 - 1e-9)) & (gain > 0)
-        smaller = _outer(larger, larger[rows, :, leaving], -1 / diagonal[rows, leaving])
-        inverse = torch.where(going[:, None, None], smaller, inverse)
+        cost, leaving = torch.where(near, values.square() / diagonal, torch.inf).min(-1)
+        going &= cost < gain * (1 - 1e-9)
+        u = inverse[rows, :, leaving] + more * v[rows, leaving].unsqueeze(-1)
+        less = -u / diagonal[rows, leaving].unsqueeze(-1)
+        left, right = torch.stack((more, less), -1), torch.stack((v, u), -2)
+        left = torch.where(going[:, None, None], left, 0.0)
+        inverse.baddbmm_(left, right)
+        own -= ((left.mT @ matrix) * (right @ matrix)).sum(-2)
         mask[rows[going], entering[going]] = True
         mask[rows[going], leaving[going]] = False
     return mask
 
 
-def _taken_in(
-    inverse: Tensor, wanted: Tensor, matrix: Tensor, candidates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which of `candidates` each row takes in, by how much, and the inverse with it."""
-    # Taking in j lowers the error by (its residual)^2 / (its own part that the others lack).
-    rows = torch.arange(len(wanted), device=wanted.device)
-    kept = (inverse @ wanted.unsqueeze(-1)).squeeze(-1)
-    residual, across = wanted - kept @ matrix, inverse @ matrix
-    own = matrix.diagonal() - (across * matrix).sum(-2)
-    gains = torch.where(candidates, residual.square() / own.clamp(min=1e-300), -1.0)
-    entering = gains.argmax(-1)
-    vector = across[rows, :, entering]
-    vector[rows, entering] = -1.0
-    return entering, gains[rows, entering], _outer(inverse, vector, 1 / own[rows, entering])
+def _start(mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inverses of what rows keep of `matrix`, and what all inputs have of their own.
 
-
-def _outer(matrix: Tensor, vector: Tensor, factor: Tensor) -> Tensor:
-    """Return `matrix` + `factor` `vector` `vector`^T, for each row."""
-    return matrix + factor[:, None, None] * vector.unsqueeze(-1) * vector.unsqueeze(-2)
-
-
-def _inverses(mask: Tensor, matrix: Tensor) -> Tensor:
-    """Return the inverse of the kept part of `matrix` for each row of `mask`, 0 elsewhere."""
-    both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    system = torch.where(both, matrix, 0.0)
-    system.diagonal(dim1=-2, dim2=-1).masked_fill_(~mask, 1.0)
-    inverse: Tensor = torch.linalg.inv(system)
-    return inverse * both
+    The inverses are 0 elsewhere. What an input has of its own is the squared part of it that the
+    kept ones do not explain.
+    """
+    rows = torch.arange(len(mask), device=mask.device)[:, None, None]
+    places, are_kept, system = kept_systems(mask, matrix, int(mask.sum(-1).max()))
+    factor = torch.linalg.cholesky(system)
+    explained = torch.linalg.solve_triangular(
+        factor, matrix[places] * are_kept.unsqueeze(-1), upper=False
+    )
+    both = are_kept.unsqueeze(-1) & are_kept.unsqueeze(-2)
+    smaller = torch.cholesky_inverse(factor) * both
+    inverse = matrix.new_zeros(len(mask), *matrix.shape)
+    inverse[rows, places.unsqueeze(-1), places.unsqueeze(-2)] = smaller
+    return inverse, matrix.diagonal() - explained.square().sum(-2)

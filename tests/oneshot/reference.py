@@ -65,6 +65,28 @@ def sparsegpt(weights, matrix, choose, block):
     return weights * mask, mask
 
 
+def swapped(weights, mask, matrix, swaps):
+    """The masks after swaps, each found by trying all: the best to take in, the best to drop."""
+    mask = mask.copy()
+
+    def least(row, changed):
+        own = slice(row, row + 1)
+        return error(weights[own], least_squares(weights[own], changed[None], matrix), matrix)
+
+    def flipped(row, entry):
+        return np.where(np.arange(mask.shape[1]) == entry, ~row, row)
+
+    for row, kept in enumerate(mask):
+        for _ in range(swaps):
+            larger = [flipped(kept, entry) for entry in np.flatnonzero(~kept)]
+            taken = min(larger, key=lambda changed: least(row, changed))
+            smaller = [flipped(taken, entry) for entry in np.flatnonzero(kept)]
+            after = min(smaller, key=lambda changed: least(row, changed))
+            if least(row, after) < least(row, kept) * (1 - 1e-9):
+                kept[:] = after
+    return mask
+
+
 def best(weights, matrix, kept):
     """The least error of any support of `kept` weights in each row, by trying all."""
     total = 0.0

@@ -155,6 +155,27 @@ def test_swaps_never_raise_the_error_and_keep_counts(seed, width, swaps):
     assert ((found != mask).sum(-1) <= 2 * swaps).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_swaps_are_those_found_by_trying_all(seed):
+    weights, x = layer(seed, outputs=4, inputs=10)
+    own = problem(weights, x)
+    mask = highest_in_rows(own.weights.abs(), 5)
+    matrix, _ = reference.damped(x.T @ x, 0.01)
+    for swaps in (1, 4):
+        found = swapped(own.weights, mask, own.hessian.matrix, swaps)
+        expected = reference.swapped(weights, mask[0].numpy(), matrix, swaps)
+        np.testing.assert_array_equal(found[0], expected)
+
+
+def test_rows_that_keep_nothing_or_everything_have_no_swaps():
+    own = problem(*layer())
+    mask = drawn(0, own.weights.shape)
+    mask[0, 0], mask[0, 1] = False, True
+    found = swapped(own.weights, mask, own.hessian.matrix, 3)
+    assert torch.equal(found[0, :2], mask[0, :2])
+    assert not swapped(own.weights, mask & False, own.hessian.matrix, 3).any()
+
+
 def test_enough_swaps_end_where_no_swap_of_the_best_pair_helps():
     own = problem(*layer())
     mask = highest_in_rows(own.weights.abs(), 8)

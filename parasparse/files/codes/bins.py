@@ -174,7 +174,7 @@ class _Values:
         bins.sort(key=lambda one: one[1])
         gaps = sum(last + (1 << width) != low for (_, last, width), (_, low, _) in pairwise(bins))
         digit = step + bits_per_digit(base_for(len(bins)))
-        nbits = _BIN_BITS * len(bins) + _GAP_BITS * gaps
+        nbits: float = _BIN_BITS * len(bins) + _GAP_BITS * gaps
         nbits -= sum(held * (width + digit) for held, _, width in bins)
         lows = tuple(low << step for _, low, _ in bins)
         widths = tuple(width + step for _, _, width in bins)
