@@ -42,7 +42,8 @@ def for_inference(model: nn.Module, x: Tensor) -> nn.Module:
         first.to(memory_format=torch.channels_last)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model = fuse(model)
-    zeros = any(p.dim() > 1 and 2 * p.count_nonzero() <= p.numel() for p in model.parameters())
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    zeros = any(2 * weight.count_nonzero() <= weight.numel() for weight in weights)
     return ps.accelerate(model, x, compile_kernel=True) if zeros else model
 
 

@@ -124,6 +124,8 @@ def turn(call: Call) -> tuple[float, float]:
 
 def main(name: str, folder: Path, threads: int) -> None:
     warnings.filterwarnings("ignore")
+    if hasattr(os, "sched_setaffinity"):  # MNN uses more threads in some runs
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some runtimes print
     call = RUNTIMES[name](folder, np.load(folder / "x.npy"), threads)
