@@ -3,17 +3,21 @@
 import copy
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import parasparse as ps
 from parasparse.acceleration.formats import library
 from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.format import formats_of
+from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from tests.acceleration.test_accelerate import case, close, sparse
 from tests.acceleration.test_accelerate import pytestmark as pytestmark  # marks these tests too
 
@@ -100,6 +104,54 @@ def test_other_dtypes_are_torchs_own_error():
             call()
 
 
+class Wrapped(torch.Tensor):
+    """A tensor whose values are another tensor's, as those of a DTensor are."""
+
+    def __new__(cls, values):
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.values_ = values
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Wrapped, lambda t: t.values_, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+VIEWS = {
+    "as it is": lambda t: t,
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "one value": lambda t: t[..., :1].expand(t.shape),
+    "negated": lambda t: torch._neg_view(t),
+    "a subclass": Wrapped,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv1d(6, 8, 3), nn.Conv1d(6, 8, 1)])
+@torch.no_grad()
+def test_inputs_and_biases_of_any_memory(layer, view):
+    call = F.linear if isinstance(layer, nn.Linear) else F.conv1d
+    dense = layer.weight * (torch.rand_like(layer.weight) < 0.3)
+    fast = SparseWeight(dense, ((1, "compiled"),))
+    x, bias = torch.randn(4, 6, 6), torch.randn(8)
+    close(call(view(x), fast, bias), call(view(x), dense, bias))
+    close(call(x, fast, view(bias)), call(x, dense, view(bias)))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv1d(6, 8, 3), nn.Conv1d(6, 8, 1)])
+@torch.no_grad()
+def test_a_bias_of_another_length_is_torchs_own_error(layer):
+    call = F.linear if isinstance(layer, nn.Linear) else F.conv1d
+    dense = layer.weight * (torch.rand_like(layer.weight) < 0.3)
+    for weight in (dense, SparseWeight(dense, ((1, "compiled"),))):
+        for length in (5, 9):
+            with pytest.raises(RuntimeError):
+                call(torch.randn(4, 6, 6), weight, torch.randn(length))
+
+
 def test_it_is_chosen_from_only_when_asked(compiler):
     dense, _, inputs = sparse("linear")
     found = [
@@ -111,9 +163,19 @@ def test_it_is_chosen_from_only_when_asked(compiler):
         assert "compiled" not in found[1] | found[2]
 
 
-@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
-def test_a_compiler_that_fails_is_a_warning_with_a_way_out(compiler, fresh, tmp_path):
-    fresh.setenv("CXX", compiler)
+WITHOUT = {
+    "no compiler": {"CXX": "/no/such/compiler"},
+    "one that fails": {"CXX": "false"},
+    "a quotation mark that is not closed": {"CXX": "c++ '"},
+    "a folder that cannot be made": {"TORCH_EXTENSIONS_DIR": __file__},
+    "no home": {"TORCH_EXTENSIONS_DIR": "~no such user/folder"},
+}
+
+
+@pytest.mark.parametrize("variables", WITHOUT.values(), ids=WITHOUT)
+def test_a_compiler_that_fails_is_a_warning_with_a_way_out(variables, fresh, tmp_path):
+    for name, value in variables.items():
+        fresh.setenv(name, value)
     dense, _, inputs = sparse("linear")
     with pytest.warns(UserWarning, match="Install a C"), torch.no_grad():
         close(
@@ -126,11 +188,22 @@ def test_a_compiler_that_fails_is_a_warning_with_a_way_out(compiler, fresh, tmp_
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_it_compiles_once(fresh, tmp_path):
+    (tmp_path / "my compiler").symlink_to(shutil.which("c++"))
+    fresh.setenv("CXX", f"'{tmp_path}/my compiler' -g")
+    fresh.setenv("TORCH_EXTENSIONS_DIR", f"{tmp_path}/my folder")
     library.library()
     fresh.setattr(library.subprocess, "run", None)
     library.library.cache_clear()
     assert library.library() is not None
-    assert len(list((tmp_path / "parasparse").iterdir())) == 1
+    assert len(list((tmp_path / "my folder" / "parasparse").iterdir())) == 1
+
+
+def test_empty_variables_are_none(fresh):
+    for name in ("CXX", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        fresh.setenv(name, "")
+    fresh.setattr(library, "_built", lambda compiler: compiler)
+    assert library.library() == ["c++"]
+    assert library._folder() == Path.home() / ".cache/torch_extensions/parasparse"
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])

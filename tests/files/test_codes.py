@@ -219,6 +219,16 @@ def test_bins_hold_every_number_and_count_their_bits(pairs):
         assert torch.equal(coded.of_digits[digits.long()], values - inside << 5 | widths)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16], ids=str)
+@pytest.mark.parametrize("number", [500, 600, 1000, 1100, 1500, 2048])
+def test_any_number_of_values_with_gaps_between_them_comes_back(dtype, number):
+    levels = torch.arange(0, 15 * number, 15)[torch.randint(0, number, (1 << 15,))]
+    signs = torch.randint(0, 2, (1 << 15,)) * -(1 << 15)
+    for words in (levels, levels + signs):
+        tensor = words.to(torch.int16).view(dtype)
+        assert same(decode(encode(tensor), dtype, (1 << 15,)), tensor)
+
+
 @given(st.integers(0, 2**40))
 def test_numbers_come_back(number):
     reader = NumberReader(pack_number(number) + b"rest")

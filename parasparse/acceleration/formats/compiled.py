@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasparse.acceleration.formats.compressed import Bag
 from parasparse.acceleration.formats.library import library
@@ -18,7 +18,7 @@ class Compiled(Bag):
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         kernel = library()
-        if kernel is None or not _can_read(x, bias):
+        if kernel is None or not self._can_read(x, bias):
             return super().rows(x, bias)
         x = x.contiguous()
         result = x.new_empty(len(x), self.shape[0])
@@ -29,7 +29,7 @@ class Compiled(Bag):
         return result
 
     def columns(self, u: Tensor) -> Tensor:  # noqa: D102
-        if library() is None or not _can_read(u, None):
+        if library() is None or not self._can_read(u, None):
             return super().columns(u)
         u = u.contiguous()
         return self.windows(u, self._places * u.shape[1], u.shape[1])
@@ -37,7 +37,7 @@ class Compiled(Bag):
     def windows(self, u: Tensor, places: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
         """Return W @ v + bias, where row j of v are the `n` values of `u` from places[j] on."""
         kernel = library()
-        if kernel is None or not _can_read(u, bias):
+        if kernel is None or not self._can_read(u, bias):
             rows = torch.stack([u.view(-1)[p : p + n] for p in places.tolist()])
             product = super().columns(rows)
             return product if bias is None else product.add_(bias[:, None])
@@ -48,6 +48,13 @@ class Compiled(Bag):
         )  # fmt: skip
         return result
 
+    def _can_read(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernel can read the memory of the tensors; torch reads the others."""
+        if bias is None:
+            return _is_plain(x)
+        fits = bias.shape == self.shape[:1] and bias.is_contiguous()
+        return fits and _is_plain(x) and _is_plain(bias)
+
     @cached_property
     def _places(self) -> Tensor:
         return torch.arange(self.shape[1])
@@ -57,9 +64,11 @@ class Compiled(Bag):
         return [*sizes, *map(_pointer, self.tensors()), bias if bias is None else _pointer(bias)]
 
 
-def _can_read(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel can read the tensors; otherwise torch raises its own error."""
-    return all(t is None or (t.is_cpu and t.dtype == torch.float32) for t in (x, bias))
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether float32 values of `tensor` lie in memory; those of other classes need not."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg():
+        return False
+    return tensor.is_cpu and tensor.dtype == torch.float32
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -17,7 +17,7 @@ from torch import Tensor
 from parasparse.files.codes.digits import base_for, bits_per_digit
 
 _BIN_BITS, _GAP_BITS = 8, 16  # in the table
-_MOST = 512  # bins
+_MOST = 512  # bins: with the sign a digit has 10 bits, see `Bins.of_numbers`
 _MOST_VALUES = 2048  # where more occur, neighbours are taken for one
 _FULLEST = 1.4  # how much more than the average a bin may hold
 
@@ -64,6 +64,7 @@ class Bins:
     @cached_property
     def of_numbers(self) -> Tensor:
         """Return 2**15 * offset + 2**10 * width + digit for each number, int32."""
+        assert self.base <= 1 << 10
         start, end = self.lows[0], self.lows[-1] + (1 << self.widths[-1])
         end = min(self.sign or 1 << 16, end)
         numbers = torch.arange(start, end, dtype=torch.int32)
@@ -101,11 +102,12 @@ def choose_bins(counts: Tensor) -> Bins:
         return values.cut(int(_FULLEST * total / number))
 
     number, found = 8, cut(8)
-    while number < _MOST and (tried := cut(4 * number)).bits < found.bits:
+    while (tried := cut(4 * number)).bits < found.bits and len(tried.bins) <= _MOST:
         number, found = 4 * number, tried
     tries = [found, cut(1), *(cut(number * factor) for factor in (0.5, 0.7, 1.4, 2))]
     if total * math.log2(len(values)) + _BIN_BITS * len(values) < found.bits:
         tries.append(values.cut(0))  # a bin for each number
+    tries = [one for one in tries if len(one.bins) <= _MOST]
     best = sorted(tries, key=lambda one: one.bits)[:2]
     return min((values.filled(one, step) for one in best), key=lambda one: one.nbits)
 
