@@ -36,7 +36,8 @@ class Place:
     _is_held: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._home = next((tensor.device for tensor in tensors_of_module(self.block)), None)
+        devices = (tensor.device for tensor in tensors_of_module(self.block))
+        self._home = next((device for device in devices if device.type != "meta"), None)
 
     def come(self, *_: Any) -> None:
         """Move the block to the device; a forward pre-hook."""
@@ -51,8 +52,8 @@ class Place:
             return
         if self.disk is not None:
             self.disk.unload(tensors_of_module(self.block))
-        elif self._home is not None:
-            move(tensors_of_module(self.block), self._home)
+        if self.device is not None and self._home is not None:
+            move((t for t in tensors_of_module(self.block) if not t.is_meta), self._home)
 
     @contextmanager
     def held(self) -> Iterator[None]:

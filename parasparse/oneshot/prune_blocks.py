@@ -63,17 +63,19 @@ def prune_blocks(
         device: where the model runs. Each block is there only for its turn, everything else all
             the time; afterwards all are where they were. None: where they are.
         storage: where the arguments of blocks wait for their turn.
-        source: a checkpoint with the tensors of `model` that are on the meta device. They are read
-            when they are needed, one block at a time, so the model may be larger than memory.
+        source: a checkpoint with the tensors of `model`, whose parameters are on the meta device.
+            They are read when they are needed, one block at a time, so the model may be larger than
+            memory. So are the saved buffers, wherever they are.
         output: a new folder for the pruned weights of `source`, a safetensors file a block, and the
-            other files of `source`. Masks are folded into the weights, and the model is on the
-            meta device again afterwards. With `resume`, blocks that are there are not pruned again.
+            other files of `source`. Masks are folded into the weights, and the model is as it was
+            afterwards. With `resume`, blocks that are there are not pruned again.
         progress: called with a `BlockReport` after each block, as in `progress=print`.
 
     Raises:
         ValueError: `blocks` reaches nothing, a block is not called or lies in another, a rule
             reaches no tensor in a block, there are no batches, one calls other blocks than the
-            first, `source` lacks a tensor, or arguments exclude each other.
+            first, weights are on the meta device without a `source`, `source` lacks a tensor,
+            `output` has other files, or arguments exclude each other.
         TypeError: a tensor cannot be masked, or `batches` is a single batch.
         RuntimeError: the statistics are not finite. After any error, the blocks before this one
             are pruned, and this one is as it was.
@@ -95,6 +97,8 @@ def prune_blocks(
     found = blocks_of(model, blocks)
     groups = block_rules(model, found, rules)
     disk = _on_disk(model, found, source, output, resume=resume)
+    if disk is None:
+        _check_in_memory(groups)
     walk = Walk(model, found, batches_in(batches), device=device, storage=storage)
     with undisturbed(model), placed(model, found, device, disk) as places, walk.entered():
         walk.count()
@@ -126,11 +130,23 @@ def _on_disk(
         raise ValueError("`source` and `output` must be given together.")
     if source is None or output is None:
         return None
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f'`output` must be a folder; "{output}" is a file.')
     if os.path.exists(output) and not resume and any(Path(output).iterdir()):
         raise ValueError(
             f'`output` must be a new folder, but "{output}" has files. Give another, or `resume`.'
         )
     return OnDisk(model, blocks, source, output)
+
+
+def _check_in_memory(groups: Mapping[str, list[Group]]) -> None:
+    targets = [target for each in groups.values() for group in each for target in group.targets]
+    empty = [target.name for target in targets if target.stored().is_meta]
+    if empty:
+        raise ValueError(
+            f"weights must be in memory, but {listed(empty)} are on the meta device. Give "
+            "`source`, a checkpoint that has them, and `output`, or load the model into memory."
+        )
 
 
 @dataclass(frozen=True)
@@ -207,8 +223,10 @@ def _is_pruned(name: str, groups: list[Group], disk: OnDisk | None) -> bool:
 
 def _report(name: str, number: int, blocks: int, groups: list[Group], made: _Made) -> BlockReport:
     targets = [target for group in groups for target in group.targets]
-    masks = {target.name: target.mask() for target in targets if target.masks()}
-    kept = {n: count_nonzero(mask) for n, mask in masks.items() if mask is not None}
+    kept = {}
+    for target in targets:  # folded masks are zeros
+        mask = target.mask() if target.masks() else None
+        kept[target.name] = count_nonzero(target.stored() if mask is None else mask)
     numel = {target.name: target.shape.numel() for target in targets}
     unseen, rows = tuple(made.unseen), tuple(made.rows)
     return BlockReport(name, number, blocks, kept, numel, unseen, rows)

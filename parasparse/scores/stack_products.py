@@ -58,6 +58,11 @@ class Products(TorchDispatchMode):
                     layout = Layout(len(stack), is_transposed=found[1], is_stack=True)
                     rows = dict(enumerate(_rows(x, matrix, ends), found[0]))
                     self.add(Seen(name, layout, rows))
+        else:
+            with self:  # in inference mode, `linear` and `matmul` come here whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return func(*args, **kwargs)
 
 

@@ -66,22 +66,23 @@ def inputs(*counts, seed=0):
     return [torch.randn(count, INPUTS, generator=generator) for count in counts]
 
 
-def seen(model, *batches, targets="*"):
-    with torch.no_grad(), ps.scores.collect(model, targets, grams=True) as statistics:
+def seen(model, *batches, targets="*", mode=torch.no_grad):
+    with mode(), ps.scores.collect(model, targets, grams=True) as statistics:
         for rows in batches:
             model(rows)
     return statistics
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_each_matrix_has_the_gram_of_the_rows_that_meet_it(name, masked):
+def test_each_matrix_has_the_gram_of_the_rows_that_meet_it(name, masked, mode):
     torch.manual_seed(0)
     model = Stack(*PRODUCTS[name])
     if masked:
         ps.sparsify(model, {"matrices": 0.5})
     batches = inputs(3, 0, 5, 1), inputs(2, 0, 9, 0, seed=1)
-    statistics = seen(model, *batches)
+    statistics = seen(model, *batches, mode=mode)
     with torch.no_grad():
         for expert, parts in enumerate(zip(*batches, strict=True)):
             x = model.plain(torch.cat(parts)).double()
