@@ -3,8 +3,9 @@
     python -m benchmarks.oneshot
 
 *Layers*: pruning one layer of random weights to 50%, given the Gram matrix of its inputs. The plain
-loop is algorithm 1 of the paper of SparseGPT in float32, column after column. ALPS is the function
-of fmchisel, if it is installed. Errors are squared changes of the outputs, relative to the outputs.
+loop is algorithm 1 of the paper of SparseGPT in float32, column after column. With `history`, the
+errors of the report are computed too. ALPS is the function of fmchisel, if it is installed. Errors
+are squared changes of the outputs, relative to the outputs.
 
 *Blocks*: a block of a language model with 1 B parameters, without the softmax of its attention, by
 `prune_blocks` and by a plain loop that collects a Gram matrix for each layer. Each runs in a fresh
@@ -46,7 +47,7 @@ TOKENS, ALL_TOKENS = (1024, 3072), 128 * 2048
 HIDDEN, WIDE = 2048, 5632
 if QUICK:
     LAYERS, TOKENS, HIDDEN, WIDE = {"1 B, attention": (64, 64)}, (256, 512), 64, 128
-PLAIN, OURS = "SparseGPT, plain", "parasparse"
+PLAIN, OURS, REPORTED = "SparseGPT, plain", "parasparse", "obs with `history`"
 
 
 def plain_prune(weight: Tensor, gram: Tensor) -> Tensor:
@@ -69,8 +70,10 @@ def plain_prune(weight: Tensor, gram: Tensor) -> Tensor:
     return pruned
 
 
-def ours(update: str, layer: nn.Linear, statistics: ps.scores.Statistics) -> Tensor:
-    prune = ps.OneShot(SPARSITY, statistics, update=update, scope="tensor", history=[])
+def ours(
+    layer: nn.Linear, statistics: ps.scores.Statistics, history: list[Any] | None = None, **to: str
+) -> Tensor:
+    prune = ps.OneShot(SPARSITY, statistics, scope="tensor", history=history, **to)
     return prune({"weight": layer.weight})["weight"].weights
 
 
@@ -104,10 +107,11 @@ def measure_layer(name: str) -> tuple[dict[str, Any], dict[str, float]]:
     gram, weight = statistics.gram("weight"), layer.weight.detach()
     calls: dict[str, Callable[[], Tensor]] = {
         PLAIN: partial(plain_prune, weight, gram),
-        f"{OURS}, obs": partial(ours, "obs", layer, statistics),
+        f"{OURS}, obs": partial(ours, layer, statistics, update="obs"),
+        REPORTED: partial(ours, layer, statistics, [], update="obs"),
     }
     if name in BY_ADMM:
-        calls[f"{OURS}, admm"] = partial(ours, "admm", layer, statistics)
+        calls[f"{OURS}, admm"] = partial(ours, layer, statistics, update="admm")
         if find_spec("fmchisel"):
             calls["ALPS"] = partial(alps, layer, gram)
     found: dict[str, Tensor] = {}
@@ -119,6 +123,7 @@ def measure_layer(name: str) -> tuple[dict[str, Any], dict[str, float]]:
         {way: partial(kept, way) for way in calls}, repeats=3, warm_up=0, clock=of_processor
     )
     energy = ((weight @ gram.float()) * weight).sum()
+    found.pop(REPORTED)  # the same weights
     changes = {way: new - weight for way, new in found.items()}
     return timings, {
         way: float(((change @ gram.float()) * change).sum() / energy)

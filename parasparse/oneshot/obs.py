@@ -10,57 +10,74 @@ _INNER = 32  # columns updated one by one before the rest of their block
 
 def obs(
     weights: Tensor,
-    inverse_factor: Tensor,
+    factor: Tensor,
     choose: Callable[[Tensor, int, int], Tensor],
     *,
     step: int,
     block: int = 128,
-) -> tuple[Tensor, Tensor]:
-    """Return new weights and the mask: what a column loses is made up for by all later columns.
+) -> tuple[Tensor, Tensor, float]:
+    """Return new weights, the mask and the error tr((W' - W) H (W' - W)^T).
+
+    What a column loses is made up for by all later columns.
 
     Args:
-        weights: (groups, out, in).
-        inverse_factor: upper triangular U with U^T U the inverse of the damped Gram matrix.
+        weights: W, (groups, out, in).
+        factor: upper triangular R with R R^T the damped Gram matrix H.
         choose: `(scores, start, stop)` to the mask of columns [start, stop); the scores are
-            w^2 / U_jj^2 of the weights as they are then.
+            w^2 R_jj^2 of the weights as they are then.
         step: columns chosen at a time, from each multiple of it. A multiple of `block` or a divisor
             of it.
         block: columns whose effect on the later ones is added up before it is applied.
 
-    Reference: Frantar, Alistarh, "SparseGPT", 2023, arXiv:2301.00774, algorithm 1.
+    Reference: Frantar, Alistarh, "SparseGPT", 2023, arXiv:2301.00774, algorithm 1. Differs: there
+        W' - W = -L U for the losses L and the inverse U of R. Here (W' - W) R = -L, so only blocks
+        of R are inverted, and the error is the sum of the squares of L.
     """
-    factor = inverse_factor.to(weights)
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    left = weights.mT.clone(memory_format=torch.contiguous_format)  # a column is contiguous
-    mask = torch.empty_like(left, dtype=torch.bool)
-    size = weights.shape[-1]
-    inner = block if step < block and _INNER % step else min(_INNER, block)
-    for start in range(0, size, block):
-        stop = min(start + block, size)
-        lost = torch.zeros_like(left[:, start:stop])
-        for first in range(start, stop, inner):
-            last = min(first + inner, stop)
-            for column in range(first, last):
-                if column % step == 0 or column == start:
-                    chosen = min(column + step, stop) if step < block else stop
-                    scores = (left[:, column:chosen] / diagonal[:, column:chosen, None]).square()
-                    mask[:, column:chosen] = choose(scores.mT, column, chosen).mT
-                own = left[:, column]
-                gone = torch.where(mask[:, column], 0.0, own) / diagonal[:, column, None]
-                lost[:, column - start] = gone
-                own.masked_fill_(~mask[:, column], 0.0)
-                later = factor[:, column, column + 1 : last, None]
-                left[:, column + 1 : last].addcmul_(later, gone.unsqueeze(1), value=-1)
-            _apply(
-                left[:, last:stop],
-                factor[:, first:last, last:stop],
-                lost[:, first - start : last - start],
-            )
-        _apply(left[:, stop:], factor[:, start:stop, stop:], lost)
-    return left.mT.contiguous(), mask.mT.contiguous()
+    found, mask = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.bool)
+    changes = weights.new_empty(weights.mT.shape)  # a column is contiguous
+    error = 0.0
+    for start in range(0, weights.shape[-1], block):
+        stop = min(start + block, weights.shape[-1])
+        columns = factor[:, :stop, start:stop].to(weights)
+        eye = torch.eye(stop - start).to(weights)
+        inverse = torch.linalg.solve_triangular(columns[:, start:], eye, upper=True)
+        dense = weights[..., start:stop].mT.contiguous()
+        earlier = columns[:, :start].mT @ changes[:, :start]
+        left = dense.baddbmm(inverse.mT, earlier, alpha=-1)
+        lost = _prune(left, mask[..., start:stop], inverse, choose, start, step)
+        found[..., start:stop] = left.mT
+        torch.sub(left, dense, out=changes[:, start:stop])
+        error += float(lost.square().sum())
+    return found, mask, error
 
 
-def _apply(left: Tensor, factor: Tensor, lost: Tensor) -> None:
-    """Subtract what the `lost` columns mean for those that are `left`."""
-    if left.shape[1]:
-        left.baddbmm_(factor.mT, lost, alpha=-1)
+def _prune(
+    left: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    choose: Callable[[Tensor, int, int], Tensor],
+    start: int,
+    step: int,
+) -> Tensor:
+    """Prune columns `left` (groups, columns, out) from `start` on in place; return what they lose.
+
+    `mask` (groups, out, columns) is set. After each `_INNER` columns, what they lose is made up for
+    by those after them, together.
+    """
+    size = left.shape[1]
+    diagonal = inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    shares = inverse / diagonal
+    lost = torch.empty_like(left)
+    inner = size if step < size and _INNER % step else _INNER
+    for first in range(0, size, inner):
+        last = min(first + inner, size)
+        for column in range(first, last):
+            if column % step == 0:
+                chosen = slice(column, min(column + step, size))
+                scores = (left[:, chosen] / diagonal[:, chosen]).square()
+                mask[..., chosen] = choose(scores.mT, start + column, start + chosen.stop)
+                lost[:, chosen] = ~mask[..., chosen].mT
+            own = lost[:, column].mul_(left[:, column]).unsqueeze(1)
+            left[:, column:last].addcmul_(shares[:, column, column:last, None], own, value=-1)
+        left[:, last:].baddbmm_(shares[:, first:last, last:].mT, lost[:, first:last], alpha=-1)
+    return lost.div_(diagonal)

@@ -52,13 +52,15 @@ class Solution:
         problem: the layer.
         weights: (groups, out, in).
         mask: bool, of the same shape.
+        damped_error: of the weights, if known.
         best: the least squares weights on the mask, if known.
     """
 
     problem: Problem
     weights: Tensor
     mask: Tensor
-    best: Tensor | None
+    damped_error: float | None = None
+    best: Tensor | None = None
 
 
 def problem_of(

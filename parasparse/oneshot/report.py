@@ -52,8 +52,10 @@ def row_of(solution: Solution, weights: Tensor, samples: int) -> OneShotRow:
     hessian, dense = problem.hessian, problem.weights
     if best is None and dense.shape[-1] <= LARGEST:
         best = least_squares(dense, mask, hessian.matrix)
-    change = (weights.to(dense) - dense).masked_fill(hessian.dead.unsqueeze(-2), 0.0)
-    error, damped_error = _energies(change, problem)
+    change = weights.to(dense) - dense
+    is_rounded = weights.dtype != solution.weights.dtype
+    known = None if is_rounded else solution.damped_error
+    error, damped_error = _energies(change, problem, known)
     outputs, damped_outputs = (energy or 1.0 for energy in _energies(dense, problem))
     return OneShotRow(
         problem.name, mask.numel(), int(mask.sum()), samples, mask.shape[-1],
@@ -63,9 +65,13 @@ def row_of(solution: Solution, weights: Tensor, samples: int) -> OneShotRow:
     )  # fmt: skip
 
 
-def _energies(weights: Tensor, problem: Problem) -> tuple[float, float]:
-    """Return the squared outputs of `weights`, by the Gram matrix and by the damped one."""
-    plain, damped = (m.diagonal(dim1=-2, dim2=-1) for m in (problem.gram, problem.hessian.matrix))
-    added = damped - plain  # they differ in nothing else
-    energy = quadratic(weights, problem.gram)
-    return energy, energy + float((weights.square().sum(-2) * added).sum())
+def _energies(
+    weights: Tensor, problem: Problem, damped: float | None = None
+) -> tuple[float, float]:
+    """Return the squared outputs of `weights`, by the Gram matrix and by the `damped` one."""
+    # The two matrices differ in the diagonal only.
+    more = problem.hessian.diagonal - problem.gram.diagonal(dim1=-2, dim2=-1)
+    more = more.masked_fill(problem.hessian.dead, 0.0)
+    added = float((weights.square().sum(-2) * more).sum())
+    energy = quadratic(weights, problem.gram) if damped is None else max(damped - added, 0.0)
+    return energy, energy + added

@@ -31,21 +31,21 @@ def by_least_squares(
                     )
             mask = swapped(problem.weights, mask, matrix, swaps, width=width, held=problem.held)
         weights = least_squares(problem.weights, mask, matrix)
-        found[problem.name] = Solution(problem, weights, mask, weights)
+        found[problem.name] = Solution(problem, weights, mask, best=weights)
     return found
 
 
 def by_obs(problem: Problem, mask: Tensor, block: int) -> Solution:
     """Return the weights of SparseGPT for a given `mask`."""
-    factor = problem.hessian.inverse_factor
+    factor = problem.hessian.factor
     found = obs(problem.weights, factor, lambda _, a, b: mask[..., a:b], step=block, block=block)
-    return Solution(problem, *found, None)
+    return Solution(problem, *found)
 
 
 def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
     """Return weights and mask of SparseGPT, which chooses the mask while it updates."""
     pattern, shares = support.pattern, support.sparsity or 0.0
-    factor = problem.hessian.inverse_factor
+    factor = problem.hessian.factor
     if isinstance(pattern, n_of_m):
         pattern(problem.restored(problem.weights).to("meta"))  # raises if it does not fit
         along = replace(pattern, dim=1)
@@ -57,7 +57,7 @@ def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
             return along(scores.reshape(-1, stop - start)).view(scores.shape)  # the remainder
 
         found = obs(problem.weights, factor, choose, step=pattern.m, block=block)
-        return Solution(problem, *found, None)
+        return Solution(problem, *found)
     rows = 1 if support.by_row else problem.weights[..., 0].numel()
 
     def ranked(scores: Tensor, start: int, stop: int) -> Tensor:
@@ -67,7 +67,7 @@ def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
         return highest_in_rows(units, kept).view(scores.shape)
 
     found = obs(problem.weights, factor, ranked, step=block, block=block)
-    return Solution(problem, *found, None)
+    return Solution(problem, *found)
 
 
 def chooses_by_column(support: Support, problem: Problem) -> bool:

@@ -178,7 +178,7 @@ class OneShot:
             return by_least_squares(problems, masks, support, self.swaps)
         if self.update == "obs":
             return {p.name: by_obs(p, masks[p.name], self.block) for p in problems}
-        return {p.name: Solution(p, p.weights, masks[p.name], None) for p in problems}
+        return {p.name: Solution(p, p.weights, masks[p.name]) for p in problems}
 
     def _scores(self, problem: Problem, tensor: Tensor) -> Tensor:
         if isinstance(self.score, str):
@@ -198,7 +198,9 @@ class OneShot:
         weights = problem.restored(solution.weights).to(tensor.dtype)
         # Whatever the weights of dead inputs are, outputs are the same.
         dead = problem.layout.of_inputs(problem.hessian.dead, tensor.shape)
-        weights = torch.where(dead, tensor, weights).masked_fill(~mask, 0.0)
+        if bool(dead.any()):
+            weights = torch.where(dead, tensor, weights)
+        weights = weights.masked_fill(~mask, 0.0)
         if not samples:
             warnings.warn(
                 f'"{problem.name}" had no input, so it is pruned by magnitude, and its weights '
@@ -234,7 +236,9 @@ def _check_weights(name: str, tensor: Tensor) -> None:
             f'`OneShot` prunes real weights; "{name}" is complex, or a pair of a real and an '
             "imaginary tensor. Exclude it, or use `Prune`."
         )
-    if tensor.is_meta or not bool(tensor.isfinite().all()):
+    # The extremes are NaN if an entry is. They need no memory.
+    extremes = tensor.aminmax() if tensor.numel() and not tensor.is_meta else ()
+    if tensor.is_meta or not all(bool(extreme.isfinite()) for extreme in extremes):
         raise ValueError(f'the weights of "{name}" must be finite, and not on the meta device.')
 
 

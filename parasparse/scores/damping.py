@@ -15,19 +15,28 @@ class Damped:
     """H = G + damping * mean(diag G) I, for a stack of Gram matrices G.
 
     Attributes:
-        matrix: H, (groups, in, in), float64. The diagonal of a dead input is 1; the matrix of a
-            group without any input is I.
+        gram: G, (groups, in, in), float64.
+        diagonal: of H, (groups, in). That of a dead input is 1; the matrix of a group without any
+            input is I.
         factor: the upper triangular R with H = R R^T.
         damping: the damping used.
         dead: (groups, in), inputs that were always 0, in groups that had inputs.
         unseen: (groups,), groups whose inputs were all 0, or that had none.
     """
 
-    matrix: Tensor
+    gram: Tensor
+    diagonal: Tensor
     factor: Tensor
     damping: float
     dead: Tensor
     unseen: Tensor
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """H, (groups, in, in)."""
+        matrix = self.gram.clone()
+        matrix.diagonal(dim1=-2, dim2=-1).copy_(self.diagonal)
+        return matrix
 
     @cached_property
     def inverse_factor(self) -> Tensor:
@@ -37,7 +46,7 @@ class Damped:
     @cached_property
     def scale(self) -> Tensor:
         """The square roots of the diagonal of H, (groups, in)."""
-        return self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+        return self.diagonal.sqrt()
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -78,13 +87,15 @@ def damped(gram: Tensor, damping: float) -> Damped:
     unseen = dead.all(-1)
     mean = torch.where(unseen, 0.0, diagonal.mean(-1))
     for growth in GROWTH:
-        own = gram.clone()
-        damped_diagonal = torch.where(dead, 1.0, diagonal) + growth * damping * mean.unsqueeze(-1)
-        own.diagonal(dim1=-2, dim2=-1).copy_(damped_diagonal)
-        factor, failed = torch.linalg.cholesky_ex(own.flip(-2, -1))
-        if not failed.any() and factor.isfinite().all():
-            used = growth * damping
-            return Damped(own, factor.flip(-2, -1), used, dead & ~unseen.unsqueeze(-1), unseen)
+        own = torch.where(dead, 1.0, diagonal) + growth * damping * mean.unsqueeze(-1)
+        lower = gram.flip(-2, -1).mT  # columns are contiguous, so it is factored in place
+        lower.diagonal(dim1=-2, dim2=-1).copy_(own.flip(-1))
+        failed = lower.new_empty(0, dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not failed.any() and lower.diagonal(dim1=-2, dim2=-1).isfinite().all():
+            alive = ~unseen.unsqueeze(-1)
+            factor = lower.flip(-2, -1)
+            return Damped(gram, own, factor, growth * damping, dead & alive, unseen)
     raise RuntimeError(
         f"the Gram matrix must be positive definite; it is not, even with {GROWTH[-1]} times the "
         f"`damping` of {damping}. Collect more inputs, or raise `damping`."

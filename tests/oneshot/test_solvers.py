@@ -25,7 +25,7 @@ def drawn(seed, shape, share=0.5):
 
 
 def given_mask(problem, mask, block=128):
-    factor = problem.hessian.inverse_factor
+    factor = problem.hessian.factor
     return obs(problem.weights, factor, lambda _, a, b: mask[..., a:b], step=block, block=block)[0]
 
 
