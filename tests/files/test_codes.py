@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from parasparse.files.codes import bins, digits, offsets, places, tensors
 from parasparse.files.codes.cursor import Cursor
-from parasparse.files.codes.flags import Kind
+from parasparse.files.codes.flags import Kind, _places_of_patterns
 from parasparse.files.codes.numbers import NumberReader, pack_number
 from parasparse.files.codes.tensors import decode, decode_rows, encode
 from tests.files.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
@@ -136,6 +136,12 @@ def test_patterns_may_end_in_the_middle_of_a_group(end):
         coded = encode(tensor)
         assert Cursor(coded[4:]).unpack("B")[0] & 7 == Kind.FOURS
         assert same(decode(coded, tensor.dtype, tuple(tensor.shape)), tensor)
+
+
+@pytest.mark.parametrize(("pattern", "wanted"), [(0b0011, [0, 1, 4]), (0b0110, [1, 2])])
+def test_a_pattern_may_go_on_beyond_its_piece(pattern, wanted):
+    patterns, first = torch.tensor([pattern], dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
+    assert _places_of_patterns(patterns, first, 4, 5).tolist() == wanted
 
 
 @pytest.mark.parametrize(

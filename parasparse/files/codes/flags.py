@@ -145,7 +145,8 @@ def _places_of_patterns(patterns: Tensor, digits: Tensor, size: int, total: int)
     # Each pattern sets equally many, as N:M does: their places in it are a word.
     places = flags.nonzero()[:, 1].to(torch.uint8).view(_WORDS[number])
     chosen = places.index_select(0, digits).view(torch.uint8).view(-1, number)
-    return (chosen + torch.arange(0, total, size, dtype=torch.int32).unsqueeze(1)).view(-1)
+    found = (chosen + torch.arange(0, total, size, dtype=torch.int32).unsqueeze(1)).view(-1)
+    return found[found < total] if total % size else found  # the last pattern may go on beyond
 
 
 def _patterns(flags: Tensor, size: int) -> Tensor:
