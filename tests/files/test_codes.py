@@ -138,8 +138,16 @@ def test_patterns_may_end_in_the_middle_of_a_group(end):
         assert same(decode(coded, tensor.dtype, tuple(tensor.shape)), tensor)
 
 
+@pytest.mark.parametrize("rows", [[1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]], ids=["4", "8"])
+def test_large_units_in_a_pattern_come_back(rows):
+    """A piece holds one row, so it cannot hold the pattern of several."""
+    kept = torch.tensor(rows * 5, dtype=torch.bool)
+    tensor = torch.where(kept.unsqueeze(1), torch.randn(len(kept), 80_000), 0.0)
+    assert same(decode(encode(tensor), tensor.dtype, tuple(tensor.shape)), tensor)
+
+
 @pytest.mark.parametrize(("pattern", "wanted"), [(0b0011, [0, 1, 4]), (0b0110, [1, 2])])
-def test_a_pattern_may_go_on_beyond_its_piece(pattern, wanted):
+def test_entries_of_a_pattern_beyond_its_piece_are_none(pattern, wanted):
     patterns, first = torch.tensor([pattern], dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)
     assert _places_of_patterns(patterns, first, 4, 5).tolist() == wanted
 

@@ -57,8 +57,11 @@ def entropy(number: int, total: int) -> float:
     return -total * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
 
 
-def choose_flag_code(flags: Tensor) -> FlagCode:
-    """Return the code that takes the fewest bits for `flags`: 1-D, uint8 of 0 and 1."""
+def choose_flag_code(flags: Tensor, piece: int) -> FlagCode:
+    """Return the code that takes the fewest bits for `flags`: 1-D, uint8 of 0 and 1.
+
+    They are packed `piece` at a time. Patterns do not go on from one piece to the next.
+    """
     none = torch.zeros(0, dtype=torch.uint8)
     number, total = int(flags.count_nonzero()), len(flags)
     if number == total:
@@ -68,6 +71,8 @@ def choose_flag_code(flags: Tensor) -> FlagCode:
         entropy(number, total),
     )
     for kind, size in ((Kind.FOURS, 4), (Kind.EIGHTS, 8)):
+        if piece % size and piece < total:
+            continue
         for part in (flags[:_SOME], flags):  # if even some have many patterns, all have
             counts = torch.bincount(_patterns(part, size).int(), minlength=1 << size)
             patterns = counts.nonzero().squeeze(1).to(torch.uint8)
@@ -146,7 +151,7 @@ def _places_of_patterns(patterns: Tensor, digits: Tensor, size: int, total: int)
     places = flags.nonzero()[:, 1].to(torch.uint8).view(_WORDS[number])
     chosen = places.index_select(0, digits).view(torch.uint8).view(-1, number)
     found = (chosen + torch.arange(0, total, size, dtype=torch.int32).unsqueeze(1)).view(-1)
-    return found[found < total] if total % size else found  # the last pattern may go on beyond
+    return found[found < total] if total % size else found  # as a damaged file may have it
 
 
 def _patterns(flags: Tensor, size: int) -> Tensor:

@@ -47,7 +47,7 @@ def encode(tensor: Tensor) -> Tensor:
     words, flags = _by_unit(entries, dtype, shape, units.unit), units.kept.flatten()
     flags = flags.view(torch.uint8)
     size = _piece_size(int(flags.count_nonzero()), words)
-    flag_code = choose_flag_code(flags)
+    flag_code = choose_flag_code(flags, size)
     cut = list(zip(flags.split(size), words.split(size), strict=True)) if len(flags) else []
     pieces = _in_threads(lambda one: _kept(one, flag_code.kind), cut)
     is_floating = dtype.is_floating_point or dtype.is_complex
@@ -174,7 +174,7 @@ def _by_unit(
 
 
 def _piece_size(kept: int, words: Tensor) -> int:
-    """Return how many units make a piece: as many as hold `_WORDS_OF_PIECE`, a multiple of 8."""
+    """Return how many units make a piece: 1, or a multiple of 8 that holds `_WORDS_OF_PIECE`."""
     wanted = _WORDS_OF_PIECE * len(words) // max(1, kept * words.shape[1])
     return max(1, min(wanted, _UNITS_OF_PIECE) // 8 * 8)
 
