@@ -52,7 +52,7 @@ types: .venv/ready
 docs: .venv/docs
 	$(RUN)/mkdocs build --strict
 
-bench: .venv/bench  ## two to three hours on two cores; leave the machine alone meanwhile
+bench: .venv/bench  ## some hours on two cores; leave the machine alone meanwhile
 	$(RUN)/python -m benchmarks
 
 bench-mnist: .venv/ready  ## DATA=folder of MNIST; see CONTRIBUTING.md for how long it takes

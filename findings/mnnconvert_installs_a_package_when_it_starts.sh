@@ -11,8 +11,7 @@
 #
 # Seen:
 #   pip install -U aliyun-log-python-sdk
-#   log_dict["model_guid"] = MNN.get_model_uuid(arg_dict["MNNModel"])
-#   basic_logs["machine_id"] = self._get_machine_id(os_type)
+#   its sources name: machine_id model_guid put_logs
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -24,10 +23,10 @@ mkdir first
 printf '#!/bin/sh\necho "pip $*"\n' > first/pip
 chmod +x first/pip
 tools=$(echo env/lib/python3*/site-packages/MNN/tools)
-shown=$(
-    PATH="$folder/first:$PATH" env/bin/mnnconvert --version 2>&1 | grep '^pip' | sort -u || true
-    grep -h -o -E 'log_dict\["model_guid"\].*|basic_logs\["machine_id"\].*' "$tools"/mnnconvert.py "$tools"/utils/log.py
-)
-printf '%s\n' "$shown"
-case "$shown" in 'pip install -U aliyun'*model_guid*machine_id*) ;; *) echo "changed"; exit 1 ;; esac
-echo "as described"
+shown=$(PATH="$folder/first:$PATH" env/bin/mnnconvert --version 2>&1 | grep '^pip' | sort -u || true)
+named=$(grep -h -o -w -E 'machine_id|model_guid|put_logs' "$tools"/mnnconvert.py "$tools"/utils/log.py | sort -u | xargs)
+printf '%s\nits sources name: %s\n' "$shown" "$named"
+case "$shown, $named" in
+    'pip install -U aliyun-log-python-sdk, machine_id model_guid put_logs') echo "as described" ;;
+    *) echo "changed"; exit 1 ;;
+esac

@@ -23,7 +23,7 @@ def sparsegpt(problem: Problem) -> Tensor:
 
 
 def _norms(problem: Problem) -> Tensor:
-    squares = problem.gram.diagonal(dim1=-2, dim2=-1)
+    squares = problem.hessian.gram.diagonal(dim1=-2, dim2=-1)
     squares = squares.masked_fill(problem.hessian.unseen.unsqueeze(-1), 1.0)
     return squares.sqrt().unsqueeze(-2).to(problem.weights)
 

@@ -165,7 +165,9 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         return open_checkpoint(os.fspath(path))
     except CheckpointError as error:
-        raise ValueError(f"`source` must be a checkpoint: {error}") from error
+        raise ValueError(
+            f"`source`, and files in `output`, must be checkpoints: {error}"
+        ) from error
 
 
 def _swapped(tensor: Tensor, other: Tensor) -> Tensor:

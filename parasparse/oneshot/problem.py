@@ -25,7 +25,6 @@ class Problem:
         name: of the tensor.
         weights: (groups, out, in), float32 or float64; 0 at dead inputs.
         hessian: the damped Gram matrix.
-        gram: (groups, in, in).
         held: True where the present mask keeps an entry, as `weights`; None: everywhere.
         layout: how matrices become the tensor.
         shape: of the tensor.
@@ -34,7 +33,6 @@ class Problem:
     name: str
     weights: Tensor
     hessian: Damped
-    gram: Tensor
     held: Tensor | None
     layout: Layout
     shape: torch.Size
@@ -64,7 +62,7 @@ class Solution:
 
 
 def problem_of(
-    name: str, tensor: Tensor, mask: Tensor | None, layout: Layout, gram: Tensor, hessian: Damped
+    name: str, tensor: Tensor, mask: Tensor | None, layout: Layout, hessian: Damped
 ) -> Problem:
     """Return the problem of a tensor, whose present `mask` may be None."""
     # In 32 bits at least: half precision would lose what the updates change.
@@ -72,7 +70,7 @@ def problem_of(
     weights = layout.matrices(tensor.detach()).to(dtype)
     weights = weights.masked_fill(hessian.dead.unsqueeze(-2), 0.0)
     held = None if mask is None else layout.matrices(mask)
-    return Problem(name, weights, hessian, gram, held, layout, tensor.shape)
+    return Problem(name, weights, hessian, held, layout, tensor.shape)
 
 
 def quadratic(change: Tensor, matrix: Tensor) -> float:

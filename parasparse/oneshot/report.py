@@ -69,9 +69,9 @@ def _energies(
     weights: Tensor, problem: Problem, damped: float | None = None
 ) -> tuple[float, float]:
     """Return the squared outputs of `weights`, by the Gram matrix and by the `damped` one."""
+    hessian = problem.hessian
     # The two matrices differ in the diagonal only.
-    more = problem.hessian.diagonal - problem.gram.diagonal(dim1=-2, dim2=-1)
-    more = more.masked_fill(problem.hessian.dead, 0.0)
-    added = float((weights.square().sum(-2) * more).sum())
-    energy = quadratic(weights, problem.gram) if damped is None else max(damped - added, 0.0)
+    more = hessian.diagonal - hessian.gram.diagonal(dim1=-2, dim2=-1)
+    added = float((weights.square().sum(-2) * more.masked_fill(hessian.dead, 0.0)).sum())
+    energy = quadratic(weights, hessian.gram) if damped is None else max(damped - added, 0.0)
     return energy, energy + added

@@ -142,7 +142,7 @@ class OneShot:
                 if key not in hessians:
                     hessians[key] = damped(gram, self.damping)
                 mask, layout = held.get(name), statistics.layout(name)
-                problems.append(problem_of(name, tensors[name], mask, layout, gram, hessians[key]))
+                problems.append(problem_of(name, tensors[name], mask, layout, hessians[key]))
             for name, solution in self._solved(problems, tensors).items():
                 found[name] = self._finished(solution, tensors[name], statistics.count(name))
         return {name: found[name] for name in tensors}

@@ -19,7 +19,7 @@ def layer(seed=0, outputs=6, inputs=16, samples=200):
 def problem(weights, x, damping=0.01, held=None, name="w"):
     """The same for our solvers, in float64."""
     gram = torch.from_numpy(x.T @ x)[None]
-    return problem_of(name, torch.from_numpy(weights), held, Layout(), gram, damped(gram, damping))
+    return problem_of(name, torch.from_numpy(weights), held, Layout(), damped(gram, damping))
 
 
 def error_of(problem, weights):
