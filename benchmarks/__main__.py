@@ -34,7 +34,7 @@ LIMITS = {
     "training": 180,
     "compact_updates": 4,
     "packing": 6,
-    "packed_sizes": 20,
+    "packed_sizes": 30,
     "checkpoints": 10,
     "sharding": 5,
     "oneshot": 60,

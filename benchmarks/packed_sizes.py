@@ -4,14 +4,15 @@
 
 Sizes are shares of the bytes of the dense tensors. Those of `save` are whole safetensors files with
 their headers; those of the compressors are the compressed tensors alone. Speeds are dense bytes per
-second of one thread's processor time. "one bit per entry" is `pack` and `unpack`, in memory: what
-files of version 1 hold. Compressors that are not installed are left out, and each has `LIMIT`
-seconds of processor time for a question, and ten times as long if the machine is busy.
+second of one thread's processor time. "one bit per entry" are files of version 1, whose writer is
+below. Compressors that are not installed are left out, and each has `LIMIT` seconds of processor
+time for a question, and ten times as long if the machine is busy.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import lzma
 import multiprocessing
 import resource
@@ -28,11 +29,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import write_content
+from examples.prune_language_model import text, trained
 from parasparse.checkpoints.save_packed import load_packed, save
-from parasparse.files.packing import pack, unpack
+from parasparse.files.bits import buffer
+from parasparse.files.headers import FORMAT, crc32
+from parasparse.files.packing import pack
 
 SPARSITIES = ("0%", "50%", "80%", "90%", "95%", "98%", "99%", "2:4")
 LIMIT = 60  # seconds
+OUT = Path("out")
 State = dict[str, Tensor]
 Compress = Callable[[Tensor], Any]
 Decompress = Callable[[Any], object]
@@ -64,6 +69,12 @@ def sentence_encoder() -> State:
     file = next(Path(package.__path__[0]).rglob("*.safetensors"))
     state = {name: tensor.float() for name, tensor in load_file(file).items()}
     return {name: t for name, t in state.items() if t.ndim == 2 and ".layer.0." in name}
+
+
+def character_model() -> State:
+    """Return the matrices of the model that benchmarks/language_model.py trains first."""
+    model = trained(text()[0], 1400, 0, OUT)
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim == 2}
 
 
 def numbers(tensor: Tensor):
@@ -154,9 +165,9 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 Row = dict[str, Any]  # bytes, and the seconds of save and load; or what went wrong
 
 
-def packed(state: State, folder: Path) -> Row:
-    path = folder / "packed.safetensors"
-    saving, _ = timed(lambda: save(state, path), 3)
+def in_file(write: Callable[[State, Path], None], state: State, folder: Path) -> Row:
+    path = folder / "x.safetensors"
+    saving, _ = timed(lambda: write(state, path), 3)
     loading, loaded = timed(lambda: load_packed(path), 3)
     for name, tensor in state.items():
         if not torch.equal(loaded[name].view(torch.uint8), tensor.view(torch.uint8)):
@@ -164,10 +175,24 @@ def packed(state: State, folder: Path) -> Row:
     return {"bytes": path.stat().st_size, "save": saving, "load": loading}
 
 
-def in_memory(state: State) -> Row:
-    saving, held = timed(lambda: pack(state), 3)
-    loading, _ = timed(lambda: unpack(held), 3)
-    return {"bytes": sum(one.nbytes for one in held.values()), "save": saving, "load": loading}
+def save_version_1(state: State, path: Path) -> None:
+    """Write a file as version 1 did: a bit for each entry, then the kept ones as they are."""
+    from safetensors.torch import save_file
+
+    entries, coded = {}, {}
+    for name, packed in pack(state).items():
+        bits = [] if packed.bits is None else [packed.bits]
+        coded[name] = torch.cat([*bits, packed.values.view(torch.uint8)])
+        entries[name] = {
+            "dtype": str(packed.dtype).removeprefix("torch."),
+            "shape": list(packed.shape),
+            "unit": list(packed.unit),
+            "bits": sum(len(part) for part in bits),
+            "crc32": crc32(buffer(coded[name])),
+        }
+    header = json.dumps({"entries": entries, "modules": None})
+    metadata = {"format": FORMAT, "version": "1", "header": header}
+    save_file(coded, path, {**metadata, "crc32": crc32(header.encode())})
 
 
 def compressed(state: State, compress: Compress, decompress: Decompress) -> Row:
@@ -210,6 +235,7 @@ def main(asked: list[str]) -> None:
         sources["sentence encoder"] = sentence_encoder()
     except ImportError:
         print("the sentence encoder is not installed")
+    sources["character model"] = character_model()
     others = {name: c for name, c in compressors() if only is None or name in only}
     shares, speeds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -218,8 +244,8 @@ def main(asked: list[str]) -> None:
             state = {n: pruned(w, sparsity).to(dtype) for n, w in dense.items()}
             total = sum(tensor.nbytes for tensor in state.values())
             rows = {
-                "parasparse": packed(state, Path(folder)),
-                "one bit per entry": in_memory(state),
+                "parasparse": in_file(save, state, Path(folder)),
+                "one bit per entry": in_file(save_version_1, state, Path(folder)),
                 **{n: bounded(partial(compressed, state, *c)) for n, c in others.items()},
             }
             question = f"{source}, {str(dtype).removeprefix('torch.')}, {sparsity}"

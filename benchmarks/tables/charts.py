@@ -27,7 +27,7 @@ SHADES = ("#b2dfdb", "#4db6ac", "#00897b", "#004d40")
 ON_PERFORMANCE = [
     (compared, peer)
     for compared in COMPARED
-    if compared.file not in ("payoff", "packing", "runtimes")
+    if compared.file not in ("payoff", "packing", "packed_sizes", "runtimes")
     for peer in compared.theirs
     if peer != "dense" or compared.what == "networks with masks"
 ]

@@ -12,7 +12,10 @@ NOISE = 1.02  # smaller ratios count as equal
 
 @dataclass(frozen=True)
 class Compared:
-    """The questions of a results file in which the time or bytes of `ours` and `theirs` compare."""
+    """The questions of a results file in which the time or bytes of `ours` and `theirs` compare.
+
+    With `speed`, the times of that are compared of which the file has speeds.
+    """
 
     what: str
     file: str
@@ -20,6 +23,7 @@ class Compared:
     ours: str
     theirs: tuple[str, ...]
     key: str = "results"
+    speed: str = ""
 
 
 PRUNE, FAKE = "torch.nn.utils.prune", "torch.ao FakeSparsity"
@@ -57,6 +61,12 @@ COMPARED = (
              ("dense", "gzip -6, squashed")),
     Compared("writing a packed file", "packing", ".*", "save .pt", ("torch.save, dense",)),
     Compared("reading a packed file", "packing", ".*", "load_packed .pt", ("torch.load, dense",)),
+    Compared("packed file, bytes", "packed_sizes", ".*", "parasparse",
+             ("one bit per entry", "xz", "pcodec 12", "OpenZL"), "sizes"),
+    Compared("writing a packed file", "packed_sizes", ".*", "parasparse",
+             ("one bit per entry", "pcodec 8", "OpenZL"), "speeds", "save"),
+    Compared("reading a packed file", "packed_sizes", ".*", "parasparse",
+             ("one bit per entry", "pcodec 8", "OpenZL"), "speeds", "load"),
 )  # fmt: skip
 
 
@@ -80,7 +90,9 @@ def quotients(content: Content, compared: Compared, peer: str) -> dict[str, floa
     for question, ways in content.get(compared.key, {}).items():
         if re.fullmatch(compared.questions, question) and {compared.ours, peer} <= ways.keys():
             ours, theirs = ways[compared.ours], ways[peer]
-            if isinstance(ours, dict):  # a timing: the medians of ratios within a round
+            if compared.speed:
+                ours, theirs = theirs[compared.speed], ours[compared.speed]
+            elif isinstance(ours, dict):  # a timing: the medians of ratios within a round
                 ours, theirs = ours["ratio"], theirs["ratio"]
             found[question] = ours / theirs
     return found

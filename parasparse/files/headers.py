@@ -8,18 +8,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
+from parasparse.files.bits import buffer
+
 FORMAT = "parasparse-packed"
-VERSION = 2
-_READ = ("1", str(VERSION))
+VERSION = 3
+_AS_TEXT = ("1", "2")  # versions whose header is not compressed
+_READ = (*_AS_TEXT, str(VERSION))
+LONGEST = 1 << 28  # bytes of a header; few compressed ones may claim to be many
 
 FilePath: TypeAlias = str | os.PathLike[str]
 
 
-def metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a packed file: format, version, header and checksum of the header."""
-    text = json.dumps(header, separators=(",", ":"))
-    checksum = crc32(text.encode())
-    return {"format": FORMAT, "version": str(VERSION), "header": text, "crc32": checksum}
+def metadata() -> dict[str, str]:
+    """Return what tells packed files of this version from others."""
+    return {"format": FORMAT, "version": str(VERSION)}
+
+
+def packed_header(header: Mapping[str, Any]) -> Tensor:
+    """Return `header` as JSON, compressed by zlib; raise ValueError if it is too long."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > LONGEST:
+        raise ValueError(
+            "`source` must have names and values other than tensors of at most "
+            f"{LONGEST:,} bytes as JSON; got {len(text):,}."
+        )
+    return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
 
 
 def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]:
@@ -30,22 +46,37 @@ def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]
             f'`path` must be a packed file of `parasparse.save`; "{path}" is another kind of '
             f"file. Read it with {reader}."
         )
-    version, text = str(content.get("version")), str(content.get("header"))
+    version = str(content.get("version"))
     whole, _, _ = version.partition(".")
     if whole.isdecimal() and whole.lstrip("0") != "" and whole not in _READ:
         raise ValueError(
             f'"{path}" was written by a newer parasparse: version {version:.20}; this one reads '
-            f"{' and '.join(_READ)}. Upgrade parasparse."
+            f"{_READ[0]} to {_READ[-1]}. Upgrade parasparse."
         )
     with damage_named(path, "has no intact header"):
-        if version not in _READ or crc32(text.encode()) != content["crc32"]:
-            raise ValueError("The version or the checksum does not match.")
-        header: dict[str, Any] = json.loads(text)
+        if version not in _READ:
+            raise ValueError("The version is impossible.")
+        header: dict[str, Any] = json.loads((_text if version in _AS_TEXT else _unpacked)(content))
         if header.keys() - {"metadata"} != {"entries", "modules"} or not all(
             isinstance(entry, dict) for entry in header["entries"].values()
         ):
             raise ValueError("The header has unexpected entries.")
     return header
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    text = str(content["header"])
+    if crc32(text.encode()) != content["crc32"]:
+        raise ValueError("The checksum does not match.")
+    return text
+
+
+def _unpacked(content: Mapping[str, Any]) -> bytes:
+    reader = zlib.decompressobj()
+    text = reader.decompress(bytes(buffer(content["header"].contiguous())), LONGEST)
+    if not reader.eof:
+        raise ValueError(f"The header is cut off, or has more than {LONGEST:,} bytes.")
+    return text
 
 
 @contextmanager

@@ -12,21 +12,25 @@ from parasparse.files import safetensors_heads, version_1
 from parasparse.files.bits import buffer
 from parasparse.files.codes.tensors import decode, encode
 from parasparse.files.headers import (
+    FORMAT,
+    LONGEST,
     FilePath,
     checked_header,
     damage_named,
     is_safetensors,
-    metadata_of,
+    metadata,
+    packed_header,
 )
 from parasparse.files.replacing import replacing
 
-# In the header, a tensor is {dtype, shape}, a tied one {same: first name}, any other value {value}.
+# In the header, a tensor is {dtype, shape, nbytes}, a tied one {same: first name}, any other value
+# {value}.
 Entry: TypeAlias = dict[str, Any]
 _Read: TypeAlias = Callable[[str], Tensor]
 
 
 def write(path: FilePath, read: _Read, header: dict[str, Any]) -> None:
-    """Write a packed file: `read` returns the tensor of each entry in `header`."""
+    """Write a packed file: `read` returns the tensor of each entry in `header`, but for nbytes."""
     with replacing(path) as file:
         (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 
@@ -39,12 +43,14 @@ def opened(path: FilePath) -> tuple[dict[str, Any], _Read]:
     with open(path, "rb"):  # raises the system's own error if the file cannot be opened
         pass
     with damage_named(path, "cannot be read"):
-        content, read = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
+        content = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
     header = checked_header(content, path)
+    with damage_named(path, "has no intact tensors"):
+        coded = _coded(header["entries"], content["tensors"])
 
     def unpacked(name: str) -> Tensor:
         with damage_named(path, f'has no intact "{name}"'):
-            return _unpacked(header["entries"][name], read(name))
+            return _unpacked(header["entries"][name], coded[name])
 
     return header, unpacked
 
@@ -103,23 +109,49 @@ def _unpacked(entry: Entry, data: Tensor) -> Tensor:
     return decode(data, dtype, tuple(entry["shape"]))
 
 
+def _coded(
+    entries: Mapping[str, Entry], tensors: Tensor | Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Return the bytes of each tensor, not copied."""
+    if not isinstance(tensors, Tensor):  # versions 1 and 2
+        return tensors
+    sizes = {name: entry["nbytes"] for name, entry in entries.items() if "dtype" in entry}
+    return dict(zip(sizes, tensors.split(list(sizes.values())), strict=True))
+
+
+def _write_tensors(
+    write: Callable[[Any], object], read: _Read, header: dict[str, Any]
+) -> dict[str, Any]:
+    """Write tensor by tensor; return `header` with their sizes."""
+    entries = {}
+    for name, entry in header["entries"].items():
+        entries[name] = entry
+        if "dtype" in entry:
+            data = encode(read(name))
+            entries[name] = {**entry, "nbytes": data.numel()}
+            write(buffer(data))
+            del data  # before the next is packed
+    return {**header, "entries": entries}
+
+
 def _write_safetensors(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
-    """Write tensor by tensor."""
-    entries = header["entries"]
-    names = [name for name, entry in entries.items() if "dtype" in entry]
     # The head comes first, but its sizes are known last. They have at most as many digits as these.
-    sizes = {name: (torch.uint8, [_most_bytes(entries[name])]) for name in names}
-    room = len(safetensors_heads.head(metadata_of(header), sizes))
+    most = sum(_most_bytes(entry) for entry in header["entries"].values() if "dtype" in entry)
+    room = len(_head(most, LONGEST))
     file.seek(room)
-    for name in names:
-        data = encode(read(name))
-        sizes[name] = (torch.uint8, [data.numel()])
-        file.write(buffer(data))
-        del data  # before the next is packed
-    head = safetensors_heads.head(metadata_of(header), sizes, room=room)
+    packed = packed_header(_write_tensors(file.write, read, header))
+    nbytes = file.tell() - room
+    file.write(buffer(packed))
+    head = _head(nbytes, packed.numel(), room=room)
     assert len(head) == room
     file.seek(0)
     file.write(head)
+
+
+def _head(tensors: int, header: int, *, room: int = 0) -> bytes:
+    """Return the head of a safetensors file, for so many bytes of coded tensors and of header."""
+    sizes = {"tensors": (torch.uint8, [tensors]), "header": (torch.uint8, [header])}
+    return safetensors_heads.head(metadata(), sizes, room=room)
 
 
 def _most_bytes(entry: Entry) -> int:
@@ -129,18 +161,23 @@ def _most_bytes(entry: Entry) -> int:
 
 
 def _write_torch(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
-    names = [name for name, entry in header["entries"].items() if "dtype" in entry]
-    tensors = {name: encode(read(name)) for name in names}
-    torch.save({**metadata_of(header), "tensors": tensors}, file)
+    data = bytearray()
+    packed = packed_header(_write_tensors(data.extend, read, header))
+    none = torch.empty(0, dtype=torch.uint8)
+    tensors = torch.frombuffer(data, dtype=torch.uint8) if data else none
+    torch.save({**metadata(), "header": packed, "tensors": tensors}, file)
 
 
-def _read_safetensors(path: FilePath) -> tuple[Mapping[str, str], _Read]:
+def _read_safetensors(path: FilePath) -> Mapping[str, Any]:
     file = safetensors_heads.opened(path)
-    return file.metadata() or {}, file.get_tensor
+    content = file.metadata() or {}
+    if content.get("format") != FORMAT:
+        return {}  # not a packed file
+    tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    # Versions 1 and 2 have a header in the metadata.
+    return {**content, "tensors": tensors} if "header" in content else {**content, **tensors}
 
 
-def _read_torch(path: FilePath) -> tuple[Mapping[str, Any], _Read]:
+def _read_torch(path: FilePath) -> Mapping[str, Any]:
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(content, dict):
-        content = {}  # not a packed file
-    return content, lambda name: content["tensors"][name]
+    return content if isinstance(content, dict) else {}  # not a packed file

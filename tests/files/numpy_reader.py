@@ -31,16 +31,15 @@ def read_safetensors(path):
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     places = json.loads(whole[8 : 8 + size])
-    metadata = places.pop("__metadata__")
-    assert (metadata["format"], metadata["version"]) == ("parasparse-packed", "2")
-    assert f"{zlib.crc32(metadata['header'].encode()):08x}" == metadata["crc32"]
-    found = {}
-    for name, entry in json.loads(metadata["header"])["entries"].items():
+    assert places.pop("__metadata__") == {"format": "parasparse-packed", "version": "3"}
+    parts = {n: whole[8 + size :][slice(*place["data_offsets"])] for n, place in places.items()}
+    tensors, found = Bytes(parts["tensors"]), {}
+    for name, entry in json.loads(zlib.decompress(parts["header"]))["entries"].items():
         if "same" in entry:
             found[name] = found[entry["same"]]
         elif "dtype" in entry:
-            start, end = places[name]["data_offsets"]
-            found[name] = read_tensor(whole[8 + size :][start:end], entry)
+            found[name] = read_tensor(tensors.take(entry["nbytes"]), entry)
+    assert tensors.at == len(tensors.data)
     return found
 
 

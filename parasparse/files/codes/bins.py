@@ -97,19 +97,30 @@ def choose_bins(counts: Tensor) -> Bins:
     while int(counts.count_nonzero()) > most:
         counts, step = counts.view(-1, 2).sum(1), step + 1
     values = _Values(counts)
-
-    def cut(number: float) -> _Cut:
-        return values.cut(int(_FULLEST * total / number))
-
-    number, found = 8, cut(8)
-    while (tried := cut(4 * number)).bits < found.bits and len(tried.bins) <= _MOST:
-        number, found = 4 * number, tried
-    tries = [found, cut(1), *(cut(number * factor) for factor in (0.5, 0.7, 1.4, 2))]
-    if total * math.log2(len(values)) + _BIN_BITS * len(values) < found.bits:
+    tries = _tries(values, total)
+    if total * math.log2(len(values)) + _BIN_BITS * len(values) < min(one.bits for one in tries):
         tries.append(values.cut(0))  # a bin for each number
-    tries = [one for one in tries if len(one.bins) <= _MOST]
-    best = sorted(tries, key=lambda one: one.bits)[:2]
+    best = sorted((one for one in tries if one.bins), key=lambda one: one.bits)[:2]
     return min((values.filled(one, step) for one in best), key=lambda one: one.nbits)
+
+
+def _tries(values: "_Values", total: int) -> list["_Cut"]:
+    """Return bins of several numbers, around the number at which they take the fewest bits."""
+    tried: dict[float, _Cut] = {}
+
+    def bits(power: float) -> float:
+        """Return the bits with about 2^power bins."""
+        if power not in tried:
+            tried[power] = values.cut(int(_FULLEST * total / 2**power))
+        return tried[power].bits
+
+    power = min(7, int(math.log2(1 + math.sqrt(total) / 4)))  # seldom far off
+    step = 1 if bits(power + 1) < bits(power) else -1
+    while power + step >= 0 and bits(power + step) < bits(power):
+        power += step
+    for other in (power - 0.5, power + 0.5, 0):
+        bits(other)
+    return list(tried.values())
 
 
 def is_noise(counts: Tensor) -> bool:
@@ -130,6 +141,7 @@ class _Cut:
 
     Args:
         bins: minus how many numbers a bin holds, the least, and the width, in ascending order.
+            None if there would be too many.
         bits: bits of all numbers and of the table, about.
     """
 
@@ -152,8 +164,11 @@ class _Values:
     def cut(self, most: int) -> _Cut:
         """Return bins that are as wide as possible, but hold only one number or at most `most`."""
         numbers, upto, end = self._numbers, self._upto, len(self)
-        bins, first, bits = [], 0, 0
+        bins: list[tuple[int, int, int]] = []
+        first = bits = 0
         while first < end:
+            if len(bins) == _MOST:
+                return _Cut([], math.inf)
             low, before = numbers[first], upto[first]
             after = bisect_right(upto, before + most) - 1
             if after == end:

@@ -79,8 +79,8 @@ def unpack_digits(data: Tensor, number: int, base: int) -> Tensor:
             large.append(unpack_fields(part, number, width).int() << done)
         at, done = at + nbytes, done + width
     if three:
-        high = _threes().index_select(0, data[at : at + -(-number // 5)].int()).view(-1)
-        (small if bits < 7 else large).append(high << bits if bits < 7 else high.int() << bits)
+        high = _threes(bits).index_select(0, data[at : at + -(-number // 5)].int()).view(-1)
+        (small if high.dtype == torch.uint8 else large).append(high)
     if small:
         large.append(reduce(Tensor.bitwise_or_, [part[:number] for part in small]).int())
     large = [part[:number] for part in large]
@@ -126,7 +126,8 @@ def _fields(width: int, shift: int) -> Tensor:
 
 
 @cache
-def _threes() -> Tensor:
-    """Return the five numbers below 3 in each byte below 243."""
+def _threes(shift: int) -> Tensor:
+    """Return the five numbers below 3 in each byte below 243, shifted left: uint8 if they fit."""
     powers = torch.tensor([1, 3, 9, 27, 81])
-    return (torch.arange(243).unsqueeze(1) // powers % 3).to(torch.uint8)
+    numbers = torch.arange(243).unsqueeze(1) // powers % 3 << shift
+    return numbers.to(torch.uint8 if shift < 7 else torch.int32)

@@ -57,13 +57,12 @@ def entropy(number: int, total: int) -> float:
     return -total * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
 
 
-def choose_flag_code(flags: Tensor, piece: int) -> FlagCode:
-    """Return the code that takes the fewest bits for `flags`: 1-D, uint8 of 0 and 1.
+def choose_flag_code(flags: Tensor, number: int, piece: int) -> FlagCode:
+    """Return the code that takes the fewest bits for `flags`: 1-D, uint8, `number` 1 and others 0.
 
     They are packed `piece` at a time. Patterns do not go on from one piece to the next.
     """
-    none = torch.zeros(0, dtype=torch.uint8)
-    number, total = int(flags.count_nonzero()), len(flags)
+    none, total = torch.zeros(0, dtype=torch.uint8), len(flags)
     if number == total:
         return FlagCode(Kind.NOTHING, none)
     found, least = (
@@ -149,8 +148,9 @@ def _places_of_patterns(patterns: Tensor, digits: Tensor, size: int, total: int)
         return places_of(chosen.view(torch.uint8)[:total])
     # Each pattern sets equally many, as N:M does: their places in it are a word.
     places = flags.nonzero()[:, 1].to(torch.uint8).view(_WORDS[number])
-    chosen = places.index_select(0, digits).view(torch.uint8).view(-1, number)
-    found = (chosen + torch.arange(0, total, size, dtype=torch.int32).unsqueeze(1)).view(-1)
+    chosen = places.index_select(0, digits).view(torch.uint8)
+    groups = torch.arange(len(chosen), dtype=torch.int32) >> number.bit_length() - 1
+    found = groups.mul_(size).add_(chosen)
     return found[found < total] if total % size else found  # as a damaged file may have it
 
 

@@ -18,6 +18,9 @@ from parasparse.files.codes.digits import (
     unpack_digits,
 )
 
+_FEW = 1 << 14
+_AT_ONCE = 1 << 19  # flags: what is computed from them fits the cache
+
 
 @dataclass(frozen=True, eq=False)
 class Golomb:
@@ -30,9 +33,11 @@ class Golomb:
 
 def places_of(flags: Tensor) -> Tensor:
     """Return where `flags` (1-D, uint8 of 0 and 1) are 1, int32."""
-    if 8 * int(flags.count_nonzero()) < len(flags):
-        return flags.nonzero().squeeze(1).int()
-    return places_of_bits(pack_fields(flags, 1))  # `nonzero` is slow if many are set
+    if len(flags) < _FEW:
+        return flags.nonzero().squeeze(1).int()  # slow if many are set
+    parts = flags.split(_AT_ONCE)
+    places = [places_of_bits(pack_fields(part, 1)) for part in parts]
+    return torch.cat([found.add_(_AT_ONCE * i) for i, found in enumerate(places)])
 
 
 def places_of_bits(data: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ def encode(tensor: Tensor) -> Tensor:
     units = _units(entries, dtype, shape)
     words, flags = _by_unit(entries, dtype, shape, units.unit), units.kept.flatten()
     flags = flags.view(torch.uint8)
-    size = _piece_size(int(flags.count_nonzero()), words)
-    flag_code = choose_flag_code(flags, size)
+    number = int(flags.count_nonzero())
+    size = _piece_size(number, words)
+    flag_code = choose_flag_code(flags, number, size)
     cut = list(zip(flags.split(size), words.split(size), strict=True)) if len(flags) else []
     pieces = _in_threads(lambda one: _kept(one, flag_code.kind), cut)
     is_floating = dtype.is_floating_point or dtype.is_complex
@@ -154,12 +155,11 @@ def _pack_piece(piece: _Piece, flag_code: FlagCode, bins: list[Bins]) -> tuple[R
 def _units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Units:
     """Return the units in which `entries` take few bits; all single ones if all are kept."""
     kept = kept_entries(entries, dtype, shape)
-    if 0 < int(kept.count_nonzero()) < kept.numel():
-        bits = _SHARE_OF_BITS * 8 * dtype.itemsize
-        found = cheapest(kept, math.prod(shape[2:]), bits, entropy)
-        if found is not None and math.prod(found.unit) <= _LARGEST_UNIT:
-            return found
-    return Units((1, 1), kept)
+    bits = _SHARE_OF_BITS * 8 * dtype.itemsize
+    found = cheapest(kept, math.prod(shape[2:]), bits, entropy)
+    if found is None or math.prod(found.unit) > _LARGEST_UNIT:
+        return Units((1, 1), kept)
+    return found
 
 
 def _by_unit(

@@ -1,21 +1,18 @@
-"""Files that the first version of the format wrote go on loading."""
+"""Files that earlier versions of the format wrote go on loading."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.packed_sizes import save_version_1
 from parasparse.checkpoints.save_packed import load_packed
-from parasparse.files import headers
-from parasparse.files.bits import buffer
-from parasparse.files.headers import crc32, metadata_of
 from parasparse.files.opening import open_checkpoint
-from parasparse.files.packing import pack_tensor
 from tests.files.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 
 
 def state():
-    """Return what the files beside this one hold, which were written by the release before."""
+    """Return what the files beside this one hold, which were written by those versions."""
     entries = torch.zeros(6, 8)
     entries.view(-1)[[3, 10, 30, 47]] = torch.tensor([1.5, -2.0, 0.25, 3.0])
     rows = torch.zeros(8, 4, dtype=torch.bfloat16)
@@ -31,9 +28,10 @@ def state():
     }
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_file_of_version_1_loads(suffix):
-    path = Path(__file__).with_name(f"version_1{suffix}")
+def test_a_file_of_an_earlier_version_loads(version, suffix):
+    path = Path(__file__).with_name(f"version_{version}{suffix}")
     loaded, want = load_packed(path), state()
     assert list(loaded) == list(want)
     assert loaded.pop("steps") == want.pop("steps")
@@ -43,37 +41,21 @@ def test_a_file_of_version_1_loads(suffix):
     assert same(checkpoint.read("rows"), want["rows"])
 
 
-def save_version_1(tensors, path, monkeypatch):
-    """Write a torch file as version 1 did."""
-    entries, data = {}, {}
-    for name, tensor in tensors.items():
-        packed = pack_tensor(tensor)
-        parts = [] if packed.bits is None else [packed.bits]
-        data[name] = torch.cat([*parts, packed.values.view(torch.uint8)])
-        entries[name] = {
-            "dtype": str(packed.dtype).removeprefix("torch."),
-            "shape": list(packed.shape),
-            "unit": list(packed.unit),
-            "bits": 0 if packed.bits is None else packed.bits.numel(),
-            "crc32": crc32(buffer(data[name])),
-        }
-    monkeypatch.setattr(headers, "VERSION", 1)
-    torch.save({**metadata_of({"entries": entries, "modules": None}), "tensors": data}, path)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_of_version_1_loads(tmp_path, dtype, monkeypatch):
+def test_every_dtype_of_version_1_loads(tmp_path, dtype):
     tensors = {f"{s}, {k}": drawn_tensor(dtype, s, k, 0) for s in SHAPES for k in MASKS[::2]}
-    save_version_1(tensors, tmp_path / "x.pt", monkeypatch)
-    loaded = load_packed(tmp_path / "x.pt")
+    save_version_1(tensors, tmp_path / "x.safetensors")
+    loaded = load_packed(tmp_path / "x.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_flipped_byte_of_version_1_is_found(tmp_path):
-    whole = Path(__file__).with_name("version_1.safetensors").read_bytes()
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_flipped_byte_of_an_earlier_version_is_found(tmp_path, version):
+    whole = Path(__file__).with_name(f"version_{version}.safetensors").read_bytes()
     path = tmp_path / "x.safetensors"
     size = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(size, len(whole)):
+    header = range(whole.index(b"entries"), whole.index(b"crc32"), 5)
+    for place in (*header, *range(size, len(whole))):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="is damaged"):
             load_packed(path)
