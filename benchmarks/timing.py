@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +62,10 @@ def compare(
 ) -> dict[str, Timing]:
     """Time `functions` in turn, so drift affects all equally; ratios are to the first function.
 
-    Every second round is in reverse, because a call is a few percent faster right after one that
-    does the same. `before` runs before each call and is not timed. With `clock=own` the functions
-    return their time.
+    Each round has an order of its own, because a call is a few percent faster right after one that
+    does the same: the last function of a fixed order that is reversed in turn comes after itself.
+    `before` runs before each call and is not timed. With `clock=own` the functions return their
+    time.
     """
     if QUICK:
         repeats, warm_up = 3, min(warm_up, 1)
@@ -71,12 +73,12 @@ def compare(
         for function in functions.values():
             function()
     rounds: list[dict[str, float]] = []
-    for number in range(repeats):
+    orders = random.Random(0)
+    for _ in range(repeats):
         row = {}
-        in_order = list(functions.items())
-        for name, function in in_order[:: -1 if number % 2 else 1]:
+        for name in orders.sample(list(functions), len(functions)):
             before()
-            row[name] = clock(function)
+            row[name] = clock(functions[name])
         rounds.append(row)
     first = next(iter(functions))
     results = {}

@@ -67,7 +67,8 @@ class MaskedParametrizationList(parametrize.ParametrizationList):
     @property
     def mask(self) -> nn.Module:
         """The module that masks."""
-        return self[-1]
+        mask: Any = self._modules[str(len(self._modules) - 1)]
+        return mask  # type: ignore[no-any-return]
 
     def replace_mask(self, module: nn.Module) -> None:
         """Mask with `module` from now on."""

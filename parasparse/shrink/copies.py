@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parasparse.attach import attaching
 from parasparse.attach.classes import base_class
+from parasparse.masks.mask import Mask
 from parasparse.targets.tensors import Target, named_modules
 from parasparse.verbs.squash import squash
 
@@ -29,8 +30,8 @@ def shared_copy(model: nn.Module, tensors: list[Target]) -> nn.Module:
         return full_copy(model)
     copied: dict[int, Any] = {}  # what `deepcopy` takes for an object, by id
     for target in masked:
-        (original,) = target.originals()
-        copied[id(original)] = _alike(original, target.effective())
+        (original,), (mask,) = target.originals(), target.masks()
+        copied[id(original)] = _alike(original, mask(original.detach()))
         for site in target.sites:
             copied[id(site.stack())] = site.stack()
     for parameter in model.parameters():
@@ -53,19 +54,21 @@ def _is_copied_as_usual(module: nn.Module) -> bool:
     base = base_class(module)
     return not hasattr(base, "__deepcopy__") and all(
         getattr(base, name) is getattr(nn.Module, name)
-        for name in ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+        for name in ("__reduce_ex__", "__reduce__", "__getstate__")
     )
 
 
 def _copy_into(copied: dict[int, Any], module: nn.Module) -> None:
     """Copy a module as `deepcopy` does, in a fraction of the time."""
     twin = copied[id(module)] = module.__new__(type(module))
-    for name, value in module.__getstate__().items():
-        vars(twin)[name] = _copied(value, copied, is_dict=name in _DICTS)
+    twin.__setstate__({
+        name: value.copy() if name in _UNUSED else _copied(value, copied, is_dict=name in _DICTS)
+        for name, value in module.__getstate__().items()
+    })  # fmt: skip
 
 
 def _copied(value: Any, copied: dict[int, Any], *, is_dict: bool = False) -> Any:
-    if type(value) in _SIMPLE:
+    if type(value) in _SIMPLE or (type(value) is tuple and _SIMPLE.issuperset(map(type, value))):
         return value
     if id(value) in copied:
         return copied[id(value)]
@@ -76,15 +79,18 @@ def _copied(value: Any, copied: dict[int, Any], *, is_dict: bool = False) -> Any
     return copy.deepcopy(value, copied)
 
 
+_UNUSED = ("_state_dict_hooks", "_load_state_dict_pre_hooks")  # in a copy that only runs
 _DICTS = ("_parameters", "_buffers", "_modules")
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
 def _is_plain(target: Target) -> bool:
     """Whether a tensor has a bool mask, the same at each site, and no other parametrization."""
+    mask, *others = target.masks()
     return (
-        len(target.masks()) == 1
-        and target.has_bool_mask
+        not others
+        and isinstance(mask, Mask)
+        and mask.is_bool
         and all(len(site.stack()) == 1 for site in target.sites)
         and len(target.originals()) == 1
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
 from parasparse.shrink.labels import compact
-from parasparse.shrink.needed import distinct, keep_all_of, may_lose
+from parasparse.shrink.needed import distinct, keep_all_of, keep_stated, may_lose
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
 from parasparse.shrink.units import Units
@@ -26,8 +26,9 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     A unit is what `shrink` can remove together: the output channel of a layer, its bias and norm,
     the inputs of all layers that read it, the channels that a residual sum adds to it; all of an
-    attention head, or of a group of query heads with its key and value. `reaches` is the target of
-    the rule, and the scope of the rule must be "global".
+    attention head, or of a group of query heads with its key and value. Channels whose number the
+    program states, as in `x.view(-1, 8)`, are no units, because they would have to stay. `reaches`
+    is the target of the rule, and the scope of the rule must be "global".
 
     Args:
         model: dense or masked; not changed.
@@ -65,6 +66,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             units.keep(ids, reason)
         for label, _ in Norms(trace, units, {}).averaged:
             units.keep(label, "")
+        keep_stated(trace, units)
         self._shapes: dict[str, torch.Size] = {}
         found: dict[str, list[Tensor]] = {}
         for leaf in trace.leaves.values():

@@ -37,7 +37,10 @@ def facts(labels: list[Tensor], state: Tensor) -> Facts:
 
 def everywhere(state: int, shape: torch.Size) -> Tensor:
     """Return a state that is the same everywhere."""
-    return torch.tensor(state, dtype=torch.uint8).expand(shape)
+    return _STATES[state].expand(shape)
+
+
+_STATES = torch.tensor([UNKNOWN, KNOWN, ZERO], dtype=torch.uint8).unbind()
 
 
 def with_zeros(state: Tensor, value: Tensor) -> Tensor:
@@ -46,7 +49,9 @@ def with_zeros(state: Tensor, value: Tensor) -> Tensor:
     Along dimensions where the state does not vary, all of `value` must be 0.
     """
     small = compact(state)
-    if value.is_meta or not value.numel() or not bool(small.any()):
+    if not bool(small.any()):
+        return state
+    if value.is_meta or not value.numel():
         return torch.clamp(small, max=KNOWN).expand(state.shape)
     same = [dim for dim in range(value.ndim) if small.shape[dim] == 1 < value.shape[dim]]
     there = _has_others_than_0(value, same) if same else value != 0

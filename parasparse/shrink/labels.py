@@ -6,8 +6,6 @@ a label is expanded (stride 0), so that it takes no memory there. A tensor may h
 such as one for the rows and one for the columns of a weight.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -16,20 +14,17 @@ _BITS = 31  # of an id: a pair of them is one number
 
 def tidy(label: Tensor) -> Tensor:
     """Return `label`, expanded along each dimension along which its ids do not change."""
-    for dim in reversed(range(label.ndim)):
-        if varies(label, dim):
-            first = compact(label).narrow(dim, 0, 1)
-            parts = _parts(compact(label), dim)
-            if all(torch.equal(part, first.expand_as(part)) for part in parts):
-                label = label.narrow(dim, 0, 1).expand(label.shape)
+    for dim in reversed(varying(label)):
+        small = compact(label)
+        first = small.narrow(dim, 0, 1)
+        # The second index tells most labels that vary there, and a few others nearly all.
+        if (
+            torch.equal(small.narrow(dim, 1, 1), first)
+            and not bool((small[(slice(None),) * dim + (slice(None, None, 61),)] != first).any())
+            and not bool((small != first).any())
+        ):
+            label = label.narrow(dim, 0, 1).expand(label.shape)
     return label
-
-
-def _parts(label: Tensor, dim: int) -> Iterator[Tensor]:
-    """Yield a few indices of `dim`, which tell most labels that vary there, and then all."""
-    yield label.narrow(dim, 1, 1)
-    yield label[(slice(None),) * dim + (slice(None, None, 61),)]
-    yield label
 
 
 def compact(label: Tensor) -> Tensor:

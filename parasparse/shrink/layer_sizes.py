@@ -43,7 +43,10 @@ def layer_sizes(
         groups: new values of other attributes, of which those called `groups` matter here.
     """
     found: dict[Attribute, int] = {}
+    changed = {name.rpartition(".")[0] for name in shapes}
     for path, module in model.named_modules():
+        if path not in changed:
+            continue
         prefix = f"{path}." if path else ""
         for kind, attribute, tensor, dim in _SIZES:
             if isinstance(module, kind) and f"{prefix}{tensor}" in shapes:

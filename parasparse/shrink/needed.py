@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from parasparse.shrink.facts import ZERO
-from parasparse.shrink.labels import compact
+from parasparse.shrink.labels import compact, tidy, varying
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import Reader
 from parasparse.shrink.regular import to_restore
-from parasparse.shrink.sizes import Attribute, solve, spans_in
+from parasparse.shrink.sizes import Attribute, attributes_in, solve, spans_in
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs, reached
@@ -33,6 +34,19 @@ def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
         if leaf.name not in losing:
             for label in leaf.labels:
                 units.need(label, f"no target reaches {leaf.name}")
+
+
+def keep_stated(trace: Trace, units: Units) -> None:
+    """Keep the units whose number is one that the program states, such as 8 in `view(-1, 8)`."""
+    dims: dict[object, set[int]] = defaultdict(set)  # of a label, whose sizes are stated
+    for requirement in trace.required:
+        if attributes_in(requirement.given) or spans_in(requirement.given):
+            continue
+        ids = requirement.span.ids()
+        stated = dims[ids.data_ptr(), ids.shape, ids.stride()]
+        stated.add(requirement.span.dim)
+        if stated.issuperset(varying(tidy(units.of[ids]))):
+            units.keep(ids, f"a size in {requirement.where} cannot follow")
 
 
 def keep_needed(
@@ -100,7 +114,7 @@ def keep_shapes(
         changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
         if changed:
             continue
-        new, unmet = solve(trace.required, values, {}, units.kept[units.of])
+        new, unmet = solve(trace.required, values, units.kept[units.of])
         for requirement in unmet:
             for each in (requirement.span, *spans_in(requirement.given)):
                 changed |= units.keep(each.label, f"a size in {requirement.where} cannot follow")

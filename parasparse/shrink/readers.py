@@ -41,6 +41,7 @@ class Reader:
         self._collapses = has_weights
         self._known = ~read.constants.isnan()
         self._constant = self._known & (read.constants != 0)
+        self._states: Tensor = read.states.unflatten(1, (read.columns.shape[1], -1))
         self.has_constants = bool(self._constant.any())
         self._number = -1  # of rows for which `_needed` holds
         self._needed = torch.zeros(())
@@ -87,17 +88,18 @@ class Reader:
         found = torch.argsort(size, descending=True, stable=True)
         found = found[size[found] > 1e-3 * size[gone].max()]
         if self._masked_weight is not None:
-            rows = units.matter(self.read.rows) & (self.read.states[:, gone] != ZERO).any(1)
+            rows = units.matter(self.read.rows) & (self._states[:, gone] != ZERO).flatten(1).any(1)
             masked = self._masked_weight.movedim(self.read.summed, 1)[rows][:, found]
             found = found[~masked.transpose(0, 1).flatten(1).any(1)]
         return found
 
     def _needed_by(self, rows: Tensor) -> Tensor:
         if self.read.columns.shape[0] > 1:
-            return (self.read.states != ZERO) & rows.unsqueeze(1)
-        others = torch.where(rows, UNKNOWN, ZERO).to(torch.uint8).unsqueeze(1)
-        states = torch.maximum(compact(self.read.states), others)  # faster than picking rows
-        return (states.amin(0, keepdim=True) != ZERO).expand(self.read.columns.shape)
+            return (self._states != ZERO).any(2) & rows.unsqueeze(1)
+        others = torch.where(rows, UNKNOWN, ZERO).to(torch.uint8).view(-1, 1, 1)
+        states = torch.maximum(compact(self._states), others)  # faster than picking rows
+        needed: Tensor = states.amin(0).amin(1) != ZERO
+        return needed.expand(self.read.columns.shape)
 
 
 def readers_of(trace: Trace, masked: Mapping[str, Tensor]) -> list[Reader]:

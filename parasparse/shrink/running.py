@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)  # fmt: skip
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
@@ -78,6 +83,7 @@ def _traced(
     with ExitStack() as stack:
         for each in (torch.no_grad(), _plain_kernels(), _module_names(twin, trace)):
             stack.enter_context(each)
+        stack.enter_context(_disable_current_modes())  # those around the call
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         outputs = call(twin, example_inputs)
@@ -177,22 +183,22 @@ def _plain_kernels() -> Iterator[None]:
 @contextmanager
 def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Tell `trace` which module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
-    hooks = []
 
-    def entering(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+    def entering(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
             stack.append(trace.module)
-            trace.module = name
+            trace.module = names[id(module)]
 
-        return hook
+    def leaving(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
+            trace.module = stack.pop()
 
-    def leaving(*_: Any) -> None:
-        trace.module = stack.pop()
-
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(entering(name), prepend=True))
-        hooks.append(module.register_forward_hook(leaving, always_call=True))
+    hooks = (  # of all modules: to give each its own takes longer than the run of a small one
+        register_module_forward_pre_hook(entering),
+        register_module_forward_hook(leaving, always_call=True),
+    )
     try:
         yield
     finally:

@@ -205,7 +205,6 @@ def attributes_in(expr: Expression) -> list[Attribute]:
 def solve(
     requirements: list[Requirement],
     values: dict[Attribute, int],
-    fixed: Mapping[Attribute, int],
     kept: Tensor,
 ) -> tuple[dict[Attribute, int], list[Requirement]]:
     """Return new values of attributes, and the requirements that no values meet.
@@ -215,10 +214,9 @@ def solve(
     Args:
         requirements: what must hold.
         values: the attributes as they are.
-        fixed: attributes whose new values follow from the shapes of parameters.
         kept: whether each id is kept.
     """
-    new, decided = {**values, **fixed}, set(fixed)
+    new, decided = dict(values), set[Attribute]()
     unmet: list[Requirement] = []
     for requirement in sorted(requirements, key=lambda r: len(set(attributes_in(r.given)))):
         wanted = requirement.span.size(kept)
@@ -236,7 +234,8 @@ def solve(
             unmet.append(requirement)
         else:
             decided |= set(found)
-    return {a: v for a, v in new.items() if v != values.get(a)}, unmet
+    changed = zip(new.items(), values.values(), strict=True)
+    return {attribute: v for (attribute, v), old in changed if v != old}, unmet
 
 
 def _solved(
@@ -246,6 +245,8 @@ def _solved(
     """Return the value of `attribute` with which `given` is `wanted`, or None."""
     if attribute is None:
         return 0 if evaluate(given, values, kept) == wanted else None
+    if given == attribute:
+        return wanted
     tried = dict(values)
     for value in range(values[attribute], 0, -1):
         tried[attribute] = value

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.facts import UNKNOWN, facts
@@ -61,7 +60,7 @@ class StatedSizes(TorchFunctionMode):
         if name in READS and self._trace.stand_ins:
             raise ValuesNeeded
         if name in READS and isinstance(args[0], Tensor):
-            with _disable_current_modes():
+            with torch._C._DisableTorchDispatch():
                 self._trace.constants_hold &= lowest(self._trace, [args[0]]) != UNKNOWN
         outer, self._trace.function = self._trace.function, name
         self._trace.means.give([*args, *kwargs.values()])
@@ -76,7 +75,7 @@ class StatedSizes(TorchFunctionMode):
                     numbers.get().append(each.expression)
         check = _CHECKS.get(name)
         if check is not None:
-            with _disable_current_modes():
+            with torch._C._DisableTorchDispatch():
                 check(self._trace, args, kwargs, out)
         return out
 
@@ -96,7 +95,7 @@ class StatedSizes(TorchFunctionMode):
 def _sizes(trace: Trace, tensor: Tensor) -> torch.Size:
     """Return the shape of `tensor`, whose sizes remember that they are of this tensor."""
     sizes = list(_SHAPE(tensor))
-    with _disable_current_modes():
+    with torch._C._DisableTorchDispatch():
         for label in trace.labels(tensor):
             for dim, size in enumerate(sizes):
                 if varies(label, dim):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.by_tensor import ByTensor
@@ -38,7 +38,7 @@ class Read:
         columns: ids of what is summed over: (1, inputs), or (outputs, inputs) of a grouped
             convolution.
         rows: id of each output; 0: an output that stays.
-        states: of the weights, (outputs, inputs).
+        states: of the weights, (outputs, inputs), or (outputs, inputs * kernel).
         constants: like `columns`: the value of an input that is the same everywhere and does not
             depend on the network's input; NaN: it is not.
         weight: name of the parameter that is multiplied, if it is one as it is stored.
@@ -95,6 +95,10 @@ class Call:
         """Whether it works entry by entry."""
         return torch.Tag.pointwise in self.function.tags
 
+    def __post_init__(self) -> None:
+        self._outs = _tensors_in([self.out])
+        self._tensors = _tensors_in([*self.args, *self.kwargs.values()])
+
     def outs(self) -> list[Tensor]:
         """Return the tensors among the results."""
         return self._outs
@@ -102,14 +106,6 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments."""
         return self._tensors
-
-    @cached_property
-    def _outs(self) -> list[Tensor]:
-        return _tensors_in([self.out])
-
-    @cached_property
-    def _tensors(self) -> list[Tensor]:
-        return _tensors_in([*self.args, *self.kwargs.values()])
 
     def takes_number(self) -> bool:
         """Whether values are computed with a Python number, which may come from the input."""
@@ -262,12 +258,12 @@ class Trace(TorchDispatchMode):
         """Return the sizes of parameters that attributes such as `out_features` follow."""
         given = [*self.numbers, *(each.given for each in self.required)]
         found: dict[Attribute, Expression] = {}
+        labels = {leaf.name: leaf.labels for leaf in self.leaves.values()}
         for attribute in {a for size in given for a in attributes_in(size)}:
             name, dim = sized_by(attribute) or ("", 0)
-            for leaf in self.leaves.values():
-                for label in leaf.labels:
-                    if leaf.name == name and varying(label) == (dim,):
-                        found[attribute] = span(label, dim)
+            for label in labels.get(name, ()):
+                if varying(label) == (dim,):
+                    found[attribute] = span(label, dim)
         return found
 
     def average(self, label: Tensor) -> None:
@@ -314,7 +310,7 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():
             call = self._run(name, func, args, kwargs)
             self._follow(call, mutates=func._schema.is_mutable)
             made = self.stand_ins is not None and self.stand_ins.made

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -75,7 +76,6 @@ class Target:
         components: the sites of the tensor, or of each component of a pair.
         is_buffer: whether it is a buffer.
         shape: of the tensor.
-        paths: `names`, and the names of the modules around them.
     """
 
     name: str
@@ -84,9 +84,13 @@ class Target:
     components: tuple[tuple[Site, ...], ...]
     is_buffer: bool
     shape: torch.Size
-    paths: frozenset[str]
 
-    @property
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """`names`, and the names of the modules around them."""
+        return frozenset(path for name in self.names for path in ancestors(name))
+
+    @cached_property
     def sites(self) -> list[Site]:
         """All sites of all components."""
         return [site for component in self.components for site in component]
@@ -239,7 +243,6 @@ def _target(entry: _Entry, imaginary: _Entry | None = None, joints: tuple[str, .
         components=tuple(tuple(e.sites.values()) for e in both),
         is_buffer=entry.is_buffer,
         shape=entry.first().shape(),
-        paths=frozenset(path for name in names for path in ancestors(name)),
     )
 
 

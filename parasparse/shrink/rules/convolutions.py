@@ -64,7 +64,7 @@ def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, states: Tenso
     constants = constants_of(channels, lowest_along(trace.state(x), 1)).view(groups, 1, -1)
     trace.reads.append(
         Read(
-            columns=columns.reshape(-1, states.shape[1]),
+            columns=columns.reshape(-1, w.shape[0 if transposed else 1]),
             rows=rows,
             states=states,
             constants=constants.expand(-1, len(rows) // groups, -1).flatten(0, 1)
@@ -164,17 +164,18 @@ def _convolution_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return which output channels are 0, which are known, and the states of the weights.
 
-    The last are (O, I / groups).
+    The last are (O, I / groups * kernel).
     """
-    x_state, w_state = lowest_along(trace.state(x), 1), compact(trace.state(w))
+    x_state, w_state = lowest_along(trace.state(x), 1), compact(trace.state(w)).flatten(2)
     x_state = only_zeros(x_state) if padded else x_state
-    w_state = w_state.flatten(2)
-    w_state = (w_state.amin(2) if w_state.shape[2] > 1 else w_state[..., 0]).expand(w.shape[:2])
-    w_state = w_state.t() if transposed else w_state
+    w_state = w_state.expand(*w.shape[:2], -1)
+    w_state = w_state.transpose(0, 1) if transposed else w_state
     each = x_state.view(groups, 1, -1)
     if groups > 1:
         each = each.expand(-1, w_state.shape[0] // groups, -1)
-    zero, depends = sums_of(each.reshape(-1, w_state.shape[1]), w_state, 1)
+    each = each.reshape(-1, w_state.shape[1]).repeat_interleave(w_state.shape[2], 1)
+    w_state = w_state.flatten(1)
+    zero, depends = sums_of(each, w_state, 1)
     return zero.squeeze(1), ~depends.squeeze(1), w_state
 
 

@@ -52,10 +52,11 @@ def sums_of(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     if not a.numel() or not b.numel():
         nothing = torch.zeros_like((a + b).sum(dim, keepdim=True), dtype=torch.bool)
         return ~nothing, nothing
-    zero = torch.maximum(b, a).amin(dim, keepdim=True) == ZERO
-    has_unknown = int(b.amin()) == UNKNOWN
-    if not has_unknown and not bool((a == KNOWN).any()):
+    some = bool(a.any())
+    zero = (torch.maximum(b, a) if some else b).amin(dim, keepdim=True) == ZERO
+    if not some or not bool((a == KNOWN).any()):
         return zero, ~zero
+    has_unknown = int(b.amin()) == UNKNOWN
     known = (a != UNKNOWN).to(torch.uint8) * ZERO
     depends = torch.maximum(b, known).amin(dim, keepdim=True) != ZERO
     if has_unknown:
