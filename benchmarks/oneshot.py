@@ -4,8 +4,9 @@
 
 *Layers*: pruning one layer of random weights to 50%, given the Gram matrix of its inputs. The plain
 loop is algorithm 1 of the paper of SparseGPT in float32, column after column. With `history`, the
-errors of the report are computed too. ALPS is the function of fmchisel, if it is installed. Errors
-are squared changes of the outputs, relative to the outputs.
+errors of the report are computed too. ALPS is the function of fmchisel, if it is installed by
+`pip install --no-deps fmchisel==0.1.2`. Errors are squared changes of the outputs, relative to the
+outputs.
 
 *Blocks*: a block of a language model with 1 B parameters, without the softmax of its attention, by
 `prune_blocks` and by a plain loop that collects a Gram matrix for each layer. Each runs in a fresh
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import parasparse as ps
+from benchmarks.fmchisel_alone import sparsify_weight
 from benchmarks.memory import peak
 from benchmarks.timing import QUICK, compare, show, threads, write
 
@@ -78,9 +80,7 @@ def ours(
 
 
 def alps(layer: nn.Linear, gram: Tensor) -> Tensor:
-    from fmchisel.pruning.alps.utils.alps_sparsify import sparsify_weight
-
-    return sparsify_weight(layer, {layer: gram.float()}, SPARSITY, percdamp=DAMPING)[1]
+    return sparsify_weight()(layer, {layer: gram.float()}, SPARSITY, percdamp=DAMPING)[1]
 
 
 def collected(outputs: int, inputs: int) -> tuple[nn.Linear, ps.scores.Statistics]:

@@ -1,4 +1,4 @@
-"""The tables of docs/how-to/prune-language-models.md."""
+"""The tables of docs/one-shot-results.md."""
 
 from __future__ import annotations
 

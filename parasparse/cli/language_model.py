@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parasparse.files.checkpoint import CheckpointError
-from parasparse.text import needs
+from parasparse.text import listed, needs
+
+_MOST = math.log(sys.float_info.max)
 
 
 def load(folder: str, tokenizer: str) -> tuple[nn.Module, Any]:
@@ -25,12 +29,32 @@ def load(folder: str, tokenizer: str) -> tuple[nn.Module, Any]:
     for place in (folder, tokenizer):
         if not Path(place).is_dir():
             raise CheckpointError(f'"{place}" must be a folder with the files of transformers.')
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers could not load the model: {error}") from error
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(
+            f'"{folder}" must hold a model of transformers; it has no config.json.'
+        )
+    words = _loaded(AutoTokenizer, tokenizer, "tokenizer (--tokenizer)")
+    options = {"dtype": "auto", "output_loading_info": True}
+    model, info = _loaded(AutoModelForCausalLM, folder, "model", **options)
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f'"{folder}" must hold a causal language model; it has no '
+            f"{listed(sorted(info['missing_keys']))} of {type(model).__name__}."
+        )
     return model, words
+
+
+def _loaded(kind: Any, folder: str, what: str, **options: Any) -> Any:
+    """Return what `kind` reads from files in `folder`, without running code that lies there."""
+    try:
+        return kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # of any kind, and of any library that transformers calls
+        reason = shorten(str(error), 400, placeholder=" ...")
+        raise CheckpointError(
+            f'transformers could not load the {what} in "{folder}": {reason}'
+        ) from error
 
 
 def tokens_of(paths: Sequence[str], tokenizer: Any) -> Tensor:
@@ -89,4 +113,5 @@ def perplexity(model: nn.Module, sequences: Tensor) -> float:
     for ids in sequences.to(device).split(1):
         logits = model(input_ids=ids).logits[:, :-1].float()
         total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    return math.exp(total / len(sequences))
+    loss = total / len(sequences)
+    return math.exp(loss) if loss < _MOST else math.inf

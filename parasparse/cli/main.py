@@ -112,7 +112,9 @@ def _in_a_line(error: BaseException, output: str | None) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = error.filename or output
         return f'"{place}": {error.strerror}. Nothing was written.'
-    return " ".join(str(error).split()) or type(error).__name__
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    text = f"{error} ({notes})" if notes else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _parser() -> ArgumentParser:

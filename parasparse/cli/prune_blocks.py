@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def prune_blocks(args: Namespace) -> str:
     """Prune the model of a folder of transformers block by block, and measure its perplexity."""
     treatment = _treatment(args)
+    _check_numbers(args)
     check_folder(args.output, args.input, force=args.force)
     model, tokenizer = load(args.input, args.tokenizer or args.input)
     tokens = tokens_of(args.text, tokenizer)
@@ -76,14 +77,22 @@ def _treatment(args: Namespace) -> Any:
     return OneShot(sparsity, pattern=pattern, **METHODS[args.method])
 
 
+def _check_numbers(args: Namespace) -> None:
+    for name, least in (("samples", 1), ("length", 2), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value < least:
+            option = name.replace("_", "-")
+            raise CheckpointError(f"--{option} must be at least {least}; got {value}.")
+
+
 def _split(tokens: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
     """Return sequences for calibration, and others from the last tenth of the text."""
     last = len(tokens) // 10
-    if args.length < 2 or args.samples < 1 or last < args.length:
+    if last < args.length:
         raise CheckpointError(
             "the text must have at least ten times --length tokens, of which the last tenth is "
             f"held out; it has {len(tokens):,}, and --length is {args.length}. Give more text, or "
-            "a smaller --length of at least 2."
+            "a smaller --length."
         )
     seen, held_out = tokens[:-last], tokens[-last:]
     return (

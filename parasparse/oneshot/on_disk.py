@@ -67,13 +67,8 @@ class OnDisk:
         found = {tensor: name for name, tensor in named if name in infos}
         missing = [name for name, tensor in named if tensor.is_meta and tensor not in found]
         if missing:
-            raise ValueError(
-                f'"{self._source.path}" must hold what is on the meta device; it has no '
-                f"{listed(missing)}. Tie tensors that share values, as `model.tie_weights()` does; "
-                "make buffers that are not saved outside the meta device, as "
-                "`accelerate.init_empty_weights()` does; or use the class of model that names "
-                "tensors as the checkpoint does."
-            )
+            others = [name for name in infos if name not in dict(named)]
+            raise ValueError(_lacking(self._source.path, missing, others))
         for tensor, name in found.items():
             wanted = TensorInfo(tensor.dtype, tuple(tensor.shape))
             if infos[name] != wanted:
@@ -168,6 +163,22 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(
             f"`source`, and files in `output`, must be checkpoints: {error}"
         ) from error
+
+
+def _lacking(path: str, missing: list[str], others: list[str]) -> str:
+    """Return what to say of a checkpoint without tensors that a model has, but with others."""
+    way_out = (
+        "Tie tensors that share values, as `model.tie_weights()` does; make buffers that are not "
+        "saved outside the meta device, as `accelerate.init_empty_weights()` does."
+    )
+    if others:
+        way_out = (
+            f"It has {listed(others)}, which the model has not. Use the class of model that names "
+            "tensors as the checkpoint does. If transformers renames or fuses them as it loads "
+            'them, such as experts, load the model once with `device_map={"": "disk"}` and write '
+            "`source` by `save_pretrained(folder, save_original_format=False)`."
+        )
+    return f'"{path}" must hold what is on the meta device; it has no {listed(missing)}. {way_out}'
 
 
 def _swapped(tensor: Tensor, other: Tensor) -> Tensor:

@@ -143,7 +143,12 @@ class OneShot:
                     hessians[key] = damped(gram, self.damping)
                 mask, layout = held.get(name), statistics.layout(name)
                 problems.append(problem_of(name, tensors[name], mask, layout, hessians[key]))
-            for name, solution in self._solved(problems, tensors).items():
+            try:
+                solved = self._solved(problems, tensors)
+            except ValueError as error:
+                error.add_note(f"while pruning {listed(names)}")
+                raise
+            for name, solution in solved.items():
                 found[name] = self._finished(solution, tensors[name], statistics.count(name))
         return {name: found[name] for name in tensors}
 

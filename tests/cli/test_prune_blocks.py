@@ -1,6 +1,7 @@
 """`parasparse prune-blocks` does to a folder what `prune_blocks` does to its model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
 )
 
 import parasparse as ps
+from parasparse.cli.language_model import perplexity
 from parasparse.cli.prune_blocks import METHODS
 from tests.helpers.checkpoints import run
 
@@ -91,6 +96,10 @@ WRONG = {
     "two sparsities": (["--pattern", "2:4", "--sparsity", "0.5"], "must be omitted with 2:4"),
     "a sparsity out of range": (["--sparsity", "50"], "must be"),
     "no folder": (["--sparsity", "0.5", "--tokenizer", "nowhere"], "must be a folder"),
+    "no samples": (["--sparsity", "0.5", "--samples", "0"], "--samples must be at least 1; got 0"),
+    "no length": (["--sparsity", "0.5", "--length", "1"], "--length must be at least 2; got 1"),
+    "no batches": (["--sparsity", "0.5", "--batch-size", "-2"], "--batch-size must be at least 1"),
+    "a pattern that does not fit": (["--pattern", "3:5"], 'while pruning "model.layers.0.'),
     "no text": (["--sparsity", "0.5", "--text", "nowhere.txt"], "cannot be read as text"),
     "little text": (["--sparsity", "0.5", "--length", "64"], "ten times --length"),
     "long sequences": (["--sparsity", "0.5", "--length", "32"], "at most 16"),
@@ -104,6 +113,54 @@ def test_a_wrong_call_writes_nothing(folder, kind, capsys):
     assert run(*arguments(folder), *more) == 1
     assert text in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def has_no_config(model):
+    (model / "config.json").unlink()
+
+
+def has_no_tokenizer(model):
+    (model / "tokenizer.json").unlink()
+
+
+def is_damaged(model):
+    (model / "model.safetensors").write_bytes(b"x" * 100)
+
+
+def is_no_language_model(model):
+    config = LlamaConfig.from_pretrained(model)
+    LlamaModel(config).save_pretrained(model)
+
+
+def is_an_encoder_with_decoder(model):
+    config = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40)
+    T5Model(config).save_pretrained(model)
+
+
+BAD_FOLDERS = {
+    has_no_config: "has no config.json",
+    has_no_tokenizer: "could not load the tokenizer (--tokenizer) in",
+    is_damaged: "could not load the model in",
+    is_no_language_model: 'must hold a causal language model; it has no "lm_head.weight"',
+    is_an_encoder_with_decoder: "could not load the model in",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_FOLDERS)
+def test_a_folder_that_cannot_be_pruned_is_refused_in_a_line(folder, spoil, capsys):
+    spoil(folder / "in")
+    assert run(*arguments(folder, "--sparsity", "0.5")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert BAD_FOLDERS[spoil] in error
+    assert len(error) < 800
+    assert not (folder / "out").exists()
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "in")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert perplexity(model, torch.arange(12).view(1, 12)) == math.inf
 
 
 def test_the_tokenizer_of_another_model_is_refused(folder, capsys):

@@ -12,6 +12,7 @@ import transformers as tf
 import parasparse as ps
 from parasparse.oneshot.finding_blocks import blocks_of
 from tests.oneshot.block_models import Wanda, assert_same, is_linear_in, plainly
+from tests.oneshot.originals import share_of_sparsegpt
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, on tiny configs
 
@@ -135,6 +136,26 @@ def test_fused_experts_are_pruned_from_the_tokens_that_each_saw(name, implementa
         assert (inputs_last.sum(-1) == inputs_last.shape[-1] // 2).all()
 
 
+@pytest.mark.parametrize("way", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_half_precision_gives_nearly_the_same(family, way):
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[family]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    half = copy.deepcopy(model).to(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    found = []
+    for each in (model, half):
+        reports = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=each is half and way == "autocast"):
+            ps.prune_blocks(each, inputs, ps.OneShot(0.5), progress=reports.append)
+        assert not any(report.by_magnitude for report in reports)
+        found.append([row for report in reports for row in report.rows])
+    for one, two in zip(*found, strict=True):
+        assert (one.name, one.samples) == (two.name, two.samples)
+        assert one.error == pytest.approx(two.error, rel=0.2)
+
+
 def original(name):
     """Return a Llama, its tokens, and what the original programs made of it."""
     data = np.load(Path(__file__).parent / "originals_llama.npz")
@@ -147,16 +168,20 @@ def original(name):
 
 
 TWO_OF_FOUR = ps.patterns.n_of_m(2, 4)
-WANDA = {
-    "wanda_50": ps.OneShot(0.5, score="wanda", update="none"),
-    "wanda_2of4": ps.OneShot(score="wanda", update="none", pattern=TWO_OF_FOUR),
-}
+RECIPES = {
+    "magnitude_2of4": lambda _: ps.Prune(pattern=TWO_OF_FOUR),
+    "wanda_50": lambda _: ps.OneShot(0.5, score="wanda", update="none"),
+    "wanda_2of4": lambda _: ps.OneShot(score="wanda", update="none", pattern=TWO_OF_FOUR),
+    "sparsegpt_50": lambda weight: ps.OneShot(
+        share_of_sparsegpt(*weight.shape, 0.5), update="obs", scope="tensor"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WANDA)
-def test_masks_are_those_of_the_original_wanda(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_masks_are_those_of_the_original_programs(name):
     model, batches, bits = original(name)
-    ps.prune_blocks(model, batches, WANDA[name])
+    rules = {weight: RECIPES[name](model.get_parameter(weight)) for weight in bits}
+    ps.prune_blocks(model, batches, rules)
     masks = dict(ps.named_masks(model))
     assert masks.keys() == bits.keys()
     for weight, mask in masks.items():

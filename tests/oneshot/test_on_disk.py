@@ -245,6 +245,10 @@ def lacks_a_tensor(state):
     del state["layers.1.up.weight"]
 
 
+def has_another_name(state):
+    state["layers.1.w1.weight"] = state.pop("layers.1.up.weight")
+
+
 def has_another_dtype(state):
     state["head.bias"] = state["head.bias"].double()
 
@@ -255,6 +259,7 @@ def has_another_shape(state):
 
 BAD = {
     "a tensor that is missing": (lacks_a_tensor, r"layers\.1\.up\.weight"),
+    "another name": (has_another_name, r'has "layers\.1\.w1\.weight".*save_original_format=False'),
     "another dtype": (has_another_dtype, "float64"),
     "another shape": (has_another_shape, r"\(2,\)"),
 }

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import parasparse as ps
 
-EXPERTS, INPUTS, OUTPUTS = 4, 8, 4  # grouped products need rows of 16 bytes
+EXPERTS, INPUTS, OUTPUTS = 4, 16, 8  # grouped products need rows of 16 bytes
 
 
 class Stack(nn.Module):
@@ -35,7 +35,7 @@ def by_number(rows, w):
 def grouped(is_transposed):
     def product(rows, w):
         ends = torch.tensor([len(x) for x in rows]).cumsum(0).int()
-        return F.grouped_mm(torch.cat(rows), w if is_transposed else w.mT, offs=ends)
+        return F.grouped_mm(torch.cat(rows).to(w.dtype), w if is_transposed else w.mT, offs=ends)
 
     return product
 
@@ -46,11 +46,11 @@ def batched(rows, w):
 
 PRODUCTS = {
     "F.linear": (one_by_one(F.linear), False),
-    "with bias": (one_by_one(lambda x, w: F.linear(x, w, torch.ones(OUTPUTS))), False),
+    "with bias": (one_by_one(lambda x, w: F.linear(x, w, w.new_ones(OUTPUTS))), False),
     "@": (one_by_one(torch.matmul), True),
     "@ of three dimensions": (one_by_one(lambda x, w: x[None] @ w), True),
     "@ of the transposed": (one_by_one(lambda x, w: x @ w.T), False),
-    "addmm": (one_by_one(lambda x, w: torch.addmm(torch.ones(OUTPUTS), x, w)), True),
+    "addmm": (one_by_one(lambda x, w: torch.addmm(w.new_ones(OUTPUTS), x, w)), True),
     "einsum": (one_by_one(lambda x, w: torch.einsum("ni,io->no", x, w)), True),
     "by a tensor": (by_number, True),
     "bmm": (batched, True),
@@ -96,6 +96,32 @@ def test_each_matrix_has_the_gram_of_the_rows_that_meet_it(name, masked, mode):
     assert statistics.count("plain.weight") == 20
 
 
+@pytest.mark.parametrize("way", ["autocast", "autocast at each batch", "bfloat16"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_in_half_precision_are_seen_too(name, way):
+    torch.manual_seed(0)
+    model = Stack(*PRODUCTS[name])
+    batches = inputs(3, 0, 5, 1), inputs(2, 0, 9, 0, seed=1)
+
+    def autocast(enabled=True):
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+    if way == "bfloat16":
+        model.bfloat16()
+        batches = [[x.bfloat16() for x in rows] for rows in batches]
+    with torch.no_grad(), autocast(way == "autocast"):
+        with ps.scores.collect(model, grams=True) as statistics:
+            for rows in batches:
+                with autocast(way != "bfloat16"):
+                    model(rows)
+        for expert, parts in enumerate(zip(*batches, strict=True)):
+            with autocast(way != "bfloat16"):
+                x = model.plain(torch.cat(parts)).double()
+            found = statistics.gram("matrices")[expert]
+            torch.testing.assert_close(found, x.T @ x, rtol=0.05, atol=0.05)
+    assert torch.is_autocast_cache_enabled()
+
+
 def test_what_is_not_a_product_of_whole_matrices_has_none():
     for product in (
         lambda rows, w: [x @ w[n, :, :2] for n, x in enumerate(rows)],
@@ -138,8 +164,8 @@ def test_experts_are_pruned_as_layers_of_their_own_and_without_tokens_by_magnitu
         dense = dense.T if is_transposed else dense
         if expert == 1:
             assert torch.equal(found, torch.where(found != 0, dense, 0.0))
-            kept = dense.abs().topk(4).indices.sort().values
-            assert torch.equal(found.nonzero()[:, 1].view(-1, 4), kept)
+            kept = dense.abs().topk(INPUTS // 2).indices.sort().values
+            assert torch.equal(found.nonzero()[:, 1].view(-1, INPUTS // 2), kept)
             continue
         layer = nn.Linear(INPUTS, OUTPUTS, bias=False)
         layer.weight.data = dense.clone()
