@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 import parasparse as ps
 
@@ -33,15 +32,9 @@ class Recurrent(nn.Module):
 
 
 def for_inference(model: nn.Module, x: Tensor) -> nn.Module:
-    """Accelerate as docs/payoff.md says: norms folded, a compiled kernel, pooling channels_last."""
-    pools = [module for module in model.modules() if isinstance(module, nn.MaxPool2d)]
-    for pool in pools:
-        pool.register_forward_hook(lambda _, x, y: y.contiguous())
-    if pools:
-        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        first.to(memory_format=torch.channels_last)
+    """Accelerate as docs/payoff.md says: fused, and with the compiled kernel."""
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        model = fuse(model)
+        model = ps.fuse(model)
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     zeros = any(2 * weight.count_nonzero() <= weight.numel() for weight in weights)
     return ps.accelerate(model, x, compile_kernel=True) if zeros else model

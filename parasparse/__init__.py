@@ -3,6 +3,7 @@
 from parasparse import distributed, distributions, gates, optim, patterns, schedules, scores
 from parasparse.acceleration.accelerate import accelerate, accelerated, restore
 from parasparse.acceleration.compact.payoff_table import CompactPayoff, CompactPayoffRow
+from parasparse.acceleration.fuse import fuse
 from parasparse.acceleration.table import Acceleration, AccelerationRow
 from parasparse.checkpoints.binarized import binarize_masks
 from parasparse.checkpoints.dense import dense_state_dict
@@ -66,10 +67,10 @@ __all__ = [
     "OneShotRow", "Packed", "Plan", "PlanRow", "ProductGate", "Prune", "Rules", "Shrinkage",
     "SoftMask", "Statistics", "Summary", "SummaryRow", "Update", "accelerate", "accelerated",
     "binarize", "binarize_masks", "compact", "compact_payoff", "coupled", "dense_gradients",
-    "dense_state_dict", "deploy_masks", "distributed", "distributions", "expand", "frozen", "gates",
-    "is_sparse", "load_packed", "load_state_dict", "mask_of", "materialize", "moves", "named_masks",
-    "optim", "pack", "patterns", "penalty", "plan", "plan_shrink", "plot", "prune_blocks",
-    "reconstruct", "restore", "rigl", "save", "schedules", "scores", "shrink",
+    "dense_state_dict", "deploy_masks", "distributed", "distributions", "expand", "frozen", "fuse",
+    "gates", "is_sparse", "load_packed", "load_state_dict", "mask_of", "materialize", "moves",
+    "named_masks", "optim", "pack", "patterns", "penalty", "plan", "plan_shrink", "plot",
+    "prune_blocks", "reconstruct", "restore", "rigl", "save", "schedules", "scores", "shrink",
     "sparse_evolutionary_training", "sparse_momentum", "sparsify", "squash", "stored", "summary",
     "unpack", "unshrink", "unsparsify",
 ]  # fmt: skip

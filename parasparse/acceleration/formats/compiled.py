@@ -1,75 +1,146 @@
 """Compressed rows, multiplied by a kernel in C++ that is compiled on the user's machine."""
 
+from __future__ import annotations
+
 import ctypes
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parasparse.acceleration.formats.compressed import Bag
+from parasparse.acceleration.formats.compressed import CSR, Bag
 from parasparse.acceleration.formats.library import library
+
+# Columns of W that the kernel multiplies at once: their inputs stay in the caches.
+_PART = 256
 
 
 class Compiled(Bag):
-    """The rows of `Bag`, multiplied by `compiled.cpp`; by `Bag`'s kernel without a compiler."""
+    """The values of `Bag`, multiplied by `compiled.cpp`; by `Bag`'s kernel without a compiler.
+
+    The kernel takes one part of the columns after the other, so the first part of all rows is
+    stored first, then the second. `starts` has as many entries for each part as W has rows.
+    """
 
     kind: ClassVar[str] = "compiled"
 
+    @classmethod
+    def of(cls, weight: Tensor) -> Self | None:
+        """Return `weight` in this format, or None if less than half of it is zeros."""
+        bag = Bag.of(weight)
+        return None if bag is None else cls._of_rows(bag)
+
+    @classmethod
+    def beside(cls, csr: CSR) -> Self | None:
+        """Return the same rows, sharing the tensors of `csr` if they are a single part."""
+        return cls._of_rows(csr) if cls.can_multiply(csr.kept) else None
+
+    @classmethod
+    def _of_rows(cls, rows: CSR | Bag) -> Self:
+        outputs, inputs = rows.shape
+        if inputs <= _PART:
+            return cls(rows.starts, rows.columns_kept, rows.kept, rows.shape)
+        of_row = torch.arange(outputs).repeat_interleave(rows.starts.diff())
+        part = rows.columns_kept // _PART
+        order = part.argsort(stable=True)
+        counts = (part * outputs + of_row).bincount(minlength=-(-inputs // _PART) * outputs)
+        starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        return cls(starts, rows.columns_kept[order], rows.kept[order], rows.shape)
+
+    @cached_property
+    def _bag(self) -> Bag:
+        """The same values row by row."""
+        outputs = self.shape[0]
+        counts = self.starts.diff().view(-1, outputs)
+        of_row = torch.arange(outputs).repeat(len(counts)).repeat_interleave(counts.flatten())
+        order = of_row.argsort(stable=True)
+        starts = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
+        return Bag(starts, self.columns_kept[order], self.kept[order], self.shape)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self._bag.dense()
+
+    def diagonal(self, groups: int) -> Self:  # noqa: D102
+        if groups != 1 and groups not in self._diagonals:
+            self._diagonals[groups] = self._of_rows(self._bag.diagonal(groups))
+        return self if groups == 1 else self._diagonals[groups]
+
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         kernel = library()
-        if kernel is None or not self._can_read(x, bias):
-            return super().rows(x, bias)
+        if kernel is None or not self.can_read(x, bias):
+            return self._bag.rows(x, bias)
         x = x.contiguous()
         result = x.new_empty(len(x), self.shape[0])
         kernel.parasparse_rows(
-            *self._matrix_of(bias), _pointer(x), ctypes.c_int64(len(x)), _pointer(result),
+            self._for_kernel, _pointer(bias), _pointer(x), ctypes.c_int64(len(x)), _pointer(result),
             torch.get_num_threads(),
         )  # fmt: skip
         return result
 
     def columns(self, u: Tensor) -> Tensor:  # noqa: D102
-        if library() is None or not self._can_read(u, None):
-            return super().columns(u)
-        u = u.contiguous()
-        return self.windows(u, self._places * u.shape[1], u.shape[1])
+        return self._bag.columns(u)
 
-    def windows(self, u: Tensor, places: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
-        """Return W @ v + bias, where row j of v are the `n` values of `u` from places[j] on."""
+    def convolution(
+        self, windows: Windows, x: Tensor, bias: Tensor | None, added: Tensor | None,
+        out: Tensor, *, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        """Write a convolution of x plus `added` to `out`, without negative values if `relu`.
+
+        `can_read` must be true, and `out` and `added` be contiguous.
+        """
         kernel = library()
-        if kernel is None or not self._can_read(u, bias):
-            rows = torch.stack([u.view(-1)[p : p + n] for p in places.tolist()])
-            product = super().columns(rows)
-            return product if bias is None else product.add_(bias[:, None])
-        result = u.new_empty(self.shape[0], n)
-        kernel.parasparse_columns(
-            *self._matrix_of(bias), _pointer(u), _pointer(places), ctypes.c_int64(n),
-            _pointer(result), torch.get_num_threads(),
+        assert kernel is not None
+        kernel.parasparse_convolution(
+            self._for_kernel, ctypes.byref(windows), _pointer(x), _pointer(bias), _pointer(added),
+            relu, _pointer(out), torch.get_num_threads(),
         )  # fmt: skip
-        return result
+        return out
 
-    def _can_read(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether the kernel can read the memory of the tensors; torch reads the others."""
-        if bias is None:
-            return _is_plain(x)
-        fits = bias.shape == self.shape[:1] and bias.is_contiguous()
-        return fits and _is_plain(x) and _is_plain(bias)
+    def can_read(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether there is a kernel that can read the memory of the tensors."""
+        if library() is None or not is_plain(x):
+            return False
+        return bias is None or (
+            bias.shape == self.shape[:1] and bias.is_contiguous() and is_plain(bias)
+        )
 
     @cached_property
-    def _places(self) -> Tensor:
-        return torch.arange(self.shape[1])
-
-    def _matrix_of(self, bias: Tensor | None) -> list[object]:
-        sizes = [ctypes.c_int64(size) for size in self.shape]
-        return [*sizes, *map(_pointer, self.tensors()), bias if bias is None else _pointer(bias)]
+    def _for_kernel(self) -> Any:
+        outputs, inputs = self.shape
+        parts = (tensor.data_ptr() for tensor in self.tensors())
+        return ctypes.byref(_Matrix(outputs, inputs, min(_PART, inputs), *parts))
 
 
-def _is_plain(tensor: Tensor) -> bool:
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "part")),
+        *((name, ctypes.c_void_p) for name in ("starts", "columns", "kept")),
+    )
+
+
+class Windows(ctypes.Structure):
+    """Where a convolution reads its input; see shifts.py. Sizes are those of three dimensions."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 3) for name in ("sizes", "stride", "padding", "within")),
+        ("places", ctypes.c_void_p),  # where the window of each entry of a patch begins
+        ("length", ctypes.c_int64),
+        ("runs", ctypes.c_void_p),  # where the rows of the output begin in a window
+        ("number_of_runs", ctypes.c_int64),
+        ("length_of_runs", ctypes.c_int64),
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
     """Whether float32 values of `tensor` lie in memory; those of other classes need not."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg():
         return False
     return tensor.is_cpu and tensor.dtype == torch.float32
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

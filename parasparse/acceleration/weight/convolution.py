@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from parasparse.acceleration.formats import operators
 from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.regular import Channels
 from parasparse.acceleration.weight.layers import Use, each, format_for, is_strided, multiplied
-from parasparse.acceleration.weight.shifts import output_sizes, shifted
+from parasparse.acceleration.weight.shifts import Steps, output_sizes, shifted, then
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
-_Steps = tuple[_Sizes, _Sizes, _Sizes]  # the kernel, the stride and the dilation
 # Output positions per strip: with fewer, the calls cost more than the caches save.
 _STRIP = 512
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -29,10 +29,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def convolution(
     func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, *,
+    added: Tensor | None = None, relu: bool = False,
 ) -> Any:  # fmt: skip
-    """Compute a convolution as a product with the patches of the input."""
-    kernel = weight.shape[2:]
+    """Compute a convolution and what `convolution_then` adds, as a product with patches of x."""
+    outputs, _, *kernel = _shape(weight)
     dims = len(kernel)
     if input.ndim not in (dims + 1, dims + 2) or not is_strided(input):
         return NotImplemented
@@ -40,7 +41,7 @@ def convolution(
     x = input if input.ndim == dims + 2 else input[None]
     if padding == "same" and max(stride) == 1:
         x, padding = F.pad(x, _same(kernel, dilation)), 0
-    if padding == "same" or min(*stride, *dilation, groups) < 1 or len(weight) % groups:
+    if padding == "same" or min(*stride, *dilation, groups) < 1 or outputs % groups:
         return NotImplemented  # torch's own error
     padding = each(0 if padding == "valid" else padding, dims)
     sizes = output_sizes(x.shape[2:], kernel, stride, padding, dilation)
@@ -55,16 +56,20 @@ def convolution(
     elif groups != 1:
         return NotImplemented
     if isinstance(chosen, Channels):
-        result = _smaller(func, chosen, x, bias, stride, padding, dilation)
+        result = then(_smaller(func, chosen, x, bias, stride, padding, dilation), added, relu)
     else:
         assert isinstance(chosen, CSR | Bag | BSR)
-        x = F.pad(x, [n for p in reversed(padding) for n in (p, p)]) if any(padding) else x
-        call = partial(_product, chosen, bias, (kernel, stride, dilation))
-        result = multiplied(call, x, weight)
+        steps = Steps(tuple(kernel), stride, padding, dilation)
+        result = multiplied(partial(_product, chosen, bias, steps, added, relu), x, weight)
     last = _CHANNELS_LAST.get(x.ndim)
     if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
         result = result.contiguous(memory_format=last)
     return result if input.ndim == dims + 2 else result[0]
+
+
+def _shape(weight: Tensor) -> torch.Size:
+    with torch._C.DisableTorchFunctionSubclass():  # least overhead
+        return weight.shape
 
 
 def _smaller(func: Any, chosen: Channels, x: Tensor, bias: Tensor | None, *more: _Sizes) -> Tensor:
@@ -74,14 +79,45 @@ def _smaller(func: Any, chosen: Channels, x: Tensor, bias: Tensor | None, *more:
     return result if bias is None else result.add_(bias.view(-1, *[1] * (x.ndim - 2)))
 
 
-def _product(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: _Steps, x: Tensor) -> Tensor:
-    """Return W @ patches + bias: (batch, outputs, *positions)."""
+def convolution_then(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, relu: bool, *more: Any,
+) -> Any:  # fmt: skip
+    """Return convolution(x) + added, without negative values if `relu`: see `fuse`."""
+    if has_torch_function((x, weight)):
+        every = x, weight, bias, added, relu, *more
+        return handle_torch_function(convolution_then, (x, weight), *every)
+    return then(_CONVOLUTIONS[weight.ndim - 3](x, weight, bias, *more), added, relu)
+
+
+def _convolution_then(
+    _: Any, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, relu: bool,
+    *more: Any,
+) -> Any:  # fmt: skip
+    dims = len(_shape(weight)) - 2
+    func = _CONVOLUTIONS[dims - 1]
+    if x.ndim == dims + 2 and not torch.is_autocast_enabled(x.device.type):
+        return convolution(func, x, weight, bias, *more, added=added, relu=relu)
+    result = convolution(func, x, weight, bias, *more)
+    return result if result is NotImplemented else then(result, added, relu)
+
+
+def _product(
+    matrix: CSR | Bag | BSR, bias: Tensor | None, steps: Steps, added: Tensor | None, relu: bool,
+    x: Tensor,
+) -> Tensor:  # fmt: skip
     if torch.compiler.is_compiling():
-        made: Tensor = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *steps)
-        return made
-    if isinstance(matrix, Compiled) and math.prod(steps[0]) > 1:
-        return shifted(matrix, bias, steps, x)
-    patches, outputs = _patches(x.contiguous(), *steps), matrix.shape[0]
+        made = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *steps)
+        return then(made, added, relu)
+    if isinstance(matrix, Compiled) and matrix.can_read(x, bias):
+        return shifted(matrix, bias, steps, added, relu, x)
+    return then(_of_patches(matrix, bias, steps, x), added, relu)
+
+
+def _of_patches(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: Steps, x: Tensor) -> Tensor:
+    """Return W @ patches + bias: (batch, outputs, *positions)."""
+    around = [n for p in reversed(steps.padding) for n in (p, p)]
+    x = F.pad(x, around) if any(around) else x.contiguous()
+    patches, outputs = _patches(x, steps), matrix.shape[0]
     rest = x.ndim - 1  # the dimensions of a patch come first
     batch, *positions = sizes = patches.shape[rest:]
 
@@ -89,7 +125,7 @@ def _product(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: _Steps, x: Ten
         product = matrix.columns(part.reshape(math.prod(part.shape[:rest]), -1))
         return product if bias is None else product.add_(bias[:, None])
 
-    copied = math.prod(steps[0]) > 1  # otherwise an image is a matrix of patches as it is
+    copied = math.prod(steps.kernel) > 1  # otherwise an image is a matrix of patches as it is
     strips = list(_strips(sizes, _STRIP if copied else max(_STRIP, math.prod(positions))))
     if batch == len(strips) == 1:
         return times(patches).view(1, outputs, *positions)
@@ -105,30 +141,31 @@ def _product(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: _Steps, x: Ten
 @torch.library.custom_op("parasparse::convolution", mutates_args=())
 def _operator(
     x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int],
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """Return `_product` as one operator; torch.compile would write the strips out one by one."""
-    steps = tuple(kernel), tuple(stride), tuple(dilation)
-    return _product(operators.made_of(parts, kind, shape), bias, steps, x).contiguous()
+    """Return a convolution as one operator; torch.compile would write the strips out one by one."""
+    steps = Steps(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    made = operators.made_of(parts, kind, shape)
+    return _product(made, bias, steps, None, False, x).contiguous()
 
 
 @_operator.register_fake
 def _(
     x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], kind: str, shape: Sequence[int],
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    none = (0,) * len(kernel)
-    sizes = output_sizes(x.shape[2:], kernel, stride, none, dilation)
+    sizes = output_sizes(x.shape[2:], kernel, stride, padding, dilation)
     return x.new_empty(x.shape[0], shape[0], *sizes)
 
 
-def _patches(x: Tensor, kernel: _Sizes, stride: _Sizes, dilation: _Sizes) -> Tensor:
-    """Return a view of the patches: (channels, *kernel, batch, *positions)."""
+def _patches(x: Tensor, steps: Steps) -> Tensor:
+    """Return a view of the patches of the padded input: (channels, *kernel, batch, *positions)."""
+    kernel, stride, _, dilation = steps
     batch, channels, *sizes = x.shape
-    positions = output_sizes(tuple(sizes), kernel, stride, (0,) * len(kernel), dilation)
-    of_image, of_channel, *steps = x.stride()
-    within = [n * d for n, d in zip(steps, dilation, strict=True)]
-    between = [n * s for n, s in zip(steps, stride, strict=True)]
+    positions = output_sizes(sizes, kernel, stride, (0,) * len(kernel), dilation)
+    of_image, of_channel, *of_place = x.stride()
+    within = [n * d for n, d in zip(of_place, dilation, strict=True)]
+    between = [n * s for n, s in zip(of_place, stride, strict=True)]
     return x.as_strided(
         (channels, *kernel, batch, *positions), (of_channel, *within, of_image, *between)
     )
@@ -147,10 +184,13 @@ def _strips(sizes: _Sizes, most: int) -> Iterator[tuple[slice, ...]]:
             yield slice(start, start + length), *more
 
 
-def _same(kernel: _Sizes, dilation: _Sizes) -> list[int]:
+def _same(kernel: Sequence[int], dilation: _Sizes) -> list[int]:
     """Return the padding before and after each dimension, the last one first."""
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
 
 
-HANDLERS: dict[Any, Any] = dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution)
+_CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d
+HANDLERS: dict[Any, Any] = {
+    **dict.fromkeys(_CONVOLUTIONS, convolution), convolution_then: _convolution_then
+}  # fmt: skip

@@ -2,68 +2,86 @@
 
 In a padded image that is stored row by row, entry k of the kernel meets the same places as entry 0,
 shifted by a fixed distance: a window of n values. The windows run over the ends of the rows of the
-image, so the last columns of the output are cut off. With a stride, the image is split into phases,
-one for each residue of the place, and the entry's residue decides which phase it reads.
+image, which the output leaves out. With a stride, the image is split into phases, one for each
+residue of the place, and the entry's residue decides which phase it reads.
 """
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from parasparse.acceleration.formats.compiled import Compiled
+from parasparse.acceleration.formats.compiled import Compiled, Windows, is_plain
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
 
 
+class Steps(NamedTuple):
+    """How a kernel moves over its input."""
+
+    kernel: _Sizes
+    stride: _Sizes
+    padding: _Sizes
+    dilation: _Sizes
+
+
 def shifted(
-    matrix: Compiled, bias: Tensor | None, steps: tuple[_Sizes, _Sizes, _Sizes], x: Tensor
+    matrix: Compiled, bias: Tensor | None, steps: Steps, added: Tensor | None, relu: bool, x: Tensor
 ) -> Tensor:
-    """Return W @ patches + bias: (batch, outputs, *positions)."""
-    kernel, stride, dilation = steps
-    batch, channels, *sizes = x.shape
-    positions = output_sizes(sizes, kernel, stride, (0,) * len(kernel), dilation)
-    x, within = _phases(x, stride)
-    places = _places(channels, within, *steps)
-    between = _strides(within)
-    n = 1 + sum((p - 1) * s for p, s in zip(positions, between, strict=True))
-    result = x.new_empty(batch, matrix.shape[0], *positions)
-    for image, out in zip(x, result, strict=True):
-        rows = matrix.windows(image, places, n, bias)
-        out.copy_(rows.as_strided(out.shape, (n, *between)))
-    return result
+    """Return W @ patches + bias + added, without negative values if `relu`."""
+    if math.prod(steps.kernel) == 1 and max(steps.stride) > 1 and not any(steps.padding):
+        for dim, s in enumerate(steps.stride, 2):  # a single phase is read
+            x = x[(slice(None),) * dim + (slice(None, None, s),)]
+        steps = steps._replace(stride=(1,) * len(steps.stride))
+    windows, positions, _ = _windows(tuple(x.shape), steps)
+    out, x = x.new_empty(x.shape[0], matrix.shape[0], *positions), x.contiguous()
+    if added is None or (added.shape == out.shape and is_plain(added) and added.is_contiguous()):
+        return matrix.convolution(windows, x, bias, added, out, relu=relu)
+    return then(matrix.convolution(windows, x, bias, None, out, relu=False), added, relu)
 
 
-def _phases(x: Tensor, stride: _Sizes) -> tuple[Tensor, _Sizes]:
-    """Return the phases of x, (batch, channels, *stride, *within), and the sizes within one."""
-    batch, channels, *sizes = x.shape
-    within = tuple(-(-n // s) for n, s in zip(sizes, stride, strict=True))
-    if max(stride) == 1:
-        return x.contiguous(), within
-    missing = [w * s - n for w, s, n in zip(within, stride, sizes, strict=True)]
-    x = F.pad(x, [n for m in reversed(missing) for n in (0, m)])
-    split = x.view(batch, channels, *[n for pair in zip(within, stride, strict=True) for n in pair])
-    dims = len(stride)
-    order = [*range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)]
-    return split.permute(0, 1, *order).contiguous(), within
+def then(result: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+    """Return result + added, without negative values if `relu`; write to `result`."""
+    result = result if added is None else result + added
+    return result.relu_() if relu else result
 
 
 @lru_cache(maxsize=256)
-def _places(
-    channels: int, within: _Sizes, kernel: _Sizes, stride: _Sizes, dilation: _Sizes
-) -> Tensor:
-    """Return where the window of each entry of a patch begins: (channels * entries of a kernel)."""
+def _windows(shape: _Sizes, steps: Steps) -> tuple[Windows, _Sizes, list[Tensor]]:
+    """Return the windows, the sizes of the output, and the tensors that the windows point to."""
+    batch, channels, *sizes = shape
+    kernel, stride, padding, dilation = steps
+    positions = tuple(output_sizes(sizes, *steps))
+    padded = (n + 2 * p for n, p in zip(sizes, padding, strict=True))
+    within = tuple(-(-n // s) for n, s in zip(padded, stride, strict=True))
     places = torch.arange(channels).view(-1, *[1] * len(kernel)) * math.prod((*stride, *within))
     of_phases = _strides((*stride, *within))[: len(stride)]
-    every = zip(kernel, stride, dilation, of_phases, _strides(within), strict=True)
+    between = _strides(within)
+    every = zip(kernel, stride, dilation, of_phases, between, strict=True)
     for dim, (k, s, d, of_phase, of_place) in enumerate(every):
         at = torch.arange(k) * d
         shift = at % s * of_phase + at // s * of_place
         places = places + shift.view(-1, *[1] * (len(kernel) - dim - 1))
-    return places.flatten()
+    length = 1 + sum((p - 1) * b for p, b in zip(positions, between, strict=True))
+    runs = torch.zeros(1, dtype=torch.int64)
+    if within != positions:
+        for p, b in zip(positions[:-1], between[:-1], strict=True):
+            runs = (runs[:, None] + torch.arange(p) * b).flatten()
+    places, more = places.flatten(), 3 - len(kernel)
+    in_three = (
+        ((1,) * more, sizes),
+        ((1,) * more, stride),
+        ((0,) * more, padding),
+        ((1,) * more, within),
+    )
+    windows = Windows(
+        batch, channels, *((*before, *each) for before, each in in_three),
+        places.data_ptr(), length, runs.data_ptr(), len(runs), math.prod(positions) // len(runs),
+    )  # fmt: skip
+    return windows, positions, [places, runs]
 
 
 def _strides(sizes: _Sizes) -> _Sizes:
