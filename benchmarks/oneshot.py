@@ -8,10 +8,11 @@ errors of the report are computed too. ALPS is the function of fmchisel, if it i
 `pip install --no-deps fmchisel==0.1.2`. Errors are squared changes of the outputs, relative to the
 outputs.
 
-*Blocks*: a block of a language model with 1 B parameters, without the softmax of its attention, by
-`prune_blocks` and by a plain loop that collects a Gram matrix for each layer. Each runs in a fresh
-process with two numbers of tokens; the line through both gives the seconds for 128 x 2,048 tokens.
-Memory is what the peak is above that with the block and its inputs.
+*Blocks*: a block of language models with 1 B and 7 B parameters, without the softmax of its
+attention, by `prune_blocks` and by a plain loop that collects a Gram matrix for each layer. Each
+runs in a fresh process with two numbers of tokens, 512 in a batch; the line through both gives the
+seconds for 128 x 2,048 tokens. Memory is what the peak is above that with the block and its inputs,
+for the larger number.
 
 Times are those of the processor on one thread, because machines are shared.
 """
@@ -43,13 +44,15 @@ LAYERS = {  # outputs, inputs
     "1 B, up": (5632, 2048),
     "1 B, down": (2048, 5632),
     "7 B, attention": (4096, 4096),
+    "7 B, up": (11008, 4096),
 }
 BY_ADMM = ("1 B, attention",)
-TOKENS, ALL_TOKENS = (1024, 3072), 128 * 2048
-HIDDEN, WIDE = 2048, 5632
+SHAPES = {"1 B": (2048, 5632), "7 B": (4096, 11008)}  # of a block: hidden size, that of its MLP
+TOKENS, ALL_TOKENS = {"1 B": (1024, 3072), "7 B": (512, 1536)}, 128 * 2048
 if QUICK:
-    LAYERS, TOKENS, HIDDEN, WIDE = {"1 B, attention": (64, 64)}, (256, 512), 64, 128
+    LAYERS, SHAPES = {"1 B, attention": (64, 64)}, dict.fromkeys(SHAPES, (64, 128))
 PLAIN, OURS, REPORTED = "SparseGPT, plain", "parasparse", "obs with `history`"
+DENSE = "parasparse, `recompute=False`"
 
 
 def plain_prune(weight: Tensor, gram: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ def measure_layer(name: str) -> tuple[dict[str, Any], dict[str, float]]:
         found[way] = calls[way]()
 
     timings = compare(
-        {way: partial(kept, way) for way in calls}, repeats=3, warm_up=0, clock=of_processor
+        {way: partial(kept, way) for way in calls}, repeats=2, warm_up=0, clock=of_processor
     )
     energy = ((weight @ gram.float()) * weight).sum()
     found.pop(REPORTED)  # the same weights
@@ -134,11 +137,11 @@ def measure_layer(name: str) -> tuple[dict[str, Any], dict[str, float]]:
 class Block(nn.Module):
     """The matrices of a block of Llama."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int, wide: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
-        self.gate, self.up = (nn.Linear(HIDDEN, WIDE, bias=False) for _ in range(2))
-        self.down = nn.Linear(WIDE, HIDDEN, bias=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(hidden, wide, bias=False) for _ in range(2))
+        self.down = nn.Linear(wide, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.o(self.q(x).sigmoid() * self.k(x) + self.v(x))
@@ -166,18 +169,23 @@ def plain_block(block: nn.Module, batches: list[Tensor]) -> None:
         block(x)
 
 
-def our_block(block: nn.Module, batches: list[Tensor]) -> None:
+def our_block(block: nn.Module, batches: list[Tensor], *, recompute: bool = True) -> None:
     rule = ps.OneShot(SPARSITY, update="obs", scope="tensor")
-    ps.prune_blocks(nn.Sequential(block), batches, rule, blocks="0")
+    ps.prune_blocks(nn.Sequential(block), batches, rule, blocks="0", recompute=recompute)
 
 
-BLOCKS = {PLAIN: plain_block, OURS: our_block}
+BLOCKS: dict[str, Callable[[nn.Module, list[Tensor]], None]] = {
+    PLAIN: plain_block,
+    OURS: our_block,
+    DENSE: partial(our_block, recompute=False),
+}
+WAYS = {"1 B": (PLAIN, OURS, DENSE), "7 B": (PLAIN, OURS)}
 
 
-def measure_block(way: str, tokens: int) -> dict[str, float]:
+def measure_block(size: str, way: str, tokens: int) -> dict[str, float]:
     """Return seconds and bytes, measured in this fresh process."""
     torch.manual_seed(0)
-    block, batches = Block(), list(torch.randn(tokens, HIDDEN).split(512))
+    block, batches = Block(*SHAPES[size]), list(torch.randn(tokens, SHAPES[size][0]).split(512))
     with torch.no_grad():
         block(batches[0])
     before = peak()
@@ -185,28 +193,30 @@ def measure_block(way: str, tokens: int) -> dict[str, float]:
     return {"seconds": seconds, "bytes": peak() - before}
 
 
-def measured_blocks() -> dict[str, dict[str, float]]:
+def measured_blocks(size: str) -> dict[str, dict[str, float]]:
     """Return for each way the seconds for both numbers of tokens and for all, and the bytes."""
-    found: dict[str, dict[str, float]] = {way: {} for way in BLOCKS}
-    for tokens in TOKENS:
-        for way in BLOCKS:
-            command = [sys.executable, "-m", "benchmarks.oneshot", way, str(tokens)]
+    found: dict[str, dict[str, float]] = {way: {} for way in WAYS[size]}
+    for tokens in TOKENS[size]:
+        for way, of in found.items():
+            command = [sys.executable, "-m", "benchmarks.oneshot", size, way, str(tokens)]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
             result = json.loads(run.stdout)
-            found[way][f"{tokens:,} tokens, seconds"] = result["seconds"]
-            found[way]["bytes"] = result["bytes"]
-            print(way, tokens, result, flush=True)
+            of[f"{tokens:,} tokens, seconds"] = result["seconds"]
+            of["bytes"] = result["bytes"]
+            print(size, way, tokens, result, flush=True)
+    few, many = TOKENS[size]
     for of in found.values():
-        few, many = (of[f"{tokens:,} tokens, seconds"] for tokens in TOKENS)
-        each = (many - few) / (TOKENS[1] - TOKENS[0])
-        of[f"{ALL_TOKENS:,} tokens, seconds"] = few + each * (ALL_TOKENS - TOKENS[0])
+        first, second = (of[f"{tokens:,} tokens, seconds"] for tokens in (few, many))
+        each = (second - first) / (many - few)
+        of[f"{ALL_TOKENS:,} tokens, seconds"] = first + each * (ALL_TOKENS - few)
     return found
 
 
 def main(arguments: list[str]) -> None:
     with threads(1):
         if arguments:
-            print(json.dumps(measure_block(arguments[0], int(arguments[1]))))
+            size, way, tokens = arguments
+            print(json.dumps(measure_block(size, way, int(tokens))))
             return
         results, errors = {}, {}
         for name in LAYERS:
@@ -214,8 +224,8 @@ def main(arguments: list[str]) -> None:
             show(name, results[f"layer, {name}"])
             print("  errors:", errors[name], flush=True)
         versions = {"fmchisel": version("fmchisel")} if find_spec("fmchisel") else {}
-        block = measured_blocks()
-        write("oneshot", results, errors=errors, block=block, versions=versions)
+        blocks = {size: measured_blocks(size) for size in SHAPES}
+        write("oneshot", results, errors=errors, blocks=blocks, versions=versions)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ def total(tensor: Tensor) -> Tensor:
     return tensor.sum(dtype=torch.float32) if half else tensor.sum()
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a real `tensor` is NaN or infinite."""
+    # The extremes are NaN if an entry is. They need no memory.
+    extremes = tensor.detach().aminmax() if tensor.numel() else ()
+    return all(bool(extreme.isfinite()) for extreme in extremes)
+
+
 def is_comparable(dtype: torch.dtype) -> bool:
     """Whether torch compares entries of `dtype`: all but unsigned ones of more than a byte."""
     return dtype not in _SIGNED

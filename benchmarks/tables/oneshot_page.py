@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.tables.markdown import Content, Table, grid, significant, table
 
 
@@ -19,19 +21,20 @@ def errors(content: Content) -> str:
     return table(["layer", *ways], rows)
 
 
-def block(content: Content) -> str:
+def block(content: Content, size: str) -> str:
     """Return the seconds for each number of tokens, and the peak memory."""
-    found = content["block"]
+    found = content["blocks"][size]
     seconds = [key for key in next(iter(found.values())) if key != "bytes"]
     rows = [
         [way, *(significant(of[key]) for key in seconds), significant(of["bytes"] / 1e6)]
         for way, of in found.items()
     ]
-    return table(["one block", *seconds, "memory, MB"], rows)
+    return table([f"one block, {size}", *seconds, "memory, MB"], rows)
 
 
 TABLES: dict[str, Table] = {
     "oneshot.layers": layers,
     "oneshot.errors": errors,
-    "oneshot.block": block,
+    "oneshot.block-of-1-b": partial(block, size="1 B"),
+    "oneshot.block-of-7-b": partial(block, size="7 B"),
 }

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parasparse.scores.damping import Damped
+
 _INNER = 32  # columns updated one by one before the rest of their block
 
 
 def obs(
     weights: Tensor,
-    factor: Tensor,
+    hessian: Damped,
     choose: Callable[[Tensor, int, int], Tensor],
     *,
     step: int,
@@ -22,7 +24,7 @@ def obs(
 
     Args:
         weights: W, (groups, out, in).
-        factor: upper triangular R with R R^T the damped Gram matrix H.
+        hessian: the damped Gram matrix H = R R^T, with the upper triangular R.
         choose: `(scores, start, stop)` to the mask of columns [start, stop); the scores are
             w^2 R_jj^2 of the weights as they are then.
         step: columns chosen at a time, from each multiple of it. A multiple of `block` or a divisor
@@ -38,7 +40,7 @@ def obs(
     error = 0.0
     for start in range(0, weights.shape[-1], block):
         stop = min(start + block, weights.shape[-1])
-        columns = factor[:, :stop, start:stop].to(weights)
+        columns = hessian.factor_columns(start, stop).to(weights)
         eye = torch.eye(stop - start).to(weights)
         inverse = torch.linalg.solve_triangular(columns[:, start:], eye, upper=True)
         dense = weights[..., start:stop].mT.contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 from parasparse.scores.damping import Damped
 from parasparse.scores.layouts import Layout
 
-_PANEL = 512  # columns of a matrix at a time
+_PANEL = 256  # columns of a matrix at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Problem:
 
     Attributes:
         name: of the tensor.
-        weights: (groups, out, in), float32 or float64; 0 at dead inputs.
+        weights: (groups, out, in), float32 or float64; 0 at dead inputs. May be the tensor itself.
         hessian: the damped Gram matrix.
         held: True where the present mask keeps an entry, as `weights`; None: everywhere.
         layout: how matrices become the tensor.
@@ -68,7 +68,8 @@ def problem_of(
     # In 32 bits at least: half precision would lose what the updates change.
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     weights = layout.matrices(tensor.detach()).to(dtype)
-    weights = weights.masked_fill(hessian.dead.unsqueeze(-2), 0.0)
+    if bool(hessian.dead.any()):
+        weights = weights.masked_fill(hessian.dead.unsqueeze(-2), 0.0)
     held = None if mask is None else layout.matrices(mask)
     return Problem(name, weights, hessian, held, layout, tensor.shape)
 
@@ -76,9 +77,10 @@ def problem_of(
 def quadratic(change: Tensor, matrix: Tensor) -> float:
     """Return tr(change matrix change^T) for symmetric matrices, summed over groups."""
     total = 0.0
-    for start in range(0, matrix.shape[-1], _PANEL):  # the upper triangle, whose sum counts twice
-        stop = start + _PANEL
-        product = change[..., start:stop] @ matrix[:, start:stop, start:].to(change)
-        product[..., _PANEL:] *= 2
-        total += float(product.mul_(change[..., start:]).sum(-1).sum(dtype=torch.float64))
+    for start in range(0, matrix.shape[-1], _PANEL):
+        own = slice(start, start + _PANEL)
+        columns = matrix[:, : own.stop, own].to(change)
+        product = change[..., own] @ columns[:, start:]
+        product.baddbmm_(change[..., :start], columns[:, :start], alpha=2)  # above the diagonal
+        total += float(product.mul_(change[..., own]).sum(-1).sum(dtype=torch.float64))
     return total

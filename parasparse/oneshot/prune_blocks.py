@@ -24,7 +24,9 @@ from parasparse.rules.types import Rules
 from parasparse.scores.collecting import collect
 from parasparse.scores.statistics import Statistics
 from parasparse.sharding.dtensors import count_nonzero
+from parasparse.targets.tensors import Target
 from parasparse.text import listed
+from parasparse.verbs.frozen import frozen
 from parasparse.verbs.sparsify import sparsify
 
 
@@ -58,7 +60,8 @@ def prune_blocks(
             rule reaches are one group. `OneShot` gets the statistics of the block.
         blocks: names or globs of modules; a ModuleList stands for the modules in it. None: the
             modules in the largest ModuleList, and in others at least a quarter as large.
-        recompute: False prunes each block from the outputs of dense blocks.
+        recompute: False prunes each block from the outputs of dense blocks. A block then runs once,
+            unless it is a layer itself.
         resume: leave blocks as they are in which all tensors that rules reach have masks.
         device: where the model runs. Each block is there only for its turn, everything else all
             the time; afterwards all are where they were. None: where they are.
@@ -113,7 +116,8 @@ def prune_blocks(
                 report = _report(name, number, len(walk.calls), groups[name], made)
                 if disk is not None and is_new:
                     disk.write(name)
-                walk.leave(name)
+                with frozen(found[name]):  # masks are applied once, not for each batch
+                    walk.leave(name)
             if progress is not None:
                 progress(report)
         if disk is not None:
@@ -162,9 +166,8 @@ def _pruned(walk: Walk, name: str, groups: list[Group], *, recompute: bool) -> _
     made = _Made()
     if not groups:
         return made
-    statistics = None
-    if any(group.needs_statistics for group in groups):
-        statistics = _statistics(walk, name, groups)
+    wanted = [t for group in groups if group.needs_statistics for t in group.targets]
+    statistics = _statistics(walk, name, wanted, recompute=recompute) if wanted else None
     if not recompute:
         walk.leave(name)
     rules = [rule for group in groups for rule in group.rules(statistics, made.rows)]
@@ -185,11 +188,17 @@ def _pruned(walk: Walk, name: str, groups: list[Group], *, recompute: bool) -> _
     return made
 
 
-def _statistics(walk: Walk, name: str, groups: list[Group]) -> Statistics:
-    """Run the block on what it is called with, and return the statistics of its tensors."""
-    wanted = [t.name for group in groups if group.needs_statistics for t in group.targets]
-    with collect(walk.model, wanted, grams=True) as statistics:
-        if walk.calls[name] > 1:
+def _statistics(walk: Walk, name: str, wanted: list[Target], *, recompute: bool) -> Statistics:
+    """Run the block on what it is called with, and return the statistics of its tensors.
+
+    Without `recompute`, what it returns may go on at once. Not if the block itself has the tensors:
+    the runs that wait in its call would not call the hooks of `collect`.
+    """
+    has_own = any(site.module is walk.blocks[name] for t in wanted for site in t.sites)
+    with collect(walk.model, [target.name for target in wanted], grams=True) as statistics:
+        if not recompute and not has_own:
+            walk.leave(name)
+        elif walk.calls[name] > 1:
             walk.run_all()
         else:
             for call in walk.at(name):

@@ -58,7 +58,7 @@ def row_of(solution: Solution, weights: Tensor, samples: int) -> OneShotRow:
     error, damped_error = _energies(change, problem, known)
     outputs, damped_outputs = (energy or 1.0 for energy in _energies(dense, problem))
     return OneShotRow(
-        problem.name, mask.numel(), int(mask.sum()), samples, mask.shape[-1],
+        problem.name, mask.numel(), int(mask.count_nonzero()), samples, mask.shape[-1],
         int(hessian.dead.sum()), hessian.damping,
         error / outputs, damped_error / damped_outputs, int(hessian.unseen.sum()),
         None if best is None else _energies(best - dense, problem)[1] / damped_outputs,

@@ -37,15 +37,17 @@ def by_least_squares(
 
 def by_obs(problem: Problem, mask: Tensor, block: int) -> Solution:
     """Return the weights of SparseGPT for a given `mask`."""
-    factor = problem.hessian.factor
-    found = obs(problem.weights, factor, lambda _, a, b: mask[..., a:b], step=block, block=block)
+
+    def choose(scores: Tensor, start: int, stop: int) -> Tensor:
+        return mask[..., start:stop]
+
+    found = obs(problem.weights, problem.hessian, choose, step=block, block=block)
     return Solution(problem, *found)
 
 
 def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
     """Return weights and mask of SparseGPT, which chooses the mask while it updates."""
     pattern, shares = support.pattern, support.sparsity or 0.0
-    factor = problem.hessian.factor
     if isinstance(pattern, n_of_m):
         pattern(problem.restored(problem.weights).to("meta"))  # raises if it does not fit
         along = replace(pattern, dim=1)
@@ -56,7 +58,7 @@ def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
                 return highest_in_rows(scores, pattern.n)
             return along(scores.reshape(-1, stop - start)).view(scores.shape)  # the remainder
 
-        found = obs(problem.weights, factor, choose, step=pattern.m, block=block)
+        found = obs(problem.weights, problem.hessian, choose, step=pattern.m, block=block)
         return Solution(problem, *found)
     rows = 1 if support.by_row else problem.weights[..., 0].numel()
 
@@ -66,7 +68,7 @@ def by_sparsegpt(problem: Problem, support: Support, block: int) -> Solution:
         units = scores if rows == 1 else scores.reshape(1, -1)
         return highest_in_rows(units, kept).view(scores.shape)
 
-    found = obs(problem.weights, factor, ranked, step=block, block=block)
+    found = obs(problem.weights, problem.hessian, ranked, step=block, block=block)
     return Solution(problem, *found)
 
 

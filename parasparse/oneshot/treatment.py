@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parasparse import patterns
 from parasparse.counts import check_sparsity, whole_number
+from parasparse.dtypes import all_finite
 from parasparse.masks.new_weights import NewWeights
 from parasparse.oneshot.admm import admm
 from parasparse.oneshot.named_scores import NAMED
@@ -133,24 +134,41 @@ class OneShot:
     ) -> dict[str, NewWeights]:
         statistics = self._statistics()
         found: dict[str, NewWeights] = {}
-        for names in self._batches(list(tensors), statistics):
-            hessians: dict[Any, Damped] = {}
-            problems = []
-            for name in names:
-                gram = _gram(statistics, name, tensors[name])
-                key = (gram.data_ptr(), gram.shape) if statistics.count(name) else name
-                if key not in hessians:
-                    hessians[key] = damped(gram, self.damping)
-                mask, layout = held.get(name), statistics.layout(name)
-                problems.append(problem_of(name, tensors[name], mask, layout, hessians[key]))
-            try:
-                solved = self._solved(problems, tensors)
-            except ValueError as error:
-                error.add_note(f"while pruning {listed(names)}")
-                raise
-            for name, solution in solved.items():
-                found[name] = self._finished(solution, tensors[name], statistics.count(name))
+        rows: dict[str, OneShotRow] = {}
+        for names in self._batches(tensors, statistics):
+            found.update(self._of_batch({name: tensors[name] for name in names}, held, rows))
+        if self.history is not None:
+            self.history.extend(rows[name] for name in tensors)
         return {name: found[name] for name in tensors}
+
+    def _of_batch(
+        self,
+        tensors: dict[str, Tensor],
+        held: Mapping[str, Tensor | None],
+        rows: dict[str, OneShotRow],
+    ) -> dict[str, NewWeights]:
+        """Return the results of tensors that are solved together; add their `rows`, if wanted."""
+        statistics, hessians = self._statistics(), dict[Any, Damped]()
+        problems, found = [], {}
+        for name, tensor in tensors.items():
+            gram = _gram(statistics, name, tensor)
+            key = (gram.data_ptr(), gram.shape) if statistics.count(name) else name
+            if key not in hessians:
+                hessians[key] = damped(gram, self.damping)
+            mask, layout = held.get(name), statistics.layout(name)
+            problems.append(problem_of(name, tensor, mask, layout, hessians[key]))
+        try:
+            solved = self._solved(problems, tensors)
+        except ValueError as error:
+            error.add_note(f"while pruning {listed(list(tensors))}")
+            raise
+        for name, solution in solved.items():
+            samples = statistics.count(name)
+            found[name] = _finished(solution, tensors[name], samples)
+            if self.history is not None:
+                weights = solution.problem.layout.matrices(found[name].weights)
+                rows[name] = row_of(solution, weights, samples)
+        return found
 
     def _statistics(self) -> Statistics:
         if self.statistics is None:
@@ -160,15 +178,19 @@ class OneShot:
             )
         return self.statistics
 
-    def _batches(self, names: list[str], statistics: Statistics) -> list[list[str]]:
-        """Return the names that are solved together, or that share a Gram matrix."""
+    def _batches(self, tensors: dict[str, Tensor], statistics: Statistics) -> list[list[str]]:
+        """Return the names that are solved together, or that share a Gram matrix.
+
+        The largest matrices come first, when there are no new weights beside them yet.
+        """
         if self.scope == "global":
-            return [names]
+            return [list(tensors)]
         groups: dict[Any, list[str]] = {}
-        for name in names:
+        for name in tensors:
             key = statistics.gram(name).data_ptr() if statistics.count(name) else name
             groups.setdefault(key, []).append(name)
-        return list(groups.values())
+        inputs = {n: statistics.layout(n).matrices(t).shape[-1] for n, t in tensors.items()}
+        return sorted(groups.values(), key=lambda names: inputs[names[0]], reverse=True)
 
     def _solved(self, problems: list[Problem], tensors: dict[str, Tensor]) -> dict[str, Solution]:
         support = Support(self.sparsity, self.pattern, self.scope)
@@ -196,33 +218,32 @@ class OneShot:
             )
         return problem.layout.matrices(scores)
 
-    def _finished(self, solution: Solution, tensor: Tensor, samples: int) -> NewWeights:
-        """Return the result for `tensor`, and add its row to the history."""
-        problem = solution.problem
-        mask = problem.restored(solution.mask)
-        weights = problem.restored(solution.weights).to(tensor.dtype)
-        # Whatever the weights of dead inputs are, outputs are the same.
-        dead = problem.layout.of_inputs(problem.hessian.dead, tensor.shape)
-        if bool(dead.any()):
-            weights = torch.where(dead, tensor, weights)
-        weights = weights.masked_fill(~mask, 0.0)
-        if not samples:
-            warnings.warn(
-                f'"{problem.name}" had no input, so it is pruned by magnitude, and its weights '
-                "stay as they are. Collect more inputs, or exclude it.",
-                stacklevel=2,
-            )
-        elif bool(problem.hessian.unseen.any()):
-            unseen = problem.hessian.unseen.nonzero().flatten().tolist()
-            warnings.warn(
-                f'matrices of "{problem.name}" had no input, so they are pruned by magnitude, and '
-                f"their weights stay as they are: {listed(unseen)} of {len(problem.weights)}. They "
-                "may be experts that saw no token. Collect more inputs.",
-                stacklevel=2,
-            )
-        if self.history is not None:
-            self.history.append(row_of(solution, problem.layout.matrices(weights), samples))
-        return NewWeights(mask, weights)
+
+def _finished(solution: Solution, tensor: Tensor, samples: int) -> NewWeights:
+    """Return the result for `tensor`; warn if it had no inputs."""
+    problem = solution.problem
+    mask = problem.restored(solution.mask)
+    weights = problem.restored(solution.weights).to(tensor.dtype)
+    # Whatever the weights of dead inputs are, outputs are the same.
+    dead = problem.layout.of_inputs(problem.hessian.dead, tensor.shape)
+    if bool(dead.any()):
+        weights = torch.where(dead, tensor, weights)
+    weights = weights.masked_fill(~mask, 0.0)
+    if not samples:
+        warnings.warn(
+            f'"{problem.name}" had no input, so it is pruned by magnitude, and its weights '
+            "stay as they are. Collect more inputs, or exclude it.",
+            stacklevel=2,
+        )
+    elif bool(problem.hessian.unseen.any()):
+        unseen = problem.hessian.unseen.nonzero().flatten().tolist()
+        warnings.warn(
+            f'matrices of "{problem.name}" had no input, so they are pruned by magnitude, and '
+            f"their weights stay as they are: {listed(unseen)} of {len(problem.weights)}. They "
+            "may be experts that saw no token. Collect more inputs.",
+            stacklevel=2,
+        )
+    return NewWeights(mask, weights)
 
 
 def _gram(statistics: Statistics, name: str, tensor: Tensor) -> Tensor:
@@ -241,9 +262,7 @@ def _check_weights(name: str, tensor: Tensor) -> None:
             f'`OneShot` prunes real weights; "{name}" is complex, or a pair of a real and an '
             "imaginary tensor. Exclude it, or use `Prune`."
         )
-    # The extremes are NaN if an entry is. They need no memory.
-    extremes = tensor.aminmax() if tensor.numel() and not tensor.is_meta else ()
-    if tensor.is_meta or not all(bool(extreme.isfinite()) for extreme in extremes):
+    if tensor.is_meta or not all_finite(tensor):
         raise ValueError(f'the weights of "{name}" must be finite, and not on the meta device.')
 
 

@@ -18,7 +18,7 @@ class Damped:
         gram: G, (groups, in, in), float64.
         diagonal: of H, (groups, in). That of a dead input is 1; the matrix of a group without any
             input is I.
-        factor: the upper triangular R with H = R R^T.
+        reversed_factor: the upper triangular R with H = R R^T, rows and columns in reverse.
         damping: the damping used.
         dead: (groups, in), inputs that were always 0, in groups that had inputs.
         unseen: (groups,), groups whose inputs were all 0, or that had none.
@@ -26,7 +26,7 @@ class Damped:
 
     gram: Tensor
     diagonal: Tensor
-    factor: Tensor
+    reversed_factor: Tensor
     damping: float
     dead: Tensor
     unseen: Tensor
@@ -41,7 +41,12 @@ class Damped:
     @cached_property
     def inverse_factor(self) -> Tensor:
         """The upper triangular U with U^T U the inverse of H, as in SparseGPT."""
-        return _inverse(self.factor)
+        return _inverse(self.reversed_factor.flip(-2, -1))
+
+    def factor_columns(self, start: int, stop: int) -> Tensor:
+        """Return columns [start, stop) of R down to the diagonal, (groups, stop, columns)."""
+        size = self.diagonal.shape[-1]
+        return self.reversed_factor[:, size - stop :, size - stop : size - start].flip(-2, -1)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -94,8 +99,7 @@ def damped(gram: Tensor, damping: float) -> Damped:
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed.any() and lower.diagonal(dim1=-2, dim2=-1).isfinite().all():
             alive = ~unseen.unsqueeze(-1)
-            factor = lower.flip(-2, -1)
-            return Damped(gram, own, factor, growth * damping, dead & alive, unseen)
+            return Damped(gram, own, lower, growth * damping, dead & alive, unseen)
     raise RuntimeError(
         f"the Gram matrix must be positive definite; it is not, even with {GROWTH[-1]} times the "
         f"`damping` of {damping}. Collect more inputs, or raise `damping`."

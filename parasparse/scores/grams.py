@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from parasparse.dtypes import all_finite
 from parasparse.scores.inputs import Rows
 from parasparse.scores.layouts import Layout
 from parasparse.scores.row_sums import RowSum
@@ -228,7 +229,7 @@ class Grams:
 
 
 def _check_finite(x: Tensor, what: str) -> None:
-    if not bool(x.isfinite().all()):
+    if not all_finite(x):
         raise RuntimeError(
             f"inputs must be finite; {what} in this block has NaN or infinity. Leave that batch "
             "out, or run the model in float32 or bfloat16."

@@ -25,8 +25,10 @@ def drawn(seed, shape, share=0.5):
 
 
 def given_mask(problem, mask, block=128):
-    factor = problem.hessian.factor
-    return obs(problem.weights, factor, lambda _, a, b: mask[..., a:b], step=block, block=block)[0]
+    def choose(scores, start, stop):
+        return mask[..., start:stop]
+
+    return obs(problem.weights, problem.hessian, choose, step=block, block=block)[0]
 
 
 @given(SEEDS, st.floats(0, 1), st.sampled_from([0.0, 0.01, 1.0]))

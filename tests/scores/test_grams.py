@@ -177,18 +177,36 @@ WIDE = torch.randn(2000, 300, generator=torch.Generator().manual_seed(0)).exp() 
 WHOLE = seen(nn.Linear(300, 2), WIDE).gram("weight")
 
 
-@given(st.lists(st.integers(0, 2000), max_size=6))
-@settings(max_examples=15)
-def test_any_batches_of_the_same_rows_give_the_same_bits(cuts):
+WIDER = torch.cat((WIDE, WIDE.roll(1, 0), WIDE), 1)  # products in 32 bits
+WHOLES = {300: (WIDE, WHOLE), 900: (WIDER, seen(nn.Linear(900, 2), WIDER).gram("weight"))}
+
+
+@pytest.mark.parametrize("inputs", WHOLES)
+@given(cuts=st.lists(st.integers(0, 2000), max_size=6))
+@settings(max_examples=8)
+def test_any_batches_of_the_same_rows_give_the_same_bits(inputs, cuts):
+    rows, whole = WHOLES[inputs]
     sizes = [b - a for a, b in itertools.pairwise([0, *sorted(cuts), 2000])]
-    statistics = seen(nn.Linear(300, 2), *WIDE.split(sizes))
-    assert torch.equal(statistics.gram("weight"), WHOLE)
+    statistics = seen(nn.Linear(inputs, 2), *rows.split(sizes))
+    assert torch.equal(statistics.gram("weight"), whole)
     assert statistics.count("weight") == 2000
 
 
 def test_the_sum_of_many_rows_is_their_product_and_symmetric():
     torch.testing.assert_close(WHOLE, product(WIDE), rtol=1e-12, atol=1e-12)
     assert torch.equal(WHOLE, WHOLE.T)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", precision)
+    found = seen(nn.Linear(900, 2), WIDER).gram("weight")
+    norms = WIDER.double().norm(dim=0)
+    most = 512 * torch.finfo(torch.float32).eps / 2 * norms.outer(norms)
+    assert ((found - product(WIDER)).abs() <= most).all()
+    assert torch.equal(found, found.T)
+    doubles = seen(nn.Linear(900, 2).double(), WIDER.double()).gram("weight")
+    torch.testing.assert_close(doubles, product(WIDER), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["linear", "grouped"])
