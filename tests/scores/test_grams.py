@@ -197,9 +197,18 @@ def test_the_sum_of_many_rows_is_their_product_and_symmetric():
     assert torch.equal(WHOLE, WHOLE.T)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits(precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", precision)
+@pytest.fixture(params=["ieee", "bf16"])
+def precision(request):
+    """The precision of float32 products; `monkeypatch` cannot put this attribute back."""
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = request.param
+    yield request.param
+    products.fp32_precision = before
+
+
+@pytest.mark.usefixtures("precision")
+def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits():
     found = seen(nn.Linear(900, 2), WIDER).gram("weight")
     norms = WIDER.double().norm(dim=0)
     most = 512 * torch.finfo(torch.float32).eps / 2 * norms.outer(norms)
