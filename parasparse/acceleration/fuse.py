@@ -1,38 +1,41 @@
 """`fuse`: a network with fewer steps, for inference."""
 
+import copy
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.experimental import optimization
 from torch.overrides import handle_torch_function, has_torch_function
 
+from parasparse.acceleration.folding import fold_norms
 from parasparse.acceleration.weight.convolution import convolution_then
 from parasparse.attach.accelerated import is_accelerated
 from parasparse.masks.hooks import is_hooked
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_SUMS = operator.add, operator.iadd, torch.add
 _RELUS = F.relu, torch.relu, torch.relu_, "relu", "relu_"
 
 
 def fuse(model: nn.Module) -> fx.GraphModule:
     """Return a copy of `model` for inference that computes the same in fewer steps.
 
-    Batch norms are folded into the convolutions before them, by torch's function of this name. A
-    convolution computes the sum and the ReLU that follow it; after `accelerate` with
-    `compile_kernel=True` its kernel does. Max pooling of images computes in channels_last, which is
-    faster on a CPU. The zeros of weights stay. The last bits of outputs change, and so do classes
-    and keys.
+    Batch norms are folded into the convolutions before them. A convolution computes the sum and the
+    ReLU that follow it; after `accelerate` with `compile_kernel=True` its kernel does. Max pooling
+    of images computes in channels_last, which is faster on a CPU. The zeros of weights stay. The
+    last bits of outputs change, and so do classes and keys. Norms after layers that are
+    called twice, and layers with hooks, stay as they are.
 
     Args:
         model: in evaluation mode, and without Python code that torch.fx cannot trace. Masked layers
             are copied as they are, so call `squash` first.
 
     Raises:
-        RuntimeError: the model is in training mode, or accelerated. torch.fx raises its own errors.
+        RuntimeError: the model is in training mode, or accelerated, or has forward hooks of its
+            own, not of its layers. torch.fx raises its own errors.
 
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -45,7 +48,14 @@ def fuse(model: nn.Module) -> fx.GraphModule:
             "`model` must be in evaluation mode and not accelerated yet. Call `model.eval()`, and "
             "`fuse` before `accelerate`."
         )
-    fused = cast(fx.GraphModule, optimization.fuse(model))
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise RuntimeError(
+            "`model` must have no forward hooks, because torch.fx leaves them out. Remove them, or "
+            "fuse `nn.Sequential(model).eval()`, whose graph has what they compute."
+        )
+    model = copy.deepcopy(model)
+    fused = fx.GraphModule(model, _Tracer().trace(model))
+    fold_norms(fused)
     modules = dict(fused.named_modules())
     for node in list(fused.graph.nodes):
         module = modules.get(node.target) if node.op == "call_module" else None
@@ -56,15 +66,36 @@ def fuse(model: nn.Module) -> fx.GraphModule:
         elif type(module) is nn.MaxPool2d and not module.return_indices:
             sizes = module.kernel_size, module.stride, module.padding, module.dilation
             _replace(fused.graph, [node], _max_pool2d, (*node.args, *sizes, module.ceil_mode))
+    fused.delete_all_unused_submodules()
     fused.recompile()
     return fused
+
+
+class _Proxy(fx.Proxy):
+    """A proxy for which `y += x` changes y; torch.fx would record `y = y + x`."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return call
+
+
+for _name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split():  # noqa: SIM905
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def _with_what_follows(
     graph: fx.Graph, node: fx.Node, layer: Any, modules: dict[str, nn.Module]
 ) -> None:
     """Let a convolution compute the sum and the ReLU that come directly after it."""
-    chain, added = [node], _summand(node)
+    chain, added = [node], _summand(node, modules)
     if added is not None:
         chain.append(node.next)
     relu = _is_next(chain[-1]) and _is_relu(chain[-1].next, modules)
@@ -83,13 +114,23 @@ def _is_next(node: fx.Node) -> bool:
     return list(node.users) == [node.next]
 
 
-def _summand(node: fx.Node) -> fx.Node | None:
+def _summand(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     """Return what the next operation adds to the output of `node`."""
     after = node.next
-    if not _is_next(node) or after.kwargs or after.target not in (operator.add, torch.add):
+    if not _is_next(node) or after.kwargs or after.target not in _SUMS:
         return None
     others = [each for each in after.args if each is not node]
-    return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    if after.target is operator.iadd and after.args[0] is not node:  # it changes the other operand
+        return others[0] if _is_read_once(others[0], modules) else None
+    return others[0]
+
+
+def _is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `node` is a convolution, whose output shares no memory, and read only once."""
+    module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
+    return type(module) in _CONVOLUTIONS and not is_hooked(module) and len(node.users) == 1
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

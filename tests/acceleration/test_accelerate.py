@@ -79,6 +79,18 @@ def test_the_kernels_are_those_that_run(name, kernel_calls):
 
 
 @case
+@torch.no_grad()
+def test_the_default_device_does_not_matter(name):
+    dense, plan, inputs = sparse(name)
+    want = dense(*inputs)
+    with torch.device("meta"):
+        model = copy.deepcopy(ps.accelerate(copy.deepcopy(dense), formats=plan))
+        close(model(*inputs), want)
+    close(model(*inputs), want)
+    assert all(torch.equal(t, dense.state_dict()[key]) for key, t in model.state_dict().items())
+
+
+@case
 def test_the_module_stays_what_it_was(name):
     dense, plan, inputs = sparse(name)
     before = copy.deepcopy(dense)

@@ -17,6 +17,7 @@ import parasparse as ps
 from parasparse.acceleration.formats import library
 from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.format import formats_of
+from parasparse.acceleration.weight import shifts
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from tests.acceleration.test_accelerate import case, close, sparse
 from tests.acceleration.test_accelerate import pytestmark as pytestmark  # marks these tests too
@@ -86,6 +87,18 @@ def test_any_number_of_threads_gives_the_same(n):
             assert torch.equal(made.rows(x.T.contiguous().T, None), want)
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_the_default_device_does_not_matter():
+    x, weight = torch.randn(2, 40, 7, 6), torch.randn(8, 40, 3, 3)
+    weight *= torch.rand_like(weight) < 0.2
+    steps = shifts.Steps((3, 3), (2, 2), (1, 1), (1, 1))
+    shifts._windows.cache_clear()
+    with torch.device("meta"):
+        fast = copy.deepcopy(SparseWeight(weight, ((1, "compiled"),), keep_dense=False))
+        assert all(t.is_cpu for t in shifts._windows(tuple(x.shape), steps)[2])
+        close(F.conv2d(x, fast, None, 2, 1), F.conv2d(x, weight, None, 2, 1))
 
 
 def test_it_shares_the_tensors_of_csr():

@@ -49,13 +49,42 @@ def with_what_changed(_, x, y):
     return torch.relu(y) + x
 
 
+def of_another_name(_, x, y):
+    other = y
+    other += x
+    return y.relu()
+
+
+def of_two_convolutions(block, x, y):
+    y += block.last(x)
+    return block.relu(y)
+
+
+def into_the_input(_, x, y):
+    x = total = x * 2
+    total += y
+    return x - y
+
+
+class Number(Block):
+    """A block that adds a number which depends on the size of its input."""
+
+    def forward(self, x):
+        number = x.size(1)
+        return F.relu(self.last(self.norm(self.first(x))) + number)
+
+
 NETWORKS = {
     "sum and ReLU": Block(lambda b, x, y: b.relu(x + y)),
     "in place": Block(in_place),
+    "in place, another name": Block(of_another_name),
+    "in place, into the input": Block(into_the_input),
+    "in place, two convolutions": Block(of_two_convolutions),
     "torch.add": Block(lambda _, x, y: F.relu(torch.add(y, x), inplace=True)),
     "a multiple": Block(lambda _, x, y: F.relu(torch.add(y, x, alpha=2))),
     "a sum alone": Block(lambda _, x, y: y + x),
     "a number": Block(lambda _, x, y: (y + 1).relu()),
+    "a size": Number(None),
     "twice itself": Block(lambda _, x, y: (y + y).relu()),
     "the sum twice": Block(of_the_sum_twice),
     "what has changed": Block(with_what_changed),
@@ -98,7 +127,7 @@ def test_outputs_are_those_of_the_network(name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fused = ps.fuse(model)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-    assert not any(isinstance(m, tuple(NORMS.values())) for m in _used(fused))
+    assert not any(isinstance(m, tuple(NORMS.values())) for m in fused.modules())
     for one in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         close(one(x), model(x))
 
@@ -119,6 +148,123 @@ def test_outputs_are_those_of_the_network_accelerated(name, format_):
         last = other.contiguous(memory_format=torch.channels_last)
         close(fast(last), model(last))
     close(ps.restore(fast)(x), fused(x))
+
+
+def with_a_hook(layer, kind="forward"):
+    """Return `layer`, which doubles its inputs or its outputs."""
+    if kind == "forward":
+        layer.register_forward_hook(lambda _, inputs, output: 2 * output)
+    else:
+        layer.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    return layer
+
+
+class Rows(nn.Module):
+    """A linear layer whose norm takes the second of three dimensions for channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(7, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(self.linear(x[:, :, 0]))
+
+
+CONV, NORM = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+ON_THEIR_OWN = {
+    "one convolution, two norms": nn.Sequential(CONV, NORM, nn.ReLU(), CONV, nn.BatchNorm2d(8)),
+    "one convolution, one norm": nn.Sequential(CONV, NORM, CONV, NORM),
+    "one norm": nn.Sequential(CONV, NORM, nn.ReLU(), nn.Conv2d(8, 8, 3), NORM),
+    "once without a norm": Block(lambda b, x, y: b.first(x) + y),
+    "a weight that is read": Block(lambda b, x, y: F.conv2d(x, b.first.weight, padding=1) + y),
+    "hook of a convolution": nn.Sequential(with_a_hook(nn.Conv2d(8, 8, 3)), NORM),
+    "earlier hook": nn.Sequential(with_a_hook(nn.Conv2d(8, 8, 3), "pre"), NORM),
+    "hook of a norm": nn.Sequential(nn.Conv2d(8, 8, 3), with_a_hook(nn.BatchNorm2d(8))),
+    "hook of a container": nn.Sequential(with_a_hook(nn.Sequential(CONV, NORM))),
+    "no statistics": nn.Sequential(CONV, nn.BatchNorm2d(8, track_running_stats=False)),
+    "linear": Rows(),
+}
+
+
+@pytest.mark.parametrize("name", ON_THEIR_OWN)
+@torch.no_grad()
+def test_norms_stay_where_they_cannot_be_folded(name):
+    torch.manual_seed(0)
+    model, x = copy.deepcopy(ON_THEIR_OWN[name]), torch.randn(2, 8, 7, 7)
+    model(x)
+    fused = ps.fuse(ps.squash(ps.sparsify(model, 0.7)).eval())
+    close(fused(x), model(x))
+    plan = {key: [[1, "bag"]] for key, t in fused.named_parameters() if t.ndim > 1}
+    close(ps.accelerate(fused, formats=plan)(x), model(x))
+
+
+@torch.no_grad()
+def test_weights_computed_by_hooks_stay():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(2, 8, 7, 7)
+    close(ps.fuse(model)(x), model(x))
+
+
+@torch.no_grad()
+def test_a_norm_in_training_mode_stays():
+    model, x = network("sum and ReLU")
+    model.norm.train()
+    close(ps.fuse(model)(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_hooks_of_the_model_itself_are_refused(kind):
+    model, x = network("sum and ReLU")
+    with pytest.raises(RuntimeError, match=r"nn\.Sequential\(model\)\.eval\(\)"):
+        ps.fuse(with_a_hook(model, kind))
+    close(ps.fuse(nn.Sequential(model).eval())(x), model(x))
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x, added):
+        return F.relu(self.layer(x) + added)
+
+
+def test_the_gradient_of_what_is_added_is_that_of_the_network():
+    model = ps.squash(ps.sparsify(Sum(), 0.7)).eval().requires_grad_(False)
+    fused = ps.accelerate(ps.fuse(model), formats={"layer.weight": [[1, "compiled"]]})
+    x, added = torch.randn(2, 2, 8, 7, 7)
+    found = [
+        torch.autograd.functional.vjp(lambda t, m=m: m(x, t), added, x) for m in (fused, model)
+    ]
+    for got, want in zip(*found, strict=True):
+        close(got, want)
+
+
+@torch.no_grad()
+def test_it_adds_what_torch_adds():
+    model = ps.squash(ps.sparsify(Sum(), 0.7)).eval()
+    fused = ps.accelerate(ps.fuse(model), formats={"layer.weight": [[1, "compiled"]]})
+    x = torch.randn(2, 8, 7, 7)
+    for added in (
+        3,
+        0.5,
+        x.to_sparse(),
+        x.half(),
+        x > 0,
+        x[0],
+        x[None],
+        x.sum(),
+        torch._neg_view(x),
+    ):
+        close(fused(x, added), model(x, added))
+
+
+@torch.no_grad()
+def test_a_sum_of_two_convolutions_in_place_is_part_of_the_second():
+    fused = ps.fuse(network("in place, two convolutions")[0])
+    assert all(n.target not in (operator.add, operator.iadd) for n in fused.graph.nodes)
 
 
 @torch.no_grad()
@@ -182,7 +328,3 @@ def test_it_is_for_inference_and_comes_first():
     ps.accelerate(model.eval(), formats={"last.weight": [[1, "bag"]]})
     with pytest.raises(RuntimeError, match="before `accelerate`"):
         ps.fuse(model)
-
-
-def _used(fused):
-    return [fused.get_submodule(n.target) for n in fused.graph.nodes if n.op == "call_module"]

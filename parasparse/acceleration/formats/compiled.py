@@ -42,7 +42,7 @@ class Compiled(Bag):
         outputs, inputs = rows.shape
         if inputs <= _PART:
             return cls(rows.starts, rows.columns_kept, rows.kept, rows.shape)
-        of_row = torch.arange(outputs).repeat_interleave(rows.starts.diff())
+        of_row = torch.arange(outputs, device="cpu").repeat_interleave(rows.starts.diff())
         part = rows.columns_kept // _PART
         order = part.argsort(stable=True)
         counts = (part * outputs + of_row).bincount(minlength=-(-inputs // _PART) * outputs)
@@ -54,7 +54,11 @@ class Compiled(Bag):
         """The same values row by row."""
         outputs = self.shape[0]
         counts = self.starts.diff().view(-1, outputs)
-        of_row = torch.arange(outputs).repeat(len(counts)).repeat_interleave(counts.flatten())
+        of_row = (
+            torch.arange(outputs, device="cpu")
+            .repeat(len(counts))
+            .repeat_interleave(counts.flatten())
+        )
         order = of_row.argsort(stable=True)
         starts = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
         return Bag(starts, self.columns_kept[order], self.kept[order], self.shape)
@@ -137,9 +141,9 @@ class Windows(ctypes.Structure):
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether float32 values of `tensor` lie in memory; those of other classes need not."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg():
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return False
-    return tensor.is_cpu and tensor.dtype == torch.float32
+    return tensor.is_cpu and tensor.dtype == torch.float32 and not tensor.is_neg()
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:

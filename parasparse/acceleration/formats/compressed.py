@@ -79,8 +79,9 @@ class CSR(_Rows):
     def _transposed(self) -> Tensor:
         _warn_once()
         starts, rows, kept = self.tensors()
-        shape = self.shape[::-1]
-        return torch.sparse_csc_tensor(starts, rows, kept, shape, check_invariants=False)
+        return torch.sparse_csc_tensor(
+            starts, rows, kept, self.shape[::-1], device=kept.device, check_invariants=False
+        )
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         if len(x) == 1:
@@ -150,7 +151,11 @@ class BSR:
             # Kept entries may be zero by accident: up to a tenth more values are stored.
             if found.values().numel() <= min(1.1 * kept, weight.numel() / 2):
                 starts, columns = found.crow_indices(), found.col_indices().int()
-                rows = torch.arange(len(starts) - 1).repeat_interleave(starts.diff()).int()
+                rows = (
+                    torch.arange(len(starts) - 1, device="cpu")
+                    .repeat_interleave(starts.diff())
+                    .int()
+                )
                 blocks = found.values().clone()  # see `_Rows.of`
                 return cls(starts.int(), columns, rows, blocks, _shape(matrix))
         return None
@@ -158,7 +163,9 @@ class BSR:
     @cached_property
     def _matrix(self) -> Tensor:
         starts, columns, _, blocks = self.tensors()
-        return torch.sparse_bsr_tensor(starts, columns, blocks, self.shape, check_invariants=False)
+        return torch.sparse_bsr_tensor(
+            starts, columns, blocks, self.shape, device=blocks.device, check_invariants=False
+        )
 
     def rows(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         if len(x) > 1:
@@ -182,7 +189,9 @@ class BSR:
 def csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return a sparse tensor of compressed rows, without torch's warning that it is in beta."""
     _warn_once()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        starts, columns, values, shape, device=values.device, check_invariants=False
+    )
 
 
 @cache

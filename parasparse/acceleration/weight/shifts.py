@@ -8,8 +8,8 @@ residue of the place, and the entry's residue decides which phase it reads.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,16 @@ def shifted(
         steps = steps._replace(stride=(1,) * len(steps.stride))
     windows, positions, _ = _windows(tuple(x.shape), steps)
     out, x = x.new_empty(x.shape[0], matrix.shape[0], *positions), x.contiguous()
-    if added is None or (added.shape == out.shape and is_plain(added) and added.is_contiguous()):
+    if added is None or _can_read(added, out):
         return matrix.convolution(windows, x, bias, added, out, relu=relu)
     return then(matrix.convolution(windows, x, bias, None, out, relu=False), added, relu)
+
+
+def _can_read(added: Any, out: Tensor) -> bool:
+    """Whether the kernel can add `added`: it may be a number, another shape, or need a gradient."""
+    if not is_plain(added) or (added.requires_grad and torch.is_grad_enabled()):
+        return False
+    return bool(added.shape == out.shape and added.is_contiguous())
 
 
 def then(result: Tensor, added: Tensor | None, relu: bool) -> Tensor:
@@ -52,24 +59,25 @@ def then(result: Tensor, added: Tensor | None, relu: bool) -> Tensor:
 @lru_cache(maxsize=256)
 def _windows(shape: _Sizes, steps: Steps) -> tuple[Windows, _Sizes, list[Tensor]]:
     """Return the windows, the sizes of the output, and the tensors that the windows point to."""
+    arange = partial(torch.arange, device="cpu")  # whatever the default device
     batch, channels, *sizes = shape
     kernel, stride, padding, dilation = steps
     positions = tuple(output_sizes(sizes, *steps))
     padded = (n + 2 * p for n, p in zip(sizes, padding, strict=True))
     within = tuple(-(-n // s) for n, s in zip(padded, stride, strict=True))
-    places = torch.arange(channels).view(-1, *[1] * len(kernel)) * math.prod((*stride, *within))
+    places = arange(channels).view(-1, *[1] * len(kernel)) * math.prod((*stride, *within))
     of_phases = _strides((*stride, *within))[: len(stride)]
     between = _strides(within)
     every = zip(kernel, stride, dilation, of_phases, between, strict=True)
     for dim, (k, s, d, of_phase, of_place) in enumerate(every):
-        at = torch.arange(k) * d
+        at = arange(k) * d
         shift = at % s * of_phase + at // s * of_place
         places = places + shift.view(-1, *[1] * (len(kernel) - dim - 1))
     length = 1 + sum((p - 1) * b for p, b in zip(positions, between, strict=True))
-    runs = torch.zeros(1, dtype=torch.int64)
+    runs = arange(1)
     if within != positions:
         for p, b in zip(positions[:-1], between[:-1], strict=True):
-            runs = (runs[:, None] + torch.arange(p) * b).flatten()
+            runs = (runs[:, None] + arange(p) * b).flatten()
     places, more = places.flatten(), 3 - len(kernel)
     in_three = (
         ((1,) * more, sizes),
