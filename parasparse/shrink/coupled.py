@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
 from parasparse.shrink.labels import compact
-from parasparse.shrink.needed import distinct, keep_all_of, keep_stated, may_lose
+from parasparse.shrink.needed import distinct, keep_all_of, keep_stated, may_lose, transposed
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
 from parasparse.shrink.units import Units
@@ -60,6 +60,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self.norm, self.uniform = norm, uniform
         tensors = tensors_of(model, pairs=False)
         trace, _, _ = traced(model, tensors, example_inputs, {})
+        for grid in transposed(distinct(trace.shapes)):  # shuffled: all groups have the same places
+            trace.ties.tie(grid, grid[:1])
         units = Units(trace)
         keep_all_of(trace, units, may_lose(tensors, targets))
         for ids, reason in trace.ties.pins:

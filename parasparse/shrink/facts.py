@@ -40,7 +40,7 @@ def everywhere(state: int, shape: torch.Size) -> Tensor:
     return _STATES[state].expand(shape)
 
 
-_STATES = torch.tensor([UNKNOWN, KNOWN, ZERO], dtype=torch.uint8).unbind()
+_STATES = torch.tensor([UNKNOWN, KNOWN, ZERO], dtype=torch.uint8, device="cpu").unbind()
 
 
 def with_zeros(state: Tensor, value: Tensor) -> Tensor:

@@ -106,9 +106,11 @@ def keep_shapes(
         The attributes that change, with their new values; and whether more units are kept.
     """
     shapes, least = distinct(trace.shapes), _Least(trace)
+    grids = transposed(shapes)
     before = int(units.kept.sum())
     while True:
         changed = _keep_regular(units, shapes)
+        changed |= _keep_grids(units, grids)
         changed |= least.keep(units)
         changed |= _keep_groups(trace, units)
         changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
@@ -132,6 +134,30 @@ def distinct(labels: Iterable[Tensor]) -> list[Tensor]:
             key = (tuple(small.shape), int((ids * torch.arange(1, len(ids) + 1)).sum()))
             found.setdefault(key, small)
     return list(found.values())
+
+
+def transposed(shapes: list[Tensor]) -> list[Tensor]:
+    """Return the joint labels of two dimensions that are found transposed as well, one of both.
+
+    It is the one with fewer rows: those are the groups where channels are shuffled.
+    """
+    found = []
+    flat = [label for label in shapes if label.ndim == 2]
+    for number, label in enumerate(flat):
+        for other in flat[:number]:
+            if other.shape == label.shape[::-1] and torch.equal(other, label.t()):
+                found.append(label if len(label) <= len(other) else other)
+    return found
+
+
+def _keep_grids(units: Units, grids: list[Tensor]) -> bool:
+    """Keep whole rows and columns, so that the smaller label is the same when transposed."""
+    changed = False
+    for label in grids:
+        stay = units.stay(label)
+        more = stay.any(1, keepdim=True) & stay.any(0, keepdim=True) & ~stay
+        changed |= units.keep(label[more], "channels of groups are shuffled")
+    return changed
 
 
 def _keep_regular(units: Units, shapes: list[Tensor]) -> bool:

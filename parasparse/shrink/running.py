@@ -51,12 +51,14 @@ def traced(
         The trace, the int attributes of modules and configs, and the copy.
     """
     try:
-        twin = shared_copy(model, tensors)
-        return _traced(twin, example_inputs, dropped, StandIns(twin))
+        with torch.inference_mode(False):  # in which views do not know what they are views of
+            twin = shared_copy(model, tensors)
+            return _traced(twin, example_inputs, dropped, StandIns(twin))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
         pass
     try:
-        return _traced(full_copy(model), example_inputs, dropped, None)
+        with torch.inference_mode(False):
+            return _traced(full_copy(model), example_inputs, dropped, None)
     except Exception as error:
         error.add_note(
             "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from parasparse.optim import Optimizers, each_optimizer
@@ -32,6 +33,7 @@ def plan_shrink(
     ).plan
 
 
+@torch.inference_mode(False)  # in which no Parameter can be made that learns again
 def shrink(
     model: nn.Module,
     example_inputs: Any,

@@ -151,11 +151,14 @@ def _shuffled(run: Callable[..., Tensor]) -> Rule:
 
 
 def _channels_shuffled(trace: Trace, call: Call) -> list[Facts]:
-    """`channel_shuffle`: the groups of channels stay, with equally many in each."""
+    """`channel_shuffle`: the groups of channels stay, with equally many in each.
+
+    The channels of all groups at one place follow each other then, and go together.
+    """
     for label in trace.labels(call.args[0]):
         if varies(label, 1):
             apart = label.unflatten(1, (call.args[1], -1))
-            trace.shapes.append(compact(apart))
+            trace.shapes += [compact(apart), compact(apart.transpose(1, 2))]
             trace.require(expression(call.args[1]), span(apart, 1), call.name)
     return _moved(torch.channel_shuffle)(trace, call)
 
