@@ -61,7 +61,21 @@ def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]
             isinstance(entry, dict) for entry in header["entries"].values()
         ):
             raise ValueError("The header has unexpected entries.")
+        if any(not isinstance(header.get(key) or {}, dict) for key in ("modules", "metadata")):
+            raise ValueError("The header has entries of the wrong type.")
     return header
+
+
+def bytes_in(content: Mapping[str, Any], name: str) -> Tensor:
+    """Return the bytes of this name in `content`; raise ValueError if they are something else."""
+    data: object = content[name]
+    kind = torch.uint8, 1, torch.strided, "cpu"
+    if (
+        not isinstance(data, Tensor)
+        or (data.dtype, data.ndim, data.layout, data.device.type) != kind
+    ):
+        raise ValueError(f'"{name}" must be a 1-D tensor of uint8.')
+    return data.contiguous()
 
 
 def _text(content: Mapping[str, Any]) -> str:
@@ -73,8 +87,8 @@ def _text(content: Mapping[str, Any]) -> str:
 
 def _unpacked(content: Mapping[str, Any]) -> bytes:
     reader = zlib.decompressobj()
-    text = reader.decompress(bytes(buffer(content["header"].contiguous())), LONGEST)
-    if not reader.eof:
+    text = reader.decompress(bytes(buffer(bytes_in(content, "header"))), LONGEST)
+    if not reader.eof or reader.unused_data:
         raise ValueError(f"The header is cut off, or has more than {LONGEST:,} bytes.")
     return text
 

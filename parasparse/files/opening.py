@@ -8,7 +8,7 @@ from torch import Tensor
 from parasparse.files import packed_files
 from parasparse.files.bitmask_files import BitmaskCheckpoint, layers_with_bitmasks
 from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from parasparse.files.headers import FORMAT, is_safetensors
+from parasparse.files.headers import FORMAT, damage_named, is_safetensors
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
 from parasparse.files.state_dicts import NothingToChooseError, nothing_to_choose
 from parasparse.files.torch_files import TorchFile, content_of
@@ -22,13 +22,18 @@ class PackedFile(Checkpoint):
         self._reopen()
         self.modules, self.metadata = self._header["modules"], self._header.get("metadata") or {}
         for name, entry in self._header["entries"].items():
-            if "same" in entry:
-                self.ties[name] = entry["same"]
-                self.infos[name] = self.infos[entry["same"]]
-            elif "value" in entry:
-                self.not_tensors[name] = entry["value"]
-            else:
-                self.infos[name] = TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+            with damage_named(path, f'has no intact "{name}"'):
+                self._list(name, entry)
+
+    def _list(self, name: str, entry: packed_files.Entry) -> None:
+        if "same" in entry:
+            self.ties[name] = entry["same"]
+            self.infos[name] = self.infos[entry["same"]]
+        elif "value" in entry:
+            self.not_tensors[name] = entry["value"]
+        else:
+            shape = tuple(torch.Size(entry["shape"]))
+            self.infos[name] = TensorInfo(packed_files.dtype_of(entry), shape)
 
     def _read(self, name: str) -> Tensor:
         return self._unpacked(self.ties.get(name, name))
@@ -45,7 +50,8 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: no checkpoint can be read there, or `key` is needed or unknown.
-        ValueError: it has bitmasks of compressed-tensors, and is damaged or quantized.
+        ValueError: it has bitmasks of compressed-tensors, and is damaged or quantized; or a packed
+            file lists an impossible tensor.
     """
     if not os.path.exists(path):
         raise CheckpointError(f'"{path}" does not exist.')

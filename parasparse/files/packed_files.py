@@ -15,6 +15,7 @@ from parasparse.files.headers import (
     FORMAT,
     LONGEST,
     FilePath,
+    bytes_in,
     checked_header,
     damage_named,
     is_safetensors,
@@ -46,7 +47,7 @@ def opened(path: FilePath) -> tuple[dict[str, Any], _Read]:
         content = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
     header = checked_header(content, path)
     with damage_named(path, "has no intact tensors"):
-        coded = _coded(header["entries"], content["tensors"])
+        coded = _coded(header["entries"], content)
 
     def unpacked(name: str) -> Tensor:
         with damage_named(path, f'has no intact "{name}"'):
@@ -97,24 +98,29 @@ def _is_json(value: object) -> bool:
         return False
 
 
-def _unpacked(entry: Entry, data: Tensor) -> Tensor:
+def dtype_of(entry: Entry) -> torch.dtype:
+    """Return the dtype of a tensor's entry; raise NotImplementedError if this torch has none."""
     dtype = getattr(torch, entry["dtype"], None)
-    if dtype is None:
+    if not isinstance(dtype, torch.dtype):
         raise NotImplementedError(
             f"the file holds {entry['dtype']}, which this torch does not have. Upgrade torch."
         )
+    return dtype
+
+
+def _unpacked(entry: Entry, data: Tensor) -> Tensor:
+    dtype = dtype_of(entry)
     data = data.contiguous().flatten().view(torch.uint8)
     if "bits" in entry:
         return version_1.unpacked(entry, dtype, data)
     return decode(data, dtype, tuple(entry["shape"]))
 
 
-def _coded(
-    entries: Mapping[str, Entry], tensors: Tensor | Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
+def _coded(entries: Mapping[str, Entry], content: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Return the bytes of each tensor, not copied."""
-    if not isinstance(tensors, Tensor):  # versions 1 and 2
-        return tensors
+    if isinstance(content["tensors"], Mapping):  # versions 1 and 2
+        return content["tensors"]
+    tensors = bytes_in(content, "tensors")
     sizes = {name: entry["nbytes"] for name, entry in entries.items() if "dtype" in entry}
     return dict(zip(sizes, tensors.split(list(sizes.values())), strict=True))
 

@@ -29,8 +29,10 @@ class Units:
 
 def words_of(tensor: Tensor) -> Tensor:
     """Return the entries of `tensor` as integers, 1-D, not copied if it is contiguous."""
-    words = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    return words.view(WORDS[tensor.dtype.itemsize])
+    entries = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # Contiguous tensors of one entry, or none, may have any strides.
+    flat = entries.as_strided((entries.numel(),), (1,))
+    return flat.view(WORDS[tensor.dtype.itemsize])
 
 
 def matrix(shape: tuple[int, ...]) -> Unit:

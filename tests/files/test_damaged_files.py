@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from parasparse.checkpoints.save_packed import load_packed, save
 from parasparse.files import headers
 from parasparse.files.codes.tensors import encode
+from parasparse.files.opening import open_checkpoint
 from tests.files.test_files import both, same_states, small
 
 
@@ -131,6 +132,9 @@ def test_a_long_file_cut_anywhere_is_refused(tmp_path, suffix):
         {"entries": {"x": {"same": ["x"]}}, "modules": None},
         {"entries": {"x": "y"}, "modules": None},
         {"entries": {"x": {"dtype": "float32"}}, "modules": None},
+        {"entries": {}, "modules": [1]},
+        {"entries": {}, "modules": 3},
+        {"entries": {}, "modules": None, "metadata": "x"},
         *(
             {"entries": {"x": {"dtype": "bool", "shape": [], "nbytes": nbytes}}, "modules": None}
             for nbytes in (0, 1, -1, 2**40, 2**80, "0", None)
@@ -142,6 +146,47 @@ def test_a_long_file_cut_anywhere_is_refused(tmp_path, suffix):
 def test_a_header_that_lies_is_refused(tmp_path, header):
     save_header(tmp_path / "x.pt", headers.packed_header(header))
     with pytest.raises(ValueError, match="damaged"):
+        load_packed(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"same": "y"},
+        {"same": ["x"]},
+        {"dtype": 3, "shape": [2], "nbytes": 0},
+        *({"dtype": "bool", "shape": shape, "nbytes": 0} for shape in (None, "38", [2.0], [[2]])),
+        {"dtype": "bool", "nbytes": 0},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_cannot_be_is_refused_by_the_commands(tmp_path, entry):
+    header = {"entries": {"x": entry}, "modules": None}
+    save_header(tmp_path / "x.pt", headers.packed_header(header))
+    with pytest.raises(ValueError, match='no intact "x"'):
+        open_checkpoint(str(tmp_path / "x.pt"))
+
+
+OTHER_KINDS = {
+    "a row": lambda x: x[None],
+    "one number": lambda x: x[0],
+    "of another dtype": lambda x: x.view(torch.int8),
+    "of float": lambda x: x.float(),
+    "without values": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "a list": lambda x: x.tolist(),
+    "with a byte more": lambda x: torch.cat([x, x[:1]]),
+    "with a byte less": lambda x: x[:-1],
+}
+
+
+@pytest.mark.parametrize("part", ["tensors", "header"])
+@pytest.mark.parametrize("kind", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_bytes_of_another_kind_are_refused(tmp_path, part, kind):
+    save(small(), tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt")
+    torch.save({**content, part: kind(content[part])}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="It is damaged"):
         load_packed(tmp_path / "x.pt")
 
 
@@ -171,12 +216,13 @@ def test_any_later_version_says_so(tmp_path, version):
 
 
 @both
-def test_a_dtype_of_a_later_torch_is_named(tmp_path, suffix, monkeypatch):
+@pytest.mark.parametrize("read", [load_packed, open_checkpoint])
+def test_a_dtype_of_a_later_torch_is_named(tmp_path, suffix, read, monkeypatch):
     path = tmp_path / f"x{suffix}"
     save({"x": torch.eye(2)}, path)
     monkeypatch.delattr(torch, "float32")
     with pytest.raises(NotImplementedError, match="holds float32, which this torch does not"):
-        load_packed(path)
+        read(str(path))
 
 
 def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):

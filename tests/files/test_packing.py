@@ -12,6 +12,7 @@ from torch import nn
 
 from parasparse.files import packing
 from parasparse.files.bits import pack_bits, unpack_bits
+from parasparse.files.codes.tensors import decode, encode
 from parasparse.files.packing import pack, unpack
 
 DTYPES = [
@@ -40,7 +41,7 @@ MASKS = ["entries", "rows", "columns", "kernels", "blocks", "all", "none", "one"
 
 def bits(tensor):
     """Return the bytes of `tensor`, in the order of its indices."""
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def same(one, two):
@@ -200,6 +201,23 @@ def test_views_of_every_kind_are_packed_as_they_read(view):
     assert unpacked.is_contiguous()
     assert not unpacked.requires_grad
     assert same(unpacked, tensor.detach().resolve_conj().resolve_neg())
+
+
+STRIDED = {
+    "every third": lambda x: x.flatten()[::3],
+    "one in a row of steps": lambda x: x.flatten()[5:6].as_strided((1,), (7,)),
+    "one by one": lambda x: x.T[:1, :1],
+    "none": lambda x: x.flatten()[:0:2],
+    "one for all": lambda x: x[1, 1].expand(4, 5),
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.complex128], ids=str)
+def test_whatever_the_strides_are_entries_come_back(view, dtype):
+    tensor = view(torch.randn(6, 8).to(dtype))
+    assert same(unpack(pack({"x": tensor}))["x"], tensor)
+    assert same(decode(encode(tensor), dtype, tuple(tensor.shape)), tensor)
 
 
 @pytest.mark.parametrize("start", [torch.eye(8), torch.ones(8, 8)], ids=["sparse", "dense"])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -197,18 +198,11 @@ def test_the_sum_of_many_rows_is_their_product_and_symmetric():
     assert torch.equal(WHOLE, WHOLE.T)
 
 
-@pytest.fixture(params=["ieee", "bf16"])
-def precision(request):
-    """The precision of float32 products; `monkeypatch` cannot put this attribute back."""
-    products = torch.backends.mkldnn.matmul
-    before = products.fp32_precision
-    products.fp32_precision = request.param
-    yield request.param
-    products.fp32_precision = before
-
-
-@pytest.mark.usefixtures("precision")
-def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits():
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits(precision, request):
+    flags = torch.backends.mkldnn.matmul
+    request.addfinalizer(partial(setattr, flags, "fp32_precision", flags.fp32_precision))
+    flags.fp32_precision = precision
     found = seen(nn.Linear(900, 2), WIDER).gram("weight")
     norms = WIDER.double().norm(dim=0)
     most = 512 * torch.finfo(torch.float32).eps / 2 * norms.outer(norms)
@@ -216,6 +210,29 @@ def test_products_of_many_inputs_have_the_errors_of_a_block_in_32_bits():
     assert torch.equal(found, found.T)
     doubles = seen(nn.Linear(900, 2).double(), WIDER.double()).gram("weight")
     torch.testing.assert_close(doubles, product(WIDER), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 300, 1500])
+def test_inputs_far_from_0_keep_how_they_differ(rows):
+    centred = torch.randn(rows, 600, generator=torch.Generator().manual_seed(0)).double()
+    centred += torch.linspace(0, 1, rows).unsqueeze(1)  # the mean moves
+    x = (centred + 100).float()
+    found, norms = seen(nn.Linear(600, 2), x).gram("weight"), centred.norm(dim=0)
+    most = 512 * torch.finfo(torch.float32).eps / 2 * norms.outer(norms)
+    assert ((found - product(x)).abs() <= most + 1e-13 * product(x)).all()
+    parts = seen(nn.Linear(600, 2), *x.split(97))
+    assert torch.equal(found, parts.gram("weight"))
+
+
+def test_a_layer_that_leaves_others_keeps_its_own_sum():
+    a, b = (50 + torch.randn(700, 600) for _ in range(2))
+    model = nn.ModuleDict({"one": nn.Linear(600, 2), "two": nn.Linear(600, 2)})
+    with torch.no_grad(), ps.scores.collect(model, grams=True) as statistics:
+        for x, names in ((a, ("one", "two")), (b, ("one",)), (a, ("two",))):
+            for name in names:
+                model[name](x)
+    torch.testing.assert_close(statistics.gram("one.weight"), product(torch.cat([a, b])))
+    torch.testing.assert_close(statistics.gram("two.weight"), product(torch.cat([a, a])))
 
 
 @pytest.mark.parametrize("name", ["linear", "grouped"])
