@@ -82,7 +82,10 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split():  # noqa: SIM905
+for _name in (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+    "lshift", "rshift",
+):  # fmt: skip
     setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
