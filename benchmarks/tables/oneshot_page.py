@@ -13,7 +13,7 @@ def layers(content: Content) -> str:
 
 def errors(content: Content) -> str:
     """Return the relative squared error of the outputs of each layer."""
-    ways = list(dict.fromkeys(way for found in content["errors"].values() for way in found))
+    ways = sorted({way for found in content["errors"].values() for way in found})
     rows = [
         [layer, *(f"{found[way]:.5f}" if way in found else "-" for way in ways)]
         for layer, found in content["errors"].items()
