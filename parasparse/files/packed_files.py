@@ -162,7 +162,7 @@ def _head(tensors: int, header: int, *, room: int = 0) -> bytes:
 
 def _most_bytes(entry: Entry) -> int:
     """Return more bytes than any tensor with the dtype and shape of `entry` is coded in."""
-    nbytes: int = math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize
+    nbytes: int = math.prod(entry["shape"]) * dtype_of(entry).itemsize
     return nbytes + nbytes // 4 + 4096
 
 
