@@ -19,7 +19,8 @@ def save(source: nn.Module | Mapping[str, Any], path: FilePath) -> None:
 
     The file is written next to `path` and renamed at the end, so an error leaves the old file as it
     was. Every tensor has a checksum. The dense weights of a masked model are all in memory at once,
-    and so are the packed tensors of a torch file; a safetensors file is written tensor by tensor.
+    and so are the packed tensors of a torch file; a safetensors file is written tensor by tensor,
+    small ones several at a time.
 
     Args:
         source: a model, whose `dense_state_dict` is written, or a state dict of tensors and plain

@@ -14,9 +14,9 @@ from torch import Tensor
 from parasparse.files.bits import buffer
 
 FORMAT = "parasparse-packed"
-VERSION = 3
+VERSION = 4
 _AS_TEXT = ("1", "2")  # versions whose header is not compressed
-_READ = (*_AS_TEXT, str(VERSION))
+_READ = (*_AS_TEXT, "3", str(VERSION))
 LONGEST = 1 << 28  # bytes of a header; few compressed ones may claim to be many
 
 FilePath: TypeAlias = str | os.PathLike[str]
@@ -57,7 +57,8 @@ def checked_header(content: Mapping[str, Any], path: FilePath) -> dict[str, Any]
         if version not in _READ:
             raise ValueError("The version is impossible.")
         header: dict[str, Any] = json.loads((_text if version in _AS_TEXT else _unpacked)(content))
-        if header.keys() - {"metadata"} != {"entries", "modules"} or not all(
+        streams = {"streams"} if version == str(VERSION) else set()
+        if header.keys() - {"metadata"} != {"entries", "modules", *streams} or not all(
             isinstance(entry, dict) for entry in header["entries"].values()
         ):
             raise ValueError("The header has unexpected entries.")

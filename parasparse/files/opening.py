@@ -11,6 +11,7 @@ from parasparse.files.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from parasparse.files.headers import FORMAT, damage_named, is_safetensors
 from parasparse.files.safetensors_files import SafetensorsFile, SafetensorsFolder, is_folder
 from parasparse.files.state_dicts import NothingToChooseError, nothing_to_choose
+from parasparse.files.streams import Entry, dtype_of
 from parasparse.files.torch_files import TorchFile, content_of
 
 
@@ -25,7 +26,7 @@ class PackedFile(Checkpoint):
             with damage_named(path, f'has no intact "{name}"'):
                 self._list(name, entry)
 
-    def _list(self, name: str, entry: packed_files.Entry) -> None:
+    def _list(self, name: str, entry: Entry) -> None:
         if "same" in entry:
             self.ties[name] = entry["same"]
             self.infos[name] = self.infos[entry["same"]]
@@ -33,7 +34,7 @@ class PackedFile(Checkpoint):
             self.not_tensors[name] = entry["value"]
         else:
             shape = tuple(torch.Size(entry["shape"]))
-            self.infos[name] = TensorInfo(packed_files.dtype_of(entry), shape)
+            self.infos[name] = TensorInfo(dtype_of(entry), shape)
 
     def _read(self, name: str) -> Tensor:
         return self._unpacked(self.ties.get(name, name))

@@ -2,20 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, TypeAlias
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from parasparse.files import safetensors_heads, version_1
+from parasparse.files import safetensors_heads
 from parasparse.files.bits import buffer
-from parasparse.files.codes.tensors import decode, encode
 from parasparse.files.headers import (
     FORMAT,
     LONGEST,
     FilePath,
-    bytes_in,
     checked_header,
     damage_named,
     is_safetensors,
@@ -23,20 +21,16 @@ from parasparse.files.headers import (
     packed_header,
 )
 from parasparse.files.replacing import replacing
-
-# In the header, a tensor is {dtype, shape, nbytes}, a tied one {same: first name}, any other value
-# {value}.
-Entry: TypeAlias = dict[str, Any]
-_Read: TypeAlias = Callable[[str], Tensor]
+from parasparse.files.streams import Entry, Read, decoded, dtype_of, streams_in, write_streams
 
 
-def write(path: FilePath, read: _Read, header: dict[str, Any]) -> None:
-    """Write a packed file: `read` returns the tensor of each entry in `header`, but for nbytes."""
+def write(path: FilePath, read: Read, header: dict[str, Any]) -> None:
+    """Write a packed file: `read` returns the tensor of each entry in `header`, but for streams."""
     with replacing(path) as file:
         (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 
 
-def opened(path: FilePath) -> tuple[dict[str, Any], _Read]:
+def opened(path: FilePath) -> tuple[dict[str, Any], Read]:
     """Return the header of a packed file, and a function that reads and unpacks a tensor.
 
     Both raise as `load_packed` does.
@@ -47,11 +41,14 @@ def opened(path: FilePath) -> tuple[dict[str, Any], _Read]:
         content = (_read_safetensors if is_safetensors(path) else _read_torch)(path)
     header = checked_header(content, path)
     with damage_named(path, "has no intact tensors"):
-        coded = _coded(header["entries"], content)
+        streams = streams_in(content, header)
+    waiting: dict[str, Tensor] = {}  # unpacked with another tensor, but not read yet
 
     def unpacked(name: str) -> Tensor:
         with damage_named(path, f'has no intact "{name}"'):
-            return _unpacked(header["entries"][name], coded[name])
+            if name not in waiting:
+                waiting.update(decoded(streams[name], header["entries"]))
+            return waiting.pop(name)
 
     return header, unpacked
 
@@ -98,54 +95,12 @@ def _is_json(value: object) -> bool:
         return False
 
 
-def dtype_of(entry: Entry) -> torch.dtype:
-    """Return the dtype of a tensor's entry; raise NotImplementedError if this torch has none."""
-    dtype = getattr(torch, entry["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise NotImplementedError(
-            f"the file holds {entry['dtype']}, which this torch does not have. Upgrade torch."
-        )
-    return dtype
-
-
-def _unpacked(entry: Entry, data: Tensor) -> Tensor:
-    dtype = dtype_of(entry)
-    data = data.contiguous().flatten().view(torch.uint8)
-    if "bits" in entry:
-        return version_1.unpacked(entry, dtype, data)
-    return decode(data, dtype, tuple(entry["shape"]))
-
-
-def _coded(entries: Mapping[str, Entry], content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the bytes of each tensor, not copied."""
-    if isinstance(content["tensors"], Mapping):  # versions 1 and 2
-        return content["tensors"]
-    tensors = bytes_in(content, "tensors")
-    sizes = {name: entry["nbytes"] for name, entry in entries.items() if "dtype" in entry}
-    return dict(zip(sizes, tensors.split(list(sizes.values())), strict=True))
-
-
-def _write_tensors(
-    write: Callable[[Any], object], read: _Read, header: dict[str, Any]
-) -> dict[str, Any]:
-    """Write tensor by tensor; return `header` with their sizes."""
-    entries = {}
-    for name, entry in header["entries"].items():
-        entries[name] = entry
-        if "dtype" in entry:
-            data = encode(read(name))
-            entries[name] = {**entry, "nbytes": data.numel()}
-            write(buffer(data))
-            del data  # before the next is packed
-    return {**header, "entries": entries}
-
-
-def _write_safetensors(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
+def _write_safetensors(file: BinaryIO, read: Read, header: dict[str, Any]) -> None:
     # The head comes first, but its sizes are known last. They have at most as many digits as these.
     most = sum(_most_bytes(entry) for entry in header["entries"].values() if "dtype" in entry)
     room = len(_head(most, LONGEST))
     file.seek(room)
-    packed = packed_header(_write_tensors(file.write, read, header))
+    packed = packed_header(write_streams(file.write, read, header))
     nbytes = file.tell() - room
     file.write(buffer(packed))
     head = _head(nbytes, packed.numel(), room=room)
@@ -166,9 +121,9 @@ def _most_bytes(entry: Entry) -> int:
     return nbytes + nbytes // 4 + 4096
 
 
-def _write_torch(file: BinaryIO, read: _Read, header: dict[str, Any]) -> None:
+def _write_torch(file: BinaryIO, read: Read, header: dict[str, Any]) -> None:
     data = bytearray()
-    packed = packed_header(_write_tensors(data.extend, read, header))
+    packed = packed_header(write_streams(data.extend, read, header))
     none = torch.empty(0, dtype=torch.uint8)
     tensors = torch.frombuffer(data, dtype=torch.uint8) if data else none
     torch.save({**metadata(), "header": packed, "tensors": tensors}, file)

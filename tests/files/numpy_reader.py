@@ -31,16 +31,29 @@ def read_safetensors(path):
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     places = json.loads(whole[8 : 8 + size])
-    assert places.pop("__metadata__") == {"format": "parasparse-packed", "version": "3"}
+    assert places.pop("__metadata__") == {"format": "parasparse-packed", "version": "4"}
     parts = {n: whole[8 + size :][slice(*place["data_offsets"])] for n, place in places.items()}
-    tensors, found = Bytes(parts["tensors"]), {}
-    for name, entry in json.loads(zlib.decompress(parts["header"]))["entries"].items():
-        if "same" in entry:
-            found[name] = found[entry["same"]]
-        elif "dtype" in entry:
-            found[name] = read_tensor(tensors.take(entry["nbytes"]), entry)
+    header, tensors = json.loads(zlib.decompress(parts["header"])), Bytes(parts["tensors"])
+    entries, found = header["entries"], {}
+    for number, nbytes in enumerate(header["streams"]):
+        names = [name for name, entry in entries.items() if entry.get("stream") == number]
+        found |= read_stream(tensors.take(nbytes), {name: entries[name] for name in names})
     assert tensors.at == len(tensors.data)
-    return found
+    names = {n: entry.get("same", n) for n, entry in entries.items() if "value" not in entry}
+    return {name: found[first] for name, first in names.items()}
+
+
+def read_stream(data, entries):
+    """Return the tensors of a stream."""
+    if not any("shift" in entry for entry in entries.values()):
+        ((name, entry),) = entries.items()
+        return {name: read_tensor(data, entry)}
+    numbers = [math.prod(entry["shape"]) for entry in entries.values()]
+    shifts = np.repeat([entry["shift"] for entry in entries.values()], numbers)
+    (dtype,) = {entry["dtype"] for entry in entries.values()}
+    whole = read_tensor(data, {"dtype": dtype, "shape": [sum(numbers)]}, shifts)
+    parts = np.split(whole, np.cumsum(numbers)[:-1])
+    return {n: p.reshape(e["shape"]) for (n, e), p in zip(entries.items(), parts, strict=True)}
 
 
 def word_size(dtype):
@@ -48,7 +61,7 @@ def word_size(dtype):
     return max(8, int(digits)) // 8 // (2 if dtype.startswith("complex") else 1)
 
 
-def read_tensor(data, entry):
+def read_tensor(data, entry, shifts=None):
     """Return the words of a tensor; a complex one has a last dimension of two parts."""
     size, is_complex = word_size(entry["dtype"]), entry["dtype"].startswith("complex")
     shape = entry["shape"]
@@ -75,10 +88,18 @@ def read_tensor(data, entry):
         places, values = read_piece(
             Bytes(piece), record, total, (kind, patterns), (signs, bins), (per_unit, size)
         )
+        values = values if shifts is None else shifted(values, shifts[start + places], size)
         words[start + places] = values.astype(f"u{size}").reshape(-1, per_unit)
     assert source.at == len(data)
     grid = words.reshape(rows // tall, columns // wide, tall, per_unit // tall).swapaxes(1, 2)
     return grid.reshape(*shape, 2) if is_complex else grid.reshape(shape)
+
+
+def shifted(words, shifts, size):
+    """Return `words` with the shifts added to their last columns, but for the highest bit."""
+    sign = np.uint64(1 << 8 * size - 1)
+    below = np.uint64(max(0, 8 * size - 16))
+    return words & sign | words + (shifts.astype(np.uint64) << below) & sign - np.uint64(1)
 
 
 def read_record(source):

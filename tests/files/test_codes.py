@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parasparse.files import units
 from parasparse.files.codes import bins, digits, offsets, places, tensors
 from parasparse.files.codes.cursor import Cursor
 from parasparse.files.codes.flags import Kind, _places_of_patterns
@@ -121,6 +122,21 @@ def entropy(weight):
 def test_normal_weights_take_little_more_than_their_entropy(sparsity):
     weight = weights(sparsity, (512, 512), torch.bfloat16)
     assert 8 * len(encode(weight)) < 1.04 * entropy(weight)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", [(64, 48), (384, 9), (48, 2)], ids=str)
+@pytest.mark.parametrize("kernels", [False, True])
+def test_no_unit_that_pays_is_passed_over(pattern, shape, kernels, monkeypatch):
+    pattern = "0.95" if ":" in pattern or (pattern == "blocks" and shape[1] != 48) else pattern
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = weights(pattern, shape, dtype)
+        weight = weight.view(16, -1, 1, min(16, shape[1])) if kernels else weight
+        entries, whole = units.words_of(weight), tuple(weight.shape)
+        found = tensors.choose_units(entries, dtype, whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(tensors, "_may_have_units", lambda *_: True)
+            assert tensors.choose_units(entries, dtype, whole).unit == found.unit
 
 
 def test_patterns_take_the_bits_of_their_patterns():

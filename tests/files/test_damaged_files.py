@@ -77,10 +77,10 @@ def test_every_truncation_is_refused(tmp_path, suffix):
 def test_a_future_version_is_named(tmp_path, suffix, monkeypatch):
     path = tmp_path / f"x{suffix}"
     with monkeypatch.context() as patch:
-        patch.setattr(headers, "VERSION", 4)
+        patch.setattr(headers, "VERSION", 5)
         save(small(), path)
     with pytest.raises(
-        ValueError, match="newer parasparse: version 4; this one reads 1 to 3. Upgrade"
+        ValueError, match="newer parasparse: version 5; this one reads 1 to 4. Upgrade"
     ):
         load_packed(path)
 
@@ -123,23 +123,40 @@ def test_a_long_file_cut_anywhere_is_refused(tmp_path, suffix):
             load_packed(path)
 
 
+BOOL = {"dtype": "bool", "shape": [2]}
+JOINED = {**BOOL, "stream": 0, "shift": 0}
+
+
+def headed(entries, *streams, **more):
+    return {"entries": entries, "streams": list(streams), "modules": None, **more}
+
+
 @pytest.mark.parametrize(
     "header",
     [
         [],
         {"entries": {}},
-        {"entries": {"x": {"same": "y"}}, "modules": None},
-        {"entries": {"x": {"same": ["x"]}}, "modules": None},
-        {"entries": {"x": "y"}, "modules": None},
-        {"entries": {"x": {"dtype": "float32"}}, "modules": None},
-        {"entries": {}, "modules": [1]},
-        {"entries": {}, "modules": 3},
-        {"entries": {}, "modules": None, "metadata": "x"},
+        {"entries": {}, "modules": None},
+        headed({"x": {"same": "y"}}),
+        headed({"x": {"same": ["x"]}}),
+        headed({"x": "y"}),
+        headed({"x": {"dtype": "float32"}}),
+        headed({}, modules=[1]),
+        headed({}, modules=3),
+        headed({}, metadata="x"),
+        headed({"x": BOOL}, 0),
+        headed({}, 0),
         *(
-            {"entries": {"x": {"dtype": "bool", "shape": [], "nbytes": nbytes}}, "modules": None}
-            for nbytes in (0, 1, -1, 2**40, 2**80, "0", None)
+            headed({"x": {**BOOL, "stream": 0}}, size)
+            for size in (0, 1, -1, 2**40, 2**80, "0", None)
         ),
-        {"entries": {"x": {"dtype": "bool", "shape": [2**40], "nbytes": 0}}, "modules": None},
+        *(headed({"x": {**BOOL, "stream": place}}, 0) for place in (1, -1, 2**80, "0", None, [])),
+        headed({"x": {**BOOL, "shape": [2**40], "stream": 0}}, 0),
+        headed({"x": {**JOINED, "shape": [2**40]}, "y": JOINED}, 0),
+        headed({"x": JOINED, "y": {**JOINED, "dtype": "int8"}}, 0),
+        headed({"x": JOINED, "y": {**BOOL, "stream": 0}}, 0),
+        headed({"x": {**BOOL, "stream": 0}, "y": {**BOOL, "stream": 0}}, 0),
+        *(headed({"x": JOINED, "y": {**JOINED, "shift": s}}, 0) for s in (-1, 2**80, "0", None)),
     ],
     ids=str,
 )
@@ -149,19 +166,27 @@ def test_a_header_that_lies_is_refused(tmp_path, header):
         load_packed(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, -1, 2**40, 2**80, "0", None])
+def test_a_header_of_version_3_that_lies_is_refused(tmp_path, nbytes):
+    header = {"entries": {"x": {**BOOL, "nbytes": nbytes}}, "modules": None}
+    save_header(tmp_path / "x.pt", headers.packed_header(header), version="3")
+    with pytest.raises(ValueError, match="damaged"):
+        load_packed(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         {"same": "y"},
         {"same": ["x"]},
-        {"dtype": 3, "shape": [2], "nbytes": 0},
-        *({"dtype": "bool", "shape": shape, "nbytes": 0} for shape in (None, "38", [2.0], [[2]])),
-        {"dtype": "bool", "nbytes": 0},
+        {"dtype": 3, "shape": [2], "stream": 0},
+        *({"dtype": "bool", "shape": shape, "stream": 0} for shape in (None, "38", [2.0], [[2]])),
+        {"dtype": "bool", "stream": 0},
     ],
     ids=str,
 )
 def test_a_tensor_that_cannot_be_is_refused_by_the_commands(tmp_path, entry):
-    header = {"entries": {"x": entry}, "modules": None}
+    header = headed({"x": entry}, *([0] if "stream" in entry else []))
     save_header(tmp_path / "x.pt", headers.packed_header(header))
     with pytest.raises(ValueError, match='no intact "x"'):
         open_checkpoint(str(tmp_path / "x.pt"))
@@ -207,11 +232,10 @@ def test_a_header_is_bounded(tmp_path, monkeypatch):
             load_packed(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("version", ["4", "4.0", "17"])
+@pytest.mark.parametrize("version", ["5", "5.0", "17"])
 def test_any_later_version_says_so(tmp_path, version):
-    packed = headers.packed_header({"entries": {}, "modules": None})
-    save_header(tmp_path / "x.pt", packed, version=version)
-    with pytest.raises(ValueError, match=f"version {version}; this one reads 1 to 3. Up"):
+    save_header(tmp_path / "x.pt", headers.packed_header(headed({})), version=version)
+    with pytest.raises(ValueError, match=f"version {version}; this one reads 1 to 4. Up"):
         load_packed(tmp_path / "x.pt")
 
 

@@ -12,16 +12,21 @@ import pytest
 import torch
 
 from parasparse.checkpoints.save_packed import load_packed, save
-from parasparse.files import packed_files
+from parasparse.files import streams
 from tests.files.test_files import path as path
-from tests.files.test_files import same_states, small, some
+from tests.files.test_files import same_states, small
 from tests.helpers.processes import Program
+
+
+def large(number=3):
+    """Return tensors that are not coded together with others."""
+    return {f"w{i}": torch.eye(520) for i in range(number)}
 
 
 def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
     old = small()
     save(old, path)
-    encode = packed_files.encode
+    encode = streams.encode
     packed = []
 
     def failing(tensor):
@@ -30,9 +35,9 @@ def test_an_error_on_the_way_leaves_the_old_file_alone(path, monkeypatch):
         packed.append(tensor)
         return encode(tensor)
 
-    monkeypatch.setattr(packed_files, "encode", failing)
+    monkeypatch.setattr(streams, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        save(some(), path)
+        save(large(), path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert same_states(load_packed(path), old)
 
@@ -46,11 +51,11 @@ def killed(path, moment):
 
     count = iter(range(9))
     if moment == "writing":
-        pack = packed_files.encode
-        packed_files.encode = lambda tensor: pack(tensor) if next(count) < 2 else stop()
+        pack = streams.encode
+        streams.encode = lambda tensor: pack(tensor) if next(count) < 2 else stop()
     else:
         os.replace = stop
-    save({f"w{i}": torch.eye(500) for i in range(3)}, path)
+    save(large(), path)
 
 
 @pytest.mark.xdist_group("processes")
@@ -69,7 +74,7 @@ def test_a_killed_save_leaves_the_old_file(path, moment, tmp_path_factory):
     assert program.finished()[:2] == (-signal.SIGKILL, "here\n")
     assert path.read_bytes() == before
     assert same_states(load_packed(path), old)
-    save(some(), path)  # what was left beside is in nobody's way
+    save(large(), path)  # what was left beside is in nobody's way
 
 
 def test_links_are_followed_and_permissions_stay(path):
@@ -91,7 +96,7 @@ def test_a_new_file_has_the_usual_permissions(path):
 
 
 def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
-    encode, living = packed_files.encode, weakref.WeakSet()
+    encode, living = streams.encode, weakref.WeakSet()
 
     def counted(tensor):
         assert not len(living)  # what was packed before is written and gone
@@ -99,8 +104,8 @@ def test_a_safetensors_file_is_written_tensor_by_tensor(tmp_path, monkeypatch):
         living.add(packed)
         return packed
 
-    monkeypatch.setattr(packed_files, "encode", counted)
-    state = some(4)
+    monkeypatch.setattr(streams, "encode", counted)
+    state = large(4)
     save(state, tmp_path / "x.safetensors")
     assert same_states(load_packed(tmp_path / "x.safetensors"), state)
 
@@ -152,12 +157,12 @@ def test_a_private_file_is_private_while_it_is_written(path, monkeypatch):
     save({"x": torch.eye(2)}, path)
     path.chmod(0o600)
     seen = []
-    encode = packed_files.encode
+    encode = streams.encode
 
     def spied(tensor):
         seen.extend(p.stat().st_mode & 0o777 for p in path.parent.glob("*.tmp"))
         return encode(tensor)
 
-    monkeypatch.setattr(packed_files, "encode", spied)
+    monkeypatch.setattr(streams, "encode", spied)
     save({"x": torch.eye(3)}, path)
     assert seen == [0o600]

@@ -1,9 +1,11 @@
 """Files that earlier versions of the format wrote go on loading."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.packed_sizes import save_version_1
 from parasparse.checkpoints.save_packed import load_packed
@@ -28,7 +30,7 @@ def state():
     }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_file_of_an_earlier_version_loads(version, suffix):
     path = Path(__file__).with_name(f"version_{version}{suffix}")
@@ -59,3 +61,18 @@ def test_a_flipped_byte_of_an_earlier_version_is_found(tmp_path, version):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="is damaged"):
             load_packed(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_flipped_byte_of_version_3_is_found(tmp_path, suffix):
+    whole = Path(__file__).with_name(f"version_3{suffix}").read_bytes()
+    read = load_file if suffix == ".safetensors" else partial(torch.load, weights_only=True)
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(whole)
+    parts = [read(path)[name].numpy().tobytes() for name in ("tensors", "header")]
+    for part, unused in zip(parts, (0, 5), strict=True):  # zlib leaves bits before its checksum
+        start = whole.index(part)
+        for place in range(start, start + len(part) - unused, 3):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            with pytest.raises(ValueError, match="is damaged"):
+                load_packed(path)

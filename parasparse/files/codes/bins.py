@@ -4,12 +4,9 @@ A number is coded as the number of its bin, in a fixed number of bits, and its o
 `width` bits. Where all bins hold equally many, no code of the bins is shorter.
 """
 
-import heapq
 import math
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,9 +14,9 @@ from torch import Tensor
 from parasparse.files.codes.digits import base_for, bits_per_digit
 
 _BIN_BITS, _GAP_BITS = 8, 16  # in the table
-_MOST = 512  # bins: with the sign a digit has 10 bits, see `Bins.of_numbers`
-_MOST_VALUES = 2048  # where more occur, neighbours are taken for one
-_FULLEST = 1.4  # how much more than the average a bin may hold
+_BASES = sorted(m << b for m in (1, 3) for b in range(10) if m << b <= 512)  # see `of_numbers`
+_MOST_PARTS = 2048  # a part that holds less than one in so many numbers is not halved
+_FEW = 8  # numbers: less is saved by halving a part than a bin takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,133 +81,80 @@ class Bins:
 PLAIN = Bins((0,), (16,))
 
 
-def choose_bins(counts: Tensor) -> Bins:
+def choose_bins(counts: Tensor, least: int = 0) -> Bins:
     """Return bins that take few bits.
 
+    The range of the numbers that occur is halved, and then, again and again, the bin that holds
+    most. Halving a bin saves a bit for each number in it. So the best bins of each base are known
+    from the halves in descending order of what they hold.
+
     Args:
-        counts: 1-D, how often each number from 0 up to 2**8 or 2**16 occurs.
+        counts: 1-D, how often each number from `least` on occurs.
+        least: the least number that occurs.
     """
     total = int(counts.sum())
-    if len(counts) == 1 << 16 and is_noise(counts):
+    if total == 0:
+        return Bins((0,), (0,), nbits=_BIN_BITS)
+    if is_noise(counts):
         return replace(PLAIN, nbits=16.0 * total)
-    step, most = 0, min(_MOST_VALUES, max(128, total // 8))
-    while int(counts.count_nonzero()) > most:
-        counts, step = counts.view(-1, 2).sum(1), step + 1
-    values = _Values(counts)
-    tries = _tries(values, total)
-    if total * math.log2(len(values)) + _BIN_BITS * len(values) < min(one.bits for one in tries):
-        tries.append(values.cut(0))  # a bin for each number
-    best = sorted((one for one in tries if one.bins), key=lambda one: one.bits)[:2]
-    return min((values.filled(one, step) for one in best), key=lambda one: one.nbits)
+    width = (len(counts) - 1).bit_length()
+    held = _in_halves(counts, width)
+    halved, saved = _halved(held, total)
+    lows, widths = _bins_between(held, halved, width)
+    lows = [least + low for low in lows]
+    ends = [low + (1 << bits) for low, bits in zip(lows, widths, strict=True)]
+    gaps = sum(end != low for end, low in zip(ends, lows[1:], strict=False))
+    digit = bits_per_digit(base_for(len(lows)))
+    nbits = total * (width + digit) - saved + _BIN_BITS * len(lows) + _GAP_BITS * gaps
+    return Bins((0,) if widths == [16] else tuple(lows), tuple(widths), nbits=nbits)
 
 
-def _tries(values: "_Values", total: int) -> list["_Cut"]:
-    """Return bins of several numbers, around the number at which they take the fewest bits."""
-    tried: dict[float, _Cut] = {}
+def _in_halves(counts: Tensor, width: int) -> Tensor:
+    """Return how many numbers lie in each half, quarter, ... of the range of 2^width numbers.
 
-    def bits(power: float) -> float:
-        """Return the bits with about 2^power bins."""
-        if power not in tried:
-            tried[power] = values.cut(int(_FULLEST * total / 2**power))
-        return tried[power].bits
+    The halves of part `i` are `2 * i` and `2 * i + 1`. The whole is part 1.
+    """
+    levels = [torch.cat([counts, counts.new_zeros((1 << width) - len(counts))])]
+    for _ in range(width):
+        levels.append(levels[-1].view(-1, 2).sum(1))
+    return torch.cat([counts.new_zeros(1), *reversed(levels)])
 
-    power = min(7, int(math.log2(1 + math.sqrt(total) / 4)))  # seldom far off
-    step = 1 if bits(power + 1) < bits(power) else -1
-    while power + step >= 0 and bits(power + step) < bits(power):
-        power += step
-    for other in (power - 0.5, power + 0.5, 0):
-        bits(other)
-    return list(tried.values())
+
+def _halved(held: Tensor, total: int) -> tuple[Tensor, int]:
+    """Return the parts to halve so that all takes the fewest bits, and how many bits that saves."""
+    parts = (held[: len(held) // 2] > max(_FEW, total // _MOST_PARTS)).nonzero().squeeze(1)
+    # Of parts that hold equally many, the larger comes first, as it must.
+    numbers, order = held.index_select(0, parts).sort(descending=True, stable=True)
+    parts = parts.index_select(0, order)
+    bins = held.view(-1, 2).index_select(0, parts).bool().all(1).cumsum(0) + 1
+    saved = torch.cat([numbers.new_zeros(1), numbers.cumsum(0)])
+    bases = torch.tensor(_BASES)
+    most = torch.searchsorted(bins, bases, right=True)
+    bits = total * torch.tensor([bits_per_digit(base) for base in _BASES], dtype=torch.float64)
+    bits += (_BIN_BITS + _GAP_BITS / 4) * bases - saved.index_select(0, most)
+    best = int(most[bits.argmin()])
+    return parts[:best], int(saved[best])
+
+
+def _bins_between(held: Tensor, halved: Tensor, width: int) -> tuple[list[int], list[int]]:
+    """Return the lows and widths of what is left if the parts `halved` of the range are halved."""
+    is_halved = torch.zeros(len(held), dtype=torch.bool)
+    is_halved[halved] = True
+    parts = torch.cat([halved.new_ones(1), 2 * halved, 2 * halved + 1])
+    parts = parts[held.index_select(0, parts).bool() & ~is_halved.index_select(0, parts)]
+    widths = width + 1 - torch.frexp(parts.float()).exponent
+    lows, order = ((parts << widths) - (1 << width)).sort()
+    return lows.tolist(), widths.index_select(0, order).tolist()
 
 
 def is_noise(counts: Tensor) -> bool:
     """Whether all numbers of 16 bits are about equally likely."""
     total = int(counts.sum())
-    if total < 256:
+    if total < 256 or len(counts) < 0.9 * (1 << 16):
         return False
+    counts = torch.cat([counts, counts.new_zeros((1 << 16) - len(counts))])
     different = len(counts) * -math.expm1(-total / len(counts))  # if they are
     shares = counts.view(256, 256).sum(1) / total
     entropy = -float(shares.xlogy(shares).sum() / math.log(2))
     bias = 255 / (2 * math.log(2) * total)
     return int(counts.count_nonzero()) > 0.9 * different and entropy + bias > 7.98
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Bins that were tried.
-
-    Args:
-        bins: minus how many numbers a bin holds, the least, and the width, in ascending order.
-            None if there would be too many.
-        bits: bits of all numbers and of the table, about.
-    """
-
-    bins: list[tuple[int, int, int]]
-    bits: float
-
-
-class _Values:
-    """The numbers that occur, in ascending order, and how often."""
-
-    def __init__(self, counts: Tensor) -> None:
-        found = counts.nonzero().squeeze(1) if counts.any() else torch.zeros(1, dtype=torch.int64)
-        upto = torch.cat([counts.new_zeros(1), counts.index_select(0, found).cumsum(0)])
-        self._numbers: list[int] = found.tolist()
-        self._upto: list[int] = upto.tolist()  # how many are less than each
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def cut(self, most: int) -> _Cut:
-        """Return bins that are as wide as possible, but hold only one number or at most `most`."""
-        numbers, upto, end = self._numbers, self._upto, len(self)
-        bins: list[tuple[int, int, int]] = []
-        first = bits = 0
-        while first < end:
-            if len(bins) == _MOST:
-                return _Cut([], math.inf)
-            low, before = numbers[first], upto[first]
-            after = bisect_right(upto, before + most) - 1
-            if after == end:
-                width = (numbers[-1] - low).bit_length()
-            else:
-                width = (numbers[after] - low).bit_length() - 1 if after > first else 0
-            first = bisect_left(numbers, low + (1 << width), first) if width else first + 1
-            bits += (upto[first] - before) * width
-            bins.append((before - upto[first], low, width))
-        digits = upto[-1] * math.log2(len(bins))
-        return _Cut(bins, bits + digits + _BIN_BITS * len(bins))
-
-    def filled(self, cut: _Cut, step: int) -> Bins:
-        """Return the bins of `cut`, and some more, for numbers that were divided by 2^step.
-
-        There are as many as digits of a base can tell apart.
-        """
-        bins = list(cut.bins)
-        self._split(bins)
-        bins.sort(key=lambda one: one[1])
-        gaps = sum(last + (1 << width) != low for (_, last, width), (_, low, _) in pairwise(bins))
-        digit = step + bits_per_digit(base_for(len(bins)))
-        nbits: float = _BIN_BITS * len(bins) + _GAP_BITS * gaps
-        nbits -= sum(held * (width + digit) for held, _, width in bins)
-        lows = tuple(low << step for _, low, _ in bins)
-        widths = tuple(width + step for _, _, width in bins)
-        return Bins((0,) if widths == (16,) else lows, widths, nbits=nbits)
-
-    def _split(self, bins: list[tuple[int, int, int]]) -> None:
-        """Halve the bins that hold most until there are as many as their base can tell apart."""
-        base = base_for(len(bins))
-        whole: list[tuple[int, int, int]] = []
-        heapq.heapify(bins)
-        while bins and len(bins) + len(whole) < base:
-            held, low, width = heapq.heappop(bins)
-            if width == 0:
-                whole.append((held, low, width))
-                continue
-            for start in (low, low + (1 << width - 1)):
-                ends = (start, start + (1 << width - 1))
-                first, after = (bisect_left(self._numbers, end) for end in ends)
-                if first < after:
-                    part = self._upto[first] - self._upto[after]
-                    heapq.heappush(bins, (part, start, width - 1))
-        bins += whole

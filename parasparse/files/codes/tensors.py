@@ -1,33 +1,18 @@
 """Tensors as coded bytes, in pieces that are read apart: docs/packed-format.md describes them."""
 
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from parasparse.files.bits import buffer
-from parasparse.files.codes.bins import Bins
 from parasparse.files.codes.cursor import Cursor
-from parasparse.files.codes.flags import (
-    FlagCode,
-    Kind,
-    choose_flag_code,
-    entropy,
-    pack_flags,
-    unpack_flags,
-)
+from parasparse.files.codes.flags import choose_flag_code, entropy
 from parasparse.files.codes.head import Head, Layout, Record, pack_head, unpack_head
-from parasparse.files.codes.places import places_of
-from parasparse.files.codes.values import (
-    choose_bins_of_columns,
-    pack_values,
-    unpack_values,
-)
+from parasparse.files.codes.pieces import kept_piece, pack_piece, unpack_piece
+from parasparse.files.codes.values import choose_bins_of_columns
 from parasparse.files.units import WORDS, Units, cheapest, kept_entries, matrix, words_of
 
 _WORDS_OF_PIECE = 128_000  # fewer cost more in calls, more no longer fit the cache
@@ -43,18 +28,18 @@ def encode(tensor: Tensor) -> Tensor:
     """Return `tensor` coded in few bits, as bytes."""
     dtype, shape = tensor.dtype, tuple(tensor.shape)
     entries = words_of(tensor.cpu())
-    units = _units(entries, dtype, shape)
+    units = choose_units(entries, dtype, shape)
     words, flags = _by_unit(entries, dtype, shape, units.unit), units.kept.flatten()
     flags = flags.view(torch.uint8)
     number = int(flags.count_nonzero())
     size = _piece_size(number, words)
     flag_code = choose_flag_code(flags, number, size)
     cut = list(zip(flags.split(size), words.split(size), strict=True)) if len(flags) else []
-    pieces = _in_threads(lambda one: _kept(one, flag_code.kind), cut)
+    pieces = _in_threads(lambda one: kept_piece(*one, flag_code.kind), cut)
     is_floating = dtype.is_floating_point or dtype.is_complex
     held = [piece.words for piece in pieces]
     bins = choose_bins_of_columns(held, words.element_size(), is_floating=is_floating)
-    packed = _in_threads(lambda piece: _pack_piece(piece, flag_code, bins), pieces)
+    packed = _in_threads(lambda piece: pack_piece(piece, flag_code, bins), pieces)
     head = pack_head(Head(units.unit, size, flag_code, bins, [record for record, _ in packed]))
     return torch.cat([head, *(data for _, data in packed)])
 
@@ -87,7 +72,7 @@ def decode_rows(
 
     def unpack(job: tuple[Tensor, Record, int, int]) -> None:
         piece, record, begin, total = job
-        places, words = _unpack_piece(piece, record, total, unit_words, layout.itemsize, head)
+        places, words = unpack_piece(piece, record, total, unit_words, layout.itemsize, head)
         _put(found, places, words.view(-1, unit_words), begin, total)
 
     _in_threads(unpack, jobs)
@@ -114,52 +99,30 @@ def _put(found: Tensor, places: Tensor | None, words: Tensor, begin: int, total:
         part.index_copy_(0, index, words)
 
 
-def _unpack_piece(
-    data: Tensor, record: Record, total: int, unit_words: int, itemsize: int, head: Head
-) -> tuple[Tensor | None, Tensor]:
-    if zlib.crc32(buffer(data)) != record.crc32:
-        raise ValueError("the checksum of a piece does not match.")
-    cursor = Cursor(data)
-    places = unpack_flags(cursor, head.flags, total, record.kept, record.base, record.bits)
-    words = unpack_values(cursor, head.bins, record.kept * unit_words, itemsize)
-    if cursor.left:
-        raise ValueError(f"{cursor.left} bytes of a piece are left over.")
-    return places, words
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """Which units of a piece are kept, as flags and as places (None: of all), and their words."""
-
-    flags: Tensor
-    places: Tensor | None
-    words: Tensor
-
-
-def _kept(cut: tuple[Tensor, Tensor], kind: Kind) -> _Piece:
-    flags, words = cut
-    if kind is Kind.NOTHING:
-        return _Piece(flags, None, words.reshape(-1))
-    places = places_of(flags)
-    return _Piece(flags, places, words.index_select(0, places).view(-1))
-
-
-def _pack_piece(piece: _Piece, flag_code: FlagCode, bins: list[Bins]) -> tuple[Record, Tensor]:
-    flags = pack_flags(piece.flags, piece.places, flag_code)
-    data = torch.cat([flags.bits, *flags.digits, *pack_values(piece.words, bins)])
-    crc32 = zlib.crc32(buffer(data))
-    kept = len(piece.flags if piece.places is None else piece.places)
-    return Record(kept, flags.base, len(flags.bits), len(data), crc32), data
-
-
-def _units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Units:
+def choose_units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Units:
     """Return the units in which `entries` take few bits; all single ones if all are kept."""
     kept = kept_entries(entries, dtype, shape)
-    bits = _SHARE_OF_BITS * 8 * dtype.itemsize
-    found = cheapest(kept, math.prod(shape[2:]), bits, entropy)
+    bits, inner = _SHARE_OF_BITS * 8 * dtype.itemsize, math.prod(shape[2:])
+    if not _may_have_units(kept, inner, bits):
+        return Units((1, 1), kept)
+    found = cheapest(kept, inner, bits, entropy)
     if found is None or math.prod(found.unit) > _LARGEST_UNIT:
         return Units((1, 1), kept)
     return found
+
+
+def _may_have_units(kept: Tensor, inner: int, bits: float) -> bool:
+    """Whether enough kept entries of `bits` each lie side by side that larger units may pay.
+
+    Units save at most the bits of the places, so they hold few zeros, and most entries in a row or
+    column of one follow another, all but the first.
+    """
+    shortest = min(side for side in (*kept.shape, inner, 4) if side > 1)
+    number = int(kept.count_nonzero())
+    least = number * (1 - 1 / shortest) - entropy(number, kept.numel()) / bits
+    beside = (kept[:, 1:] & kept[:, :-1]).count_nonzero()
+    below = (kept[1:] & kept[:-1]).count_nonzero()
+    return number == 0 or int(torch.maximum(beside, below)) >= least
 
 
 def _by_unit(

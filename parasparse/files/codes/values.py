@@ -22,40 +22,44 @@ from parasparse.files.codes.digits import (
 from parasparse.files.codes.offsets import pack_offsets, unpack_offsets
 from parasparse.files.units import WORDS
 
-_SOME = 1 << 15
+_SOME = 1 << 13
 
 
 def choose_bins_of_columns(pieces: list[Tensor], itemsize: int, *, is_floating: bool) -> list[Bins]:
     """Return the bins of each column that take few bits for `pieces`, integers of `itemsize`."""
     last = max(1, itemsize // 2) - 1
     bins = [_bins_of_low(pieces, index) for index in range(last)]
-    high = _counts(pieces, last)
-    total = max(1, int(high.sum()))
-    positive, negative = high.view(2, -1)
-    is_balanced = 0.2 < int(negative.sum()) / total < 0.8
+    total = max(1, sum(len(words) for words in pieces))
+    negative = sum(int((words < 0).count_nonzero()) for words in pieces) / total
     tried = []
     if is_floating:
-        apart = choose_bins(positive + negative)
-        tried.append(replace(apart, sign=len(positive), nbits=apart.nbits + total))
-    if not (is_floating and is_balanced):
-        tried.append(choose_bins(high))
+        sign = 1 << min(8 * itemsize, 16) - 1
+        apart = choose_bins(*_counts([_column(words, last) & sign - 1 for words in pieces]))
+        tried.append(replace(apart, sign=sign, nbits=apart.nbits + total))
+    if not (is_floating and 0.2 < negative < 0.8):
+        tried.append(choose_bins(*_counts([_column(words, last) for words in pieces])))
     return [*bins, min(tried, key=lambda one: one.nbits)]
 
 
 def _bins_of_low(pieces: list[Tensor], index: int) -> Bins:
     """Return the bins of a column but the last, which is noise in most weights."""
     step = sum(len(words) for words in pieces) // _SOME | 1
-    some = _counts([words[::step] for words in pieces], index)
-    return PLAIN if is_noise(some) else choose_bins(_counts(pieces, index))
+    some, _ = _counts([_column(words[::step], index) for words in pieces])
+    if is_noise(some):
+        return PLAIN
+    return choose_bins(*_counts([_column(words, index) for words in pieces]))
 
 
-def _counts(pieces: list[Tensor], index: int) -> Tensor:
-    """Return how often each number occurs in a column of `pieces`."""
-    size = 1 << 8 if pieces and pieces[0].element_size() == 1 else 1 << 16
-    counts = torch.zeros(size, dtype=torch.int64)
-    for words in pieces:
-        counts += torch.bincount(_column(words, index), minlength=size)
-    return counts
+def _counts(columns: list[Tensor]) -> tuple[Tensor, int]:
+    """Return how often each number occurs, from the least to the largest, and the least."""
+    ranges = [column.aminmax() for column in columns if len(column)]
+    if not ranges:
+        return torch.zeros(1, dtype=torch.int64), 0
+    least, largest = (int(f(one[i] for one in ranges)) for i, f in enumerate((min, max)))
+    counts = torch.zeros(largest - least + 1, dtype=torch.int64)
+    for column in columns:
+        counts += torch.bincount(column - least, minlength=len(counts))
+    return counts, least
 
 
 def _column(words: Tensor, index: int) -> Tensor:
@@ -69,10 +73,10 @@ def pack_values(words: Tensor, bins: list[Bins]) -> list[Tensor]:
     """Return the bytes of integers `words` (1-D), to be joined."""
     parts = []
     for index, of_column in enumerate(bins):
-        column = _column(words, index)
         if of_column.is_plain:
-            parts.append(pack_fields(column, 16))
+            parts.append(pack_fields(words >> 16 * index if index else words, 16))
             continue
+        column = _column(words, index)
         coded = of_column.of_numbers.index_select(0, column)
         parts += pack_digits(coded & (1 << 10) - 1, of_column.base)
         offsets = coded >> 15
