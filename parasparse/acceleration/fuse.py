@@ -12,22 +12,30 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from parasparse.acceleration.folding import fold_norms
 from parasparse.acceleration.weight.convolution import convolution_then
+from parasparse.acceleration.weight.following import Following
 from parasparse.attach.accelerated import is_accelerated
 from parasparse.masks.hooks import is_hooked
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _SUMS = operator.add, operator.iadd, torch.add
-_RELUS = F.relu, torch.relu, torch.relu_, "relu", "relu_"
+_ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), "hardsigmoid"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+}
 
 
 def fuse(model: nn.Module) -> fx.GraphModule:
     """Return a copy of `model` for inference that computes the same in fewer steps.
 
     Batch norms are folded into the convolutions before them. A convolution computes the sum and the
-    ReLU that follow it; after `accelerate` with `compile_kernel=True` its kernel does. Max pooling
-    of images computes in channels_last, which is faster on a CPU. The zeros of weights stay. The
-    last bits of outputs change, and so do classes and keys. Norms after layers that are
-    called twice, and layers with hooks, stay as they are.
+    activation (ReLU, ReLU6, Hardsigmoid or Hardswish) that follow it; after `accelerate` with
+    `compile_kernel=True` its kernel does, and writes the sum to the other operand if that is the
+    output of a convolution which nothing reads later. Max pooling of images computes in
+    channels_last, which is faster on a CPU. The zeros of weights stay. The last bits of outputs
+    change, and so do classes and keys. Norms after layers that are called twice, and layers with
+    hooks, stay as they are.
 
     Args:
         model: in evaluation mode, and without Python code that torch.fx cannot trace. Masked layers
@@ -97,19 +105,24 @@ class _Tracer(fx.Tracer):
 def _with_what_follows(
     graph: fx.Graph, node: fx.Node, layer: Any, modules: dict[str, nn.Module]
 ) -> None:
-    """Let a convolution compute the sum and the ReLU that come directly after it."""
-    chain, added = [node], _summand(node, modules)
+    """Let a convolution compute the sum and the activation that come directly after it."""
+    chain, added, in_place, last = [node], _summand(node, modules), False, False
     if added is not None:
         chain.append(node.next)
-    relu = _is_next(chain[-1]) and _is_relu(chain[-1].next, modules)
-    if relu:
+        in_place = node.next.target is operator.iadd and node.next.args[0] is node
+        last = _is_output(added, modules) and all(
+            user is node.next or (user < node and _is_output(user, modules)) for user in added.users
+        )
+    activation = _activation(chain[-1].next, modules) if _is_next(chain[-1]) else None
+    if activation is not None:
         chain.append(chain[-1].next)
     if len(chain) > 1:
         with graph.inserting_before(node):
             weight = graph.get_attr(f"{node.target}.weight")
             bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
+        following = Following(added, in_place, last, activation)
         more = layer.stride, layer.padding, layer.dilation, layer.groups
-        _replace(graph, chain, convolution_then, (*node.args, weight, bias, added, relu, *more))
+        _replace(graph, chain, convolution_then, (*node.args, weight, bias, following, *more))
 
 
 def _is_next(node: fx.Node) -> bool:
@@ -126,21 +139,31 @@ def _summand(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
     if after.target is operator.iadd and after.args[0] is not node:  # it changes the other operand
-        return others[0] if _is_read_once(others[0], modules) else None
+        return others[0] if _can_be_swapped(others[0], node, modules) else None
     return others[0]
 
 
-def _is_read_once(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether `node` is a convolution, whose output shares no memory, and read only once."""
+def _can_be_swapped(first: fx.Node, second: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `first += second` may be `second += first`, because both are convolutions."""
+    if first.op != "call_module" or len(first.users) > 1 or not _is_output(first, modules):
+        return False
+    one, other = (modules[str(node.target)].weight for node in (first, second))
+    return one.dtype == other.dtype
+
+
+def _is_output(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `node` is the output of a convolution, which shares no memory with anything."""
     module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
-    return type(module) in _CONVOLUTIONS and not is_hooked(module) and len(node.users) == 1
+    return node.target is convolution_then or (
+        type(module) in _CONVOLUTIONS and not is_hooked(module)
+    )
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op != "call_module":
-        return node.target in _RELUS
+        return _ACTIVATIONS.get(node.target)
     module = modules[str(node.target)]
-    return type(module) is nn.ReLU and not is_hooked(module)
+    return None if is_hooked(module) else _ACTIVATIONS.get(type(module))
 
 
 def _replace(
@@ -159,4 +182,11 @@ def _max_pool2d(x: Tensor, *sizes: Any) -> Any:
         return handle_torch_function(_max_pool2d, (x,), x, *sizes)
     if x.ndim != 4 or not (x.is_cpu and x.is_contiguous()):
         return F.max_pool2d(x, *sizes)
+    if len(x) == 1 or torch.compiler.is_compiling():
+        return _in_channels_last(x, *sizes)
+    # One image at a time, whose copies stay in the caches.
+    return torch.cat([_in_channels_last(image, *sizes) for image in x.split(1)])
+
+
+def _in_channels_last(x: Tensor, *sizes: Any) -> Any:
     return F.max_pool2d(x.contiguous(memory_format=torch.channels_last), *sizes).contiguous()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parasparse.acceleration.weight.convolution import convolution_then
+from parasparse.acceleration.weight.following import Following
 from parasparse.acceleration.weight.layers import Use
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from parasparse.attach.evaluating import evaluating
@@ -106,7 +108,9 @@ def time_formats(
     for name, weight in weights.items():
         by_rows = _by_rows([use for use in uses[name] if use and use.rows > 0], weight)
         candidates = _candidates(weight, names)
-        calls = [(u.func, rows, u.like.shape, *u.more[1:]) for rows, u in by_rows.items()]
+        calls = [
+            (u.func, u.activation, rows, u.like.shape, *u.more[1:]) for rows, u in by_rows.items()
+        ]
         size = {n: round(10 * math.log2(1 + w.bytes_stored())) for n, w in candidates.items()}
         key = repr((weight.shape, weight.stride(), weight.dtype, calls, size))
         if key not in known:
@@ -159,7 +163,7 @@ def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measure
     if x.ndim == 4 and use.like.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     calls = {
-        name: partial(use.func, x, dense if name is None else weight, *use.more)
+        name: _call(use, x, dense if name is None else weight)
         for name, weight in candidates.items()
     }
     with torch.no_grad():
@@ -167,6 +171,14 @@ def _fastest(use: Use, candidates: Mapping[str | None, SparseWeight]) -> Measure
     best = min(times, key=lambda name: times[name])
     best = best if times[best] < _GAIN * times[None] else None
     return Measured(use.rows, best, times[None], times[best])
+
+
+def _call(use: Use, x: Tensor, weight: Tensor) -> Callable[[], object]:
+    if use.activation is None:
+        return partial(use.func, x, weight, *use.more)
+    bias, *more = use.more
+    following = Following(activation=use.activation)
+    return partial(convolution_then, x, weight, bias, following, *more)
 
 
 def timed(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:

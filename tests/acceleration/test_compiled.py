@@ -59,13 +59,13 @@ def test_outputs_are_those_of_the_dense_model(name, compiler):
     kernel=st.integers(1, 3),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 2),
-    groups=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 3, 6]),
     batch=st.integers(1, 2),
 )
 @torch.no_grad()
 def test_convolutions_of_all_sizes(sizes, kernel, stride, dilation, groups, batch):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
-    dense = kind(6, 4, kernel, stride, dilation, dilation, groups)
+    dense = kind(6, 12, kernel, stride, dilation, dilation, groups)
     dense.weight.mul_(torch.rand_like(dense.weight) < 0.4)
     x = torch.randn(batch, 6, *(size + 2 for size in sizes))
     want = dense(x)
@@ -85,6 +85,23 @@ def test_any_number_of_threads_gives_the_same(n):
             torch.set_num_threads(threads)
             assert torch.equal(made.rows(x, None), want)
             assert torch.equal(made.rows(x.T.contiguous().T, None), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 40])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@torch.no_grad()
+def test_convolutions_are_the_same_for_any_number_of_threads(groups, batch):
+    weight = torch.randn(80, 40 // groups, 3, 3)
+    weight *= torch.rand_like(weight) < 0.2
+    x, before = torch.randn(batch, 40, 9, 10), torch.get_num_threads()
+    fast, more = SparseWeight(weight, ((1, "compiled"),)), (None, 2, 1, 1, groups)
+    want = F.conv2d(x, fast, *more)
+    close(want, F.conv2d(x, weight, *more))
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(F.conv2d(x, fast, *more), want)
     finally:
         torch.set_num_threads(before)
 

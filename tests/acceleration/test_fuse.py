@@ -66,6 +66,21 @@ def into_the_input(_, x, y):
     return x - y
 
 
+def of_an_output_that_is_read_later(b, x, y):
+    first = b.last(x)
+    return F.relu(b.last(y) + first) * first
+
+
+def of_an_output_twice(b, x, y):
+    first = b.last(x)
+    return F.relu(b.last(y) + first) + F.relu(b.last(x) + first)
+
+
+def of_its_own_input(b, x, y):
+    first = b.last(x)
+    return F.relu(b.last(first) + first)
+
+
 class Number(Block):
     """A block that adds a number which depends on the size of its input."""
 
@@ -94,9 +109,17 @@ NETWORKS = {
     "another memory": Block(lambda _, x, y: F.relu(y + x.transpose(2, 3))),
     "other activation": Block(lambda _, x, y: F.gelu(y + x)),
     "two convolutions": Block(lambda b, x, y: b.relu(y + b.last(x))),
+    "an output that is read later": Block(of_an_output_that_is_read_later),
+    "an output twice": Block(of_an_output_twice),
+    "its own input": Block(of_its_own_input),
+    "ReLU6": Block(lambda _, x, y: F.relu6(y + x)),
+    "Hardsigmoid": Block(lambda _, x, y: F.hardsigmoid(y + x, inplace=True)),
+    "Hardswish": Block(lambda _, x, y: F.hardswish(4 * x) + F.hardswish(y)),
+    "modules": nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardswish(), nn.Conv2d(8, 8, 1), nn.ReLU6()),
     "no bias": Block(lambda b, x, y: b.relu(y + x), bias=False),
     "1-d": Block(lambda b, x, y: b.relu(y + x), dims=1),
     "3-d": Block(lambda b, x, y: b.relu(y + x), dims=3),
+    "depthwise": Block(lambda b, _, y: b.relu(y), groups=8),
     "groups, dilation, stride": Block(lambda b, _, y: b.relu(y), groups=2, dilation=2, stride=2),
     "same": Block(lambda b, x, y: b.relu(y + x), padding="same"),
     "circular": Block(lambda b, x, y: b.relu(y + x), padding_mode="circular"),
@@ -223,12 +246,61 @@ def test_hooks_of_the_model_itself_are_refused(kind):
 
 
 class Sum(nn.Module):
-    def __init__(self):
+    def __init__(self, add=operator.add):
         super().__init__()
-        self.layer = nn.Conv2d(8, 8, 3, padding=1)
+        self.layer, self.add = nn.Conv2d(8, 8, 3, padding=1), add
 
     def forward(self, x, added):
-        return F.relu(self.layer(x) + added)
+        return F.relu(self.add(self.layer(x), added))
+
+
+DTYPES = torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64, torch.complex64
+
+
+def outcome(call, *inputs):
+    """Return the output of a call, or the error as which it ends."""
+    try:
+        return call(*inputs)
+    except RuntimeError as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("add", [operator.add, operator.iadd, torch.add])
+@pytest.mark.parametrize("how", ["compiled", "bag", torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_sums_have_the_dtype_and_the_shape_of_torchs(add, how):
+    dtype = how if isinstance(how, torch.dtype) else torch.float32
+    model = ps.squash(ps.sparsify(Sum(add), 0.7)).eval().to(dtype)
+    fused, x = ps.fuse(model), torch.randn(2, 8, 7, 7)
+    if how in ("compiled", "bag"):
+        ps.accelerate(fused, formats={"layer.weight": [[1, how]]})
+    for added in (*(x.to(other) for other in DTYPES), x[None], x[0]):
+        found, want = (outcome(m, x.to(dtype), added) for m in (fused, model))
+        if isinstance(want, torch.Tensor):
+            torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2)
+        else:
+            assert found is want
+
+
+class Sums(nn.Module):
+    """Two convolutions, of which the first has `dtype`; the second is added in place."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 1, dtype=dtype), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, y):
+        first = self.first(x)
+        first += self.last(y)
+        return first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_sums_in_place_keep_the_dtype_of_what_they_change(dtype):
+    model, x = Sums(dtype).eval(), torch.randn(2, 8, 7, 7)
+    found = ps.fuse(model)(x.to(dtype), x)
+    torch.testing.assert_close(found, model(x.to(dtype), x), rtol=2e-2, atol=2e-2)
 
 
 def test_the_gradient_of_what_is_added_is_that_of_the_network():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -88,9 +89,9 @@ class Compiled(Bag):
 
     def convolution(
         self, windows: Windows, x: Tensor, bias: Tensor | None, added: Tensor | None,
-        out: Tensor, *, relu: bool,
+        activation: str | None, out: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Write a convolution of x plus `added` to `out`, without negative values if `relu`.
+        """Write activation(convolution of x + added) to `out`, which may be `added`.
 
         `can_read` must be true, and `out` and `added` be contiguous.
         """
@@ -98,7 +99,7 @@ class Compiled(Bag):
         assert kernel is not None
         kernel.parasparse_convolution(
             self._for_kernel, ctypes.byref(windows), _pointer(x), _pointer(bias), _pointer(added),
-            relu, _pointer(out), torch.get_num_threads(),
+            ctypes.byref(_ACTIVATIONS[activation]), _pointer(out), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -128,8 +129,7 @@ class Windows(ctypes.Structure):
     """Where a convolution reads its input; see shifts.py. Sizes are those of three dimensions."""
 
     _fields_ = (
-        ("batch", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "channels")),
         *((name, ctypes.c_int64 * 3) for name in ("sizes", "stride", "padding", "within")),
         ("places", ctypes.c_void_p),  # where the window of each entry of a patch begins
         ("length", ctypes.c_int64),
@@ -137,6 +137,24 @@ class Windows(ctypes.Structure):
         ("number_of_runs", ctypes.c_int64),
         ("length_of_runs", ctypes.c_int64),
     )
+
+
+class _Activation(ctypes.Structure):
+    """min(max(slope * x + shift, least), most), times x if `gate`."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("slope", "shift", "least", "most")),
+        ("gate", ctypes.c_int),
+    )
+
+
+_ACTIVATIONS = {
+    None: _Activation(1, 0, -math.inf, math.inf),
+    "relu": _Activation(1, 0, 0, math.inf),
+    "relu6": _Activation(1, 0, 0, 6),
+    "hardsigmoid": _Activation(1 / 6, 1 / 2, 0, 1),
+    "hardswish": _Activation(1 / 6, 1 / 2, 0, 1, gate=True),
+}
 
 
 def is_plain(tensor: Tensor) -> bool:

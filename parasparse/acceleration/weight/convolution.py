@@ -18,8 +18,9 @@ from parasparse.acceleration.formats import operators
 from parasparse.acceleration.formats.compiled import Compiled
 from parasparse.acceleration.formats.compressed import BSR, CSR, Bag
 from parasparse.acceleration.formats.regular import Channels
+from parasparse.acceleration.weight.following import NOTHING, Following
 from parasparse.acceleration.weight.layers import Use, each, format_for, is_strided, multiplied
-from parasparse.acceleration.weight.shifts import Steps, output_sizes, shifted, then
+from parasparse.acceleration.weight.shifts import Steps, output_sizes, shifted
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
 # Output positions per strip: with fewer, the calls cost more than the caches save.
@@ -30,9 +31,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def convolution(
     func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, *,
-    added: Tensor | None = None, relu: bool = False,
+    following: Following = NOTHING,
 ) -> Any:  # fmt: skip
-    """Compute a convolution and what `convolution_then` adds, as a product with patches of x."""
+    """Compute a convolution, and what follows it, as a product with patches of x."""
     outputs, _, *kernel = _shape(weight)
     dims = len(kernel)
     if input.ndim not in (dims + 1, dims + 2) or not is_strided(input):
@@ -44,25 +45,25 @@ def convolution(
     if padding == "same" or min(*stride, *dilation, groups) < 1 or outputs % groups:
         return NotImplemented  # torch's own error
     padding = each(0 if padding == "valid" else padding, dims)
-    sizes = output_sizes(x.shape[2:], kernel, stride, padding, dilation)
-    rows = len(x) * math.prod(sizes)
+    batch, channels, *within = x.shape
+    sizes = output_sizes(within, kernel, stride, padding, dilation)
+    rows = batch * math.prod(sizes)
     more = (bias, stride, padding, dilation, groups)
-    chosen = format_for(weight, lambda: Use(func, x.to("meta"), more, rows), rows, input, bias)
-    fits = min(len(x), *sizes) > 0 and min(padding) >= 0 and x.shape[1] == weight.inputs * groups  # type: ignore[attr-defined]
+    use = partial(Use, func, more=more, rows=rows, activation=following.activation)
+    chosen = format_for(weight, lambda: use(x.to("meta")), rows, input, bias)
+    fits = min(batch, *sizes) > 0 and min(padding) >= 0 and channels == weight.inputs * groups  # type: ignore[attr-defined]
     if chosen is None or not fits:
         return NotImplemented
-    if isinstance(chosen, (CSR, Bag)):
-        chosen = chosen.diagonal(groups)
-    elif groups != 1:
+    if groups != 1 and not isinstance(chosen, (CSR, Bag)):
         return NotImplemented
     if isinstance(chosen, Channels):
-        result = then(_smaller(func, chosen, x, bias, stride, padding, dilation), added, relu)
+        result = following.of(_smaller(func, chosen, x, bias, stride, padding, dilation))
     else:
         assert isinstance(chosen, CSR | Bag | BSR)
-        steps = Steps(tuple(kernel), stride, padding, dilation)
-        result = multiplied(partial(_product, chosen, bias, steps, added, relu), x, weight)
+        steps = Steps(tuple(kernel), stride, padding, dilation, groups)
+        result = multiplied(partial(_product, chosen, bias, steps, following), x, weight)
     last = _CHANNELS_LAST.get(x.ndim)
-    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+    if last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         result = result.contiguous(memory_format=last)
     return result if input.ndim == dims + 2 else result[0]
 
@@ -80,37 +81,39 @@ def _smaller(func: Any, chosen: Channels, x: Tensor, bias: Tensor | None, *more:
 
 
 def convolution_then(
-    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, relu: bool, *more: Any,
-) -> Any:  # fmt: skip
-    """Return convolution(x) + added, without negative values if `relu`: see `fuse`."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, following: Following, *more: Any
+) -> Any:
+    """Return a convolution and what follows it: see `fuse`."""
     if has_torch_function((x, weight)):
-        every = x, weight, bias, added, relu, *more
+        every = x, weight, bias, following, *more
         return handle_torch_function(convolution_then, (x, weight), *every)
-    return then(_CONVOLUTIONS[weight.ndim - 3](x, weight, bias, *more), added, relu)
+    return following.of(_CONVOLUTIONS[weight.ndim - 3](x, weight, bias, *more))
 
 
 def _convolution_then(
-    _: Any, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, relu: bool,
-    *more: Any,
-) -> Any:  # fmt: skip
+    _: Any, x: Tensor, weight: Tensor, bias: Tensor | None, following: Following, *more: Any
+) -> Any:
     dims = len(_shape(weight)) - 2
     func = _CONVOLUTIONS[dims - 1]
     if x.ndim == dims + 2 and not torch.is_autocast_enabled(x.device.type):
-        return convolution(func, x, weight, bias, *more, added=added, relu=relu)
+        return convolution(func, x, weight, bias, *more, following=following)
     result = convolution(func, x, weight, bias, *more)
-    return result if result is NotImplemented else then(result, added, relu)
+    return result if result is NotImplemented else following.of(result)
 
 
 def _product(
-    matrix: CSR | Bag | BSR, bias: Tensor | None, steps: Steps, added: Tensor | None, relu: bool,
-    x: Tensor,
-) -> Tensor:  # fmt: skip
-    if torch.compiler.is_compiling():
-        made = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *steps)
-        return then(made, added, relu)
-    if isinstance(matrix, Compiled) and matrix.can_read(x, bias):
-        return shifted(matrix, bias, steps, added, relu, x)
-    return then(_of_patches(matrix, bias, steps, x), added, relu)
+    matrix: CSR | Bag | BSR, bias: Tensor | None, steps: Steps, following: Following, x: Tensor
+) -> Tensor:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and isinstance(matrix, Compiled) and matrix.can_read(x, bias):
+        return shifted(matrix, bias, steps, following, x)
+    if isinstance(matrix, CSR | Bag):
+        matrix, steps = matrix.diagonal(steps.groups), steps._replace(groups=1)
+    if compiling:
+        sizes = steps[:4]
+        made = _operator(x, bias, matrix.tensors(), matrix.kind, matrix.shape, *sizes)
+        return following.of(made)
+    return following.of(_of_patches(matrix, bias, steps, x))
 
 
 def _of_patches(matrix: CSR | Bag | BSR, bias: Tensor | None, steps: Steps, x: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def _operator(
     """Return a convolution as one operator; torch.compile would write the strips out one by one."""
     steps = Steps(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     made = operators.made_of(parts, kind, shape)
-    return _product(made, bias, steps, None, False, x).contiguous()
+    return _product(made, bias, steps, NOTHING, x).contiguous()
 
 
 @_operator.register_fake
@@ -160,7 +163,7 @@ def _(
 
 def _patches(x: Tensor, steps: Steps) -> Tensor:
     """Return a view of the patches of the padded input: (channels, *kernel, batch, *positions)."""
-    kernel, stride, _, dilation = steps
+    kernel, stride, _, dilation, _ = steps
     batch, channels, *sizes = x.shape
     positions = output_sizes(sizes, kernel, stride, (0,) * len(kernel), dilation)
     of_image, of_channel, *of_place = x.stride()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parasparse.acceleration.formats.compiled import Compiled, Windows, is_plain
+from parasparse.acceleration.weight.following import Following
 
 _Sizes = tuple[int, ...]  # one per spatial dimension
 
@@ -26,34 +27,32 @@ class Steps(NamedTuple):
     stride: _Sizes
     padding: _Sizes
     dilation: _Sizes
+    groups: int = 1
 
 
 def shifted(
-    matrix: Compiled, bias: Tensor | None, steps: Steps, added: Tensor | None, relu: bool, x: Tensor
+    matrix: Compiled, bias: Tensor | None, steps: Steps, following: Following, x: Tensor
 ) -> Tensor:
-    """Return W @ patches + bias + added, without negative values if `relu`."""
+    """Return what follows W @ patches + bias."""
     if math.prod(steps.kernel) == 1 and max(steps.stride) > 1 and not any(steps.padding):
         for dim, s in enumerate(steps.stride, 2):  # a single phase is read
             x = x[(slice(None),) * dim + (slice(None, None, s),)]
         steps = steps._replace(stride=(1,) * len(steps.stride))
     windows, positions, _ = _windows(tuple(x.shape), steps)
-    out, x = x.new_empty(x.shape[0], matrix.shape[0], *positions), x.contiguous()
-    if added is None or _can_read(added, out):
-        return matrix.convolution(windows, x, bias, added, out, relu=relu)
-    return then(matrix.convolution(windows, x, bias, None, out, relu=False), added, relu)
+    shape, added, x = (x.shape[0], matrix.shape[0], *positions), following.added, x.contiguous()
+    if added is not None and not _can_read(added, shape):
+        out = matrix.convolution(windows, x, bias, None, None, x.new_empty(shape))
+        return following.of(out)
+    reuse = following.last and not torch.is_grad_enabled()
+    out = added if reuse else x.new_empty(shape)
+    return matrix.convolution(windows, x, bias, added, following.activation, out)
 
 
-def _can_read(added: Any, out: Tensor) -> bool:
+def _can_read(added: Any, shape: _Sizes) -> bool:
     """Whether the kernel can add `added`: it may be a number, another shape, or need a gradient."""
     if not is_plain(added) or (added.requires_grad and torch.is_grad_enabled()):
         return False
-    return bool(added.shape == out.shape and added.is_contiguous())
-
-
-def then(result: Tensor, added: Tensor | None, relu: bool) -> Tensor:
-    """Return result + added, without negative values if `relu`; write to `result`."""
-    result = result if added is None else result + added
-    return result.relu_() if relu else result
+    return bool(added.shape == shape and added.is_contiguous())
 
 
 @lru_cache(maxsize=256)
@@ -61,8 +60,9 @@ def _windows(shape: _Sizes, steps: Steps) -> tuple[Windows, _Sizes, list[Tensor]
     """Return the windows, the sizes of the output, and the tensors that the windows point to."""
     arange = partial(torch.arange, device="cpu")  # whatever the default device
     batch, channels, *sizes = shape
-    kernel, stride, padding, dilation = steps
-    positions = tuple(output_sizes(sizes, *steps))
+    kernel, stride, padding, dilation, groups = steps
+    positions = tuple(output_sizes(sizes, kernel, stride, padding, dilation))
+    channels //= groups
     padded = (n + 2 * p for n, p in zip(sizes, padding, strict=True))
     within = tuple(-(-n // s) for n, s in zip(padded, stride, strict=True))
     places = arange(channels).view(-1, *[1] * len(kernel)) * math.prod((*stride, *within))
@@ -86,7 +86,7 @@ def _windows(shape: _Sizes, steps: Steps) -> tuple[Windows, _Sizes, list[Tensor]
         ((1,) * more, within),
     )
     windows = Windows(
-        batch, channels, *((*before, *each) for before, each in in_three),
+        batch, groups, channels, *((*before, *each) for before, each in in_three),
         places.data_ptr(), length, runs.data_ptr(), len(runs), math.prod(positions) // len(runs),
     )  # fmt: skip
     return windows, positions, [places, runs]
