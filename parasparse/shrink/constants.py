@@ -31,6 +31,7 @@ def constants_of(trace: Trace, units: Units, readers: list[Reader]) -> Constants
         read = reader.read
         if not reader.has_constants or read.weight is None or read.columns.shape[0] > 1:
             continue
+        trace.need_values([weights[read.weight]])
         weight = weights[read.weight].detach().movedim(read.summed, 1)
         values = reader.foldable(units)[0]
         if read.bias is not None and bool(values.any()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from parasparse.attach import attaching
 from parasparse.attach.classes import base_class
 from parasparse.masks.mask import Mask
+from parasparse.shrink.late_values import LateValues
 from parasparse.targets.tensors import Target, named_modules
 from parasparse.verbs.squash import squash
 
@@ -20,10 +22,11 @@ def full_copy(model: nn.Module) -> nn.Module:
     return squash(copy.deepcopy(model)).eval()
 
 
-def shared_copy(model: nn.Module, tensors: list[Target]) -> nn.Module:
+def shared_copy(model: nn.Module, tensors: list[Target], late: LateValues) -> nn.Module:
     """Return what `full_copy` does, much faster, whose Parameters may share memory with `model`.
 
-    Nothing may write into them. `tensors` are those of the model.
+    Nothing may write into them. `tensors` are those of the model. Of masked weights, `late`
+    computes the values.
     """
     masked = [target for target in tensors if target.masks()]
     if not all(map(_is_plain, masked)):
@@ -31,7 +34,10 @@ def shared_copy(model: nn.Module, tensors: list[Target]) -> nn.Module:
     copied: dict[int, Any] = {}  # what `deepcopy` takes for an object, by id
     for target in masked:
         (original,), (mask,) = target.originals(), target.masks()
-        copied[id(original)] = _alike(original, mask(original.detach()))
+        stored = original.detach()
+        compute = partial(mask, stored)
+        value = late.like(stored, compute) if stored.ndim > 1 else compute()
+        copied[id(original)] = _alike(original, value)
         for site in target.sites:
             copied[id(site.stack())] = site.stack()
     for parameter in model.parameters():

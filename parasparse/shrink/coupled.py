@@ -64,8 +64,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             trace.ties.tie(grid, grid[:1])
         units = Units(trace)
         keep_all_of(trace, units, may_lose(tensors, targets))
-        for ids, reason in trace.ties.pins:
-            units.keep(ids, reason)
+        for reason, pinned in trace.ties.pins.items():
+            units.keep(torch.cat(pinned), reason)
         for label, _ in Norms(trace, units, {}).averaged:
             units.keep(label, "")
         keep_stated(trace, units)

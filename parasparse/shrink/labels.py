@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _BITS = 31  # of an id: a pair of them is one number
+_MANY = 10_000  # ids, which are then kept once each
 
 
 def tidy(label: Tensor) -> Tensor:
@@ -61,8 +62,8 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
 
 
 def is_empty(label: Tensor) -> bool:
-    """Whether all ids are 0."""
-    return not compact(label).any()
+    """Whether all ids of a tidy label are 0."""
+    return not varying(label) and not compact(label).any()
 
 
 class Ties:
@@ -70,12 +71,12 @@ class Ties:
 
     Attributes:
         count: number of ids so far, with id 0.
-        pins: ids that must stay, with the reason.
+        pins: ids that must stay, by reason.
     """
 
     def __init__(self) -> None:
         self.count = 1
-        self.pins: list[tuple[Tensor, str]] = []
+        self.pins: dict[str, list[Tensor]] = {}
         self._edges: list[Tensor] = []
 
     def new(self, number: int) -> Tensor:
@@ -91,14 +92,12 @@ class Ties:
             there = (a != 0) & (b != 0)
             a, b = a[there], b[there]
         edges = (a << _BITS) + b
-        self._edges.append(torch.unique(edges) if len(edges) > 10_000 else edges)
+        self._edges.append(torch.unique(edges) if len(edges) > _MANY else edges)
 
     def pin(self, label: Tensor, reason: str) -> None:
         """Keep all ids of `label`, for `reason`."""
-        ids = torch.unique(compact(label))
-        ids = ids[ids != 0]
-        if len(ids):
-            self.pins.append((ids, reason))
+        ids = compact(label).flatten()
+        self.pins.setdefault(reason, []).append(torch.unique(ids) if len(ids) > _MANY else ids)
 
     def units(self) -> Tensor:
         """Return the unit of each id; tied ids have one. The unit of id 0 is 0."""

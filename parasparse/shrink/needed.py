@@ -53,8 +53,8 @@ def keep_needed(
     trace: Trace, units: Units, readers: list[Reader], norms: Norms, *, exact: bool
 ) -> None:
     """Keep what the outputs of the network depend on."""
-    for ids, reason in trace.ties.pins:
-        units.need(ids, reason)
+    for reason, pinned in trace.ties.pins.items():
+        units.need(torch.cat(pinned), reason)
     if exact:
         norms.need()
         for label, module in norms.averaged:

@@ -38,7 +38,7 @@ class Norms:
     Args:
         trace: a run of the model.
         units: of the trace.
-        masked: by name of a parameter, the entries that a mask drops.
+        masked: by name of a parameter, its states: ZERO where a mask drops an entry.
     """
 
     def __init__(self, trace: Trace, units: Units, masked: Mapping[str, Tensor]) -> None:
@@ -111,7 +111,8 @@ class Norms:
         """Whether a mask drops weights that would not be 0 afterwards, of channels that stay."""
         if name not in self._masked:
             return False
-        dropped = self._units_of(self._leaves[name].labels[0])[self._masked[name].flatten()]
+        zero = self._masked[name].flatten() == ZERO
+        dropped = self._units_of(self._leaves[name].labels[0])[zero]
         return bool(torch.isin(self._units_of(self._live(mean)), dropped).any())
 
     def _uses(self, found: list[Mean]) -> dict[Hashable, list[tuple[Mean, object]]]:

@@ -16,7 +16,7 @@ from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_
 from parasparse.shrink.norms import Changes, Norms
 from parasparse.shrink.plan import AttributeRow, KeptRow, Shrinkage, ShrinkRow
 from parasparse.shrink.readers import readers_of
-from parasparse.shrink.running import masked_entries, traced, zero_entries
+from parasparse.shrink.running import masked_states, traced, zero_states
 from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
@@ -42,8 +42,8 @@ def work_for(
     multiple_of: int,
 ) -> Work:
     """Return what shrinking `model` does, which has these `tensors`."""
-    masked = masked_entries(tensors)
-    dropped = masked or zero_entries(tensors)
+    masked = masked_states(tensors)
+    dropped = masked or zero_states(tensors)
     trace, values, twin = traced(model, tensors, example_inputs, dropped)
     units, readers = Units(trace), readers_of(trace, masked)
     norms = Norms(trace, units, masked)

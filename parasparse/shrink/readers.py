@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import UNKNOWN, ZERO
+from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact
-from parasparse.shrink.tracing import Read, Trace
+from parasparse.shrink.products import Read
+from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 
 
@@ -22,7 +23,7 @@ class Reader:
 
     Args:
         read: the product.
-        masked: by name of a parameter, the entries that a mask drops: nothing can be added there.
+        masked: by name of a parameter, its states: nothing can be added where a mask drops entries.
         has_bias: whether constants may be added to its bias.
         has_weights: whether its weights may be changed.
 
@@ -65,7 +66,7 @@ class Reader:
             return loud
         if self._masked_bias is None:
             return torch.zeros_like(loud)
-        return loud & self._needed_by(units.matter(self.read.rows) & self._masked_bias)
+        return loud & self._needed_by(units.matter(self.read.rows) & (self._masked_bias == ZERO))
 
     def foldable(self, units: Units) -> Tensor:
         """Return the constants that go and are added to the bias; 0: none."""
@@ -90,13 +91,13 @@ class Reader:
         if self._masked_weight is not None:
             rows = units.matter(self.read.rows) & (self._states[:, gone] != ZERO).flatten(1).any(1)
             masked = self._masked_weight.movedim(self.read.summed, 1)[rows][:, found]
-            found = found[~masked.transpose(0, 1).flatten(1).any(1)]
+            found = found[(masked != ZERO).transpose(0, 1).flatten(1).all(1)]
         return found
 
     def _needed_by(self, rows: Tensor) -> Tensor:
         if self.read.columns.shape[0] > 1:
             return (self._states != ZERO).any(2) & rows.unsqueeze(1)
-        others = torch.where(rows, UNKNOWN, ZERO).to(torch.uint8).view(-1, 1, 1)
+        others = (~rows).to(torch.uint8).mul_(ZERO).view(-1, 1, 1)  # ZERO or UNKNOWN
         states = torch.maximum(compact(self._states), others)  # faster than picking rows
         needed: Tensor = states.amin(0).amin(1) != ZERO
         return needed.expand(self.read.columns.shape)
@@ -107,7 +108,7 @@ def readers_of(trace: Trace, masked: Mapping[str, Tensor]) -> list[Reader]:
 
     Args:
         trace: a run of the model.
-        masked: by name of a parameter, the entries that a mask drops.
+        masked: by name of a parameter, its states: ZERO where a mask drops an entry.
     """
     times = Counter(read.weight for read in trace.reads)
 

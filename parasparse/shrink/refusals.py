@@ -18,7 +18,7 @@ from parasparse.attach.reading import masked_stacks, stacks_of
 from parasparse.attach.stack import MaskedParametrizationList
 from parasparse.masks.mask import Mask
 from parasparse.sharding.dtensors import is_dtensor
-from parasparse.targets.tensors import Target, tensors_of
+from parasparse.targets.tensors import Target, named_modules, tensors_of
 
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 _WRAPPED = {  # the name of a submodule, and who calls it so
@@ -39,7 +39,7 @@ def check_shrinkable(model: object) -> list[Target]:
         raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
     check_not_accelerated(model)
     check_not_compact(model, "`shrink`")
-    for name, module in model.named_modules():
+    for _, name, module, _ in named_modules(model):
         _check_unwrapped(name, module)
         _check_parametrizations(name, module)
     tensors = tensors_of(model, pairs=False)

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parasparse.shrink.attention import let_heads_go
 from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
-from parasparse.shrink.facts import UNKNOWN, Facts, everywhere
+from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
+from parasparse.shrink.late_values import LateValues
 from parasparse.shrink.layer_sizes import sized_by
 from parasparse.shrink.rules import rule_for
 from parasparse.shrink.sizes import Attribute, tag_attributes
@@ -45,15 +46,16 @@ def traced(
         model: dense or masked.
         tensors: of the model.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        dropped: by name of a parameter, the entries that are 0 because they are pruned.
+        dropped: by name of a parameter, its states: ZERO where an entry is pruned.
 
     Returns:
         The trace, the int attributes of modules and configs, and the copy.
     """
     try:
         with torch.inference_mode(False):  # in which views do not know what they are views of
-            twin = shared_copy(model, tensors)
-            return _traced(twin, example_inputs, dropped, StandIns(twin))
+            late = LateValues()
+            twin = shared_copy(model, tensors, late)
+            return _traced(twin, example_inputs, dropped, StandIns(twin, late))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
         pass
     try:
@@ -103,16 +105,20 @@ def _traced(
     return trace, values, twin
 
 
-def masked_entries(tensors: list[Target]) -> dict[str, Tensor]:
-    """Return the entries that masks drop, by name of the parameter."""
-    masked = [t for t in tensors if not t.is_buffer and t.masks()]
-    return {target.name: ~target.mask().cpu() for target in masked}  # type: ignore[union-attr]
+def masked_states(tensors: list[Target]) -> dict[str, Tensor]:
+    """Return the states of masked parameters, by name: ZERO where the mask drops an entry."""
+    kept = {t.name: t.mask() for t in tensors if not t.is_buffer and t.masks()}
+    return {name: _zero_unless(mask) for name, mask in kept.items() if mask is not None}
 
 
-def zero_entries(tensors: list[Target]) -> dict[str, Tensor]:
-    """Return the entries of parameters that are 0, by name."""
+def zero_states(tensors: list[Target]) -> dict[str, Tensor]:
+    """Return the states of parameters, by name: ZERO where an entry is 0."""
     values = {t.name: t.stored() for t in tensors if not t.is_buffer}
-    return {name: (t == 0).cpu() for name, t in values.items() if not t.is_meta}
+    return {name: _zero_unless(t != 0) for name, t in values.items() if not t.is_meta}
+
+
+def _zero_unless(kept: Tensor) -> Tensor:
+    return ZERO - kept.cpu().view(torch.uint8)  # KNOWN where it is True
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stand-ins for the results of large products, whose values a plan does not need.
+"""Stand-ins for the results of large products and of embeddings, whose values a plan does not need.
 
 A plan needs to know which entries of a tensor depend on the input, and the values of those that do
 not. The others may have any values, as long as the program does not read them to decide what to do.
@@ -7,16 +7,20 @@ Where it might, `ValuesNeeded` is raised, and the model must be run again with a
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm")
+from parasparse.shrink.late_values import LateValues
+
+# The operations, and the place of the weight among their arguments, whose values they do not need.
+_WEIGHTS = {"convolution": 1, "mm": 1, "bmm": 1, "addmm": 2, "baddbmm": 2, "embedding": 0}
 # Functions through which a program gets at the memory of a tensor.
 READS = frozenset(
     ("tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "storage", "untyped_storage",
-     "_typed_storage")
+     "_typed_storage", "__deepcopy__", "__reduce_ex__")
 )  # fmt: skip
 _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -26,17 +30,20 @@ class ValuesNeeded(BaseException):
 
 
 class StandIns:
-    """Makes random results of products.
+    """Makes random results of products and embeddings.
 
     Args:
         model: into whose Parameters nothing may write.
+        late: computes the values of its masked weights.
 
     Attributes:
         made: whether a result has been replaced.
+        late: see above.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, late: LateValues) -> None:
         self.made = False
+        self.late = late
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         generator = torch.Generator().manual_seed(0)
         self._numbers = torch.randn(65_521, generator=generator)  # a prime: no two rows are equal
@@ -60,20 +67,26 @@ class StandIns:
 
     def instead(self, name: str, func: Any, args: tuple[Any, ...]) -> Tensor | None:
         """Return a stand-in for the result of an operation, or None if it must run."""
-        if name not in PRODUCTS or func._schema.is_mutable:
+        place = _WEIGHTS.get(name)
+        if place is None or func._schema.is_mutable:
             return None
         tensors = [t for t in args if isinstance(t, Tensor)]
         if any(t.is_meta or t.layout != torch.strided for t in tensors):
             return None
-        if name == "convolution":
-            like = func(*map(_without_values, args))
+        weight = args[place]
+        if name == "embedding":
+            if not _are_rows(args[1], weight):
+                return None
+            out: Tensor = weight.new_empty((*args[1].shape, weight.shape[-1]))
+        elif name == "convolution":
+            like = _without_values(func, tuple(map(_layout, args)))
             out = torch.empty_strided(
                 like.shape, like.stride(), dtype=like.dtype, device=tensors[0].device
             )
         else:
-            x, w = tensors[-2:]
-            out = x.new_empty((*x.shape[:-1], w.shape[-1]))
+            out = weight.new_empty((*args[place - 1].shape[:-1], weight.shape[-1]))
         self.made = True
+        self.late.need(t for t in tensors if t is not weight)
         self._fill(out.as_strided((out.numel(),), (1,)))
         return out
 
@@ -91,7 +104,31 @@ def reads_values(name: str, func: Any, args: tuple[Any, ...]) -> bool:
     return any(tag in func.tags for tag in _TAGS)
 
 
-def _without_values(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+def _are_rows(indices: Tensor, weight: Tensor) -> bool:
+    """Whether all `indices` are rows of `weight`; there may be none."""
+    return not indices.numel() or 0 <= int(indices.min()) <= int(indices.max()) < len(weight)
+
+
+class _Layout(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _layout(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Layout(value.shape, value.stride(), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=1024)  # it takes longer than the arithmetic of a small layer
+def _without_values(func: Any, args: tuple[Any, ...]) -> Tensor:
+    """Return the result of an operation, on the meta device, for tensors of these layouts."""
+    tensors = (
+        torch.empty_strided(a.shape, a.stride, dtype=a.dtype, device="meta")
+        if isinstance(a, _Layout)
+        else a
+        for a in args
+    )
+    result: Tensor = func(*tensors)
+    return result

@@ -17,6 +17,7 @@ from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
+from parasparse.shrink.products import Product, Read
 from parasparse.shrink.sizes import (
     Attribute,
     Expression,
@@ -28,50 +29,6 @@ from parasparse.shrink.sizes import (
     spans_in,
 )  # fmt: skip
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
-
-
-@dataclass(frozen=True)
-class Read:
-    """A product that sums over channels.
-
-    Attributes:
-        columns: ids of what is summed over: (1, inputs), or (outputs, inputs) of a grouped
-            convolution.
-        rows: id of each output; 0: an output that stays.
-        states: of the weights, (outputs, inputs), or (outputs, inputs * kernel).
-        constants: like `columns`: the value of an input that is the same everywhere and does not
-            depend on the network's input; NaN: it is not.
-        weight: name of the parameter that is multiplied, if it is one as it is stored.
-        summed: the dimension of the parameter that is summed over.
-        bias: name of the parameter that is added.
-        padded: whether zeros are summed at the borders.
-        module: name of the module that reads.
-    """
-
-    columns: Tensor
-    rows: Tensor
-    states: Tensor
-    constants: Tensor
-    weight: str | None
-    summed: int
-    bias: str | None
-    padded: bool
-    module: str
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product with a weight, to count multiply-adds.
-
-    Attributes:
-        positions: how often each weight is used, times the size of a kernel.
-        rows: ids of the outputs.
-        columns: ids of the inputs of each output.
-    """
-
-    positions: int
-    rows: Tensor
-    columns: Tensor
 
 
 @dataclass
@@ -152,7 +109,7 @@ class Trace(TorchDispatchMode):
 
     Args:
         model: a model without masks, whose parameters have their masked values.
-        dropped: by name of a parameter, the entries that are 0 because they are pruned.
+        dropped: by name of a parameter, its states: ZERO where an entry is pruned.
         rule_for: returns the rule of an operation, or None.
         stand_ins: makes results of products that are not computed; None: all are computed.
 
@@ -206,10 +163,7 @@ class Trace(TorchDispatchMode):
     def facts(self, tensor: Tensor) -> Facts:
         """Return what is known of `tensor`. What no operation made is a constant."""
         found = self._facts.get(tensor)
-        if found is None:
-            self._facts[tensor] = found = self._leaf(tensor)
-            self._remember_memory(tensor)
-        return found
+        return self._first_facts(tensor) if found is None else found
 
     def labels(self, tensor: Any) -> tuple[Tensor, ...]:
         """Return the labels of `tensor`, none if it is no tensor."""
@@ -282,6 +236,11 @@ class Trace(TorchDispatchMode):
         memory = tensor.untyped_storage()._cdata
         return any(leaf.tensor.untyped_storage()._cdata == memory for leaf in self.leaves.values())
 
+    def need_values(self, tensors: list[Tensor]) -> None:
+        """Compute the values of masked weights that nothing has read yet."""
+        if self.stand_ins:
+            self.stand_ins.late.need(tensors)
+
     def is_used_once(self, name: str) -> bool:
         """Whether one operation alone reads a parameter."""
         return all(self.uses[key] == 1 for key, leaf in self.leaves.items() if leaf.name == name)
@@ -291,19 +250,29 @@ class Trace(TorchDispatchMode):
         leaf.labels = labels
         self._facts[leaf.tensor] = facts(labels, self.state(leaf.tensor))
 
-    def _leaf(self, tensor: Tensor) -> Facts:
+    def take_ids(self, tensor: Tensor, ids: Tensor) -> bool:
+        """Give a vector of the model the `ids` of what it meets, if it has none; say whether."""
+        is_new = id(tensor) in self._names and tensor not in self._facts
+        if is_new and _has_channels(tensor) and tensor.shape == ids.shape:
+            self._first_facts(tensor, [ids])
+            return True
+        return False
+
+    def _first_facts(self, tensor: Tensor, labels: list[Tensor] | None = None) -> Facts:
+        self._facts[tensor] = found = self._leaf(tensor, labels)
+        self._remember_memory(tensor)
+        return found
+
+    def _leaf(self, tensor: Tensor, labels: list[Tensor] | None) -> Facts:
         name = self._names.get(id(tensor))
         if name is None:
             return Facts((), everywhere(KNOWN if self.constants_hold else UNKNOWN, tensor.shape))
-        # The places of a table of indices or of a causal mask are no channels.
-        has_channels = tensor.is_floating_point() or tensor.is_complex()
-        dims = [d for d in range(tensor.ndim) if tensor.shape[d] > 1 and has_channels]
-        labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
+        if labels is None:
+            dims = [d for d, size in enumerate(tensor.shape) if size > 1 and _has_channels(tensor)]
+            labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
-        if name not in self.dropped:
-            return Facts(tuple(labels), everywhere(KNOWN, tensor.shape))
-        state = self.dropped[name].view(torch.uint8) + KNOWN  # ZERO where dropped
-        return Facts(tuple(labels), state)  # not tidied, which takes long
+        state = self.dropped.get(name)  # not tidied, which takes long
+        return Facts(tuple(labels), everywhere(KNOWN, tensor.shape) if state is None else state)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -332,6 +301,8 @@ class Trace(TorchDispatchMode):
             stand_in = None if kwargs else self.stand_ins.instead(name, func, args)
             if stand_in is not None:
                 return Call(name, args, kwargs, stand_in, func, is_stand_in=True)
+            if not func.is_view:
+                self.stand_ins.late.need(_tensors_in([*args, *kwargs.values()]))
         return Call(name, args, kwargs, func(*args, **kwargs), func)
 
     def _follow(self, call: Call, *, mutates: bool) -> None:
@@ -370,6 +341,11 @@ class Trace(TorchDispatchMode):
     def _remember_memory(self, tensor: Tensor) -> None:
         if tensor.layout == torch.strided:
             self._in_memory[tensor.untyped_storage()._cdata][tensor] = None
+
+
+def _has_channels(tensor: Tensor) -> bool:
+    """Whether the places of a tensor are channels, not those of a table of indices or a mask."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def unknown_operation(trace: Trace, call: Call) -> list[Facts]:

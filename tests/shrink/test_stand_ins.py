@@ -33,6 +33,17 @@ WRITES = {
 }
 
 
+WEIGHT_READS = {
+    "sum": lambda weight: float(weight.sum()),
+    "view": lambda weight: float(weight.t().flatten()[:20].sum()),
+    "data": lambda weight: float(weight.data.abs().sum()),
+    "deepcopy": lambda weight: float(copy.deepcopy(weight).sum()),
+    "numpy": lambda weight: float(weight.detach().numpy().sum()),
+    "product": lambda weight: float((weight @ weight.t()).sum()),
+    "embedding": lambda weight: float(nn.functional.embedding(torch.tensor([1, 5]), weight).sum()),
+}
+
+
 class Watched(nn.Module):
     """Two layers; `use` gets what the first one gives and its weight."""
 
@@ -66,6 +77,20 @@ def test_a_program_that_reads_a_value_reads_the_right_one(read):
     assert [type(want)(value) for value in seen] == pytest.approx([want, want])
 
 
+@pytest.mark.parametrize("read", WEIGHT_READS.values(), ids=WEIGHT_READS)
+def test_a_program_that_reads_a_masked_weight_reads_its_values(read):
+    seen = []
+    model = half(Watched(lambda h, weight: seen.append(read(weight))))
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        model(x)
+    (want,) = seen
+    seen.clear()
+    ps.plan_shrink(model, x)
+    ps.coupled(model, x)
+    assert seen == pytest.approx([want, want])
+
+
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_program_that_writes_into_a_parameter_does_not_change_the_model(write, masked):
@@ -90,3 +115,15 @@ def test_products_whose_values_nobody_reads_are_not_computed():
     assert h.shape == want.shape
     assert h.stride() == want.stride()
     assert not torch.allclose(h, want)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_embedding_refuses_what_is_no_row(masked):
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    model = ps.sparsify(model, {"1": ps.Prune(0.5, pattern=ps.patterns.channel(0))})
+    if masked:
+        model = ps.sparsify(model, {"0": ps.Prune(0.5, pattern=ps.patterns.channel(1))})
+    assert ps.plan_shrink(model, torch.tensor([[0, 5]])).rows
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match="out of range"):
+            ps.plan_shrink(model, torch.tensor([[0, index]]))

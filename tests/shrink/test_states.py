@@ -15,7 +15,7 @@ from parasparse.shrink.labels import compact
 from parasparse.shrink.needed import keep_needed
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import readers_of
-from parasparse.shrink.running import masked_entries, traced
+from parasparse.shrink.running import masked_states, traced
 from parasparse.shrink.units import Units
 from parasparse.targets.tensors import tensors_of
 
@@ -152,7 +152,7 @@ def collecting(model):
 
 def assert_known_values_stay(model, size, inputs):
     model = copy.deepcopy(model)
-    masked = masked_entries(tensors_of(model, pairs=False))
+    masked = masked_states(tensors_of(model, pairs=False))
     model = ps.squash(model)
     found = collecting(model)
     example = images(2, size)
@@ -171,7 +171,7 @@ def assert_known_values_stay(model, size, inputs):
 
 def assert_unneeded_is_unneeded(model, size):
     tensors = tensors_of(model, pairs=False)
-    masked = masked_entries(tensors)
+    masked = masked_states(tensors)
     trace, _, _ = traced(model, tensors, images(2, size), masked)
     units, readers = Units(trace), readers_of(trace, masked)
     keep_needed(trace, units, readers, Norms(trace, units, masked), exact=True)
@@ -187,7 +187,7 @@ def assert_unneeded_is_unneeded(model, size):
         for leaf in trace.leaves.values():
             for label in leaf.labels if leaf.name in tensors else []:
                 there = idle[units.of[compact(label)]].expand(label.shape)
-                there = there & ~masked.get(leaf.name, torch.zeros(()).bool())
+                there = there & (masked.get(leaf.name, torch.zeros(())) != ZERO)
                 tensors[leaf.name][there] = torch.randn(int(there.sum()), dtype=torch.double)
         torch.testing.assert_close(noisy(x), model(x), rtol=1e-9, atol=1e-12)
 

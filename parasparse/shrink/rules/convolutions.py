@@ -12,6 +12,7 @@ from parasparse.shrink.facts import (
     lowest_along,
 )  # fmt: skip
 from parasparse.shrink.labels import along, compact, tidy, varying
+from parasparse.shrink.products import Product, Read
 from parasparse.shrink.rules.products import (
     constants_of,
     name_of,
@@ -19,7 +20,7 @@ from parasparse.shrink.rules.products import (
     product_state,
     sums_of,
 )  # fmt: skip
-from parasparse.shrink.tracing import Call, Product, Read, Rule, Trace
+from parasparse.shrink.tracing import Call, Rule, Trace
 
 
 def _convolution(trace: Trace, call: Call) -> list[Facts]:
@@ -50,8 +51,9 @@ def _convolution(trace: Trace, call: Call) -> list[Facts]:
     trace.products.append(Product(kernel, outs, _inputs_of_one(columns, w.shape[in_dim])))
     channel = (1, -1, *[1] * (out.ndim - 2))
     state = product_state(
-        call, zero.view(channel), known.view(channel), None if bias is None else bias.view(channel)
-    )
+        trace, call, zero.view(channel), known.view(channel),
+        None if bias is None else bias.view(channel),
+    )  # fmt: skip
     labels = () if rows is None else (along(rows, 1, out.shape),)
     return [Facts(labels, tidy(state))]
 

@@ -27,6 +27,8 @@ def elementwise(trace: Trace, call: Call) -> list[Facts]:
 
 def joined(trace: Trace, operands: list[Tensor], shape: torch.Size) -> list[Tensor]:
     """Return the labels of what operands of broadcast `shape` give, and tie those that meet."""
+    if len(operands) == 1 and len(trace.labels(operands[0])) < 2:
+        return [label.expand(shape) for label in trace.labels(operands[0])]
     expanded = [[label.expand(shape) for label in trace.labels(t)] for t in operands]
     for number, labels in enumerate(expanded):
         for label in labels:

@@ -8,6 +8,7 @@ from torch import Tensor
 from parasparse.shrink.facts import (
     KNOWN,
     UNKNOWN,
+    ZERO,
     Facts,
     everywhere,
     facts,
@@ -30,6 +31,8 @@ def _embedded(trace: Trace, call: Call) -> list[Facts]:
         else:
             labels.append(label.select(0, 0).expand(out.shape))
     row = only_zeros(lowest_along(trace.state(weight), 1))
+    if call.is_stand_in:
+        out.mul_((row != ZERO).to(out))
     return [facts(labels, row.expand(out.shape))]
 
 

@@ -14,6 +14,7 @@ from parasparse.shrink.facts import (
     lowest_along,
 )  # fmt: skip
 from parasparse.shrink.labels import compact, varies, varying
+from parasparse.shrink.products import Product, Read
 from parasparse.shrink.rules.elementwise import along_all, merge
 from parasparse.shrink.rules.products import (
     constants_of,
@@ -22,7 +23,7 @@ from parasparse.shrink.rules.products import (
     product_state,
     sums_of,
 )  # fmt: skip
-from parasparse.shrink.tracing import Call, Product, Read, Rule, Trace
+from parasparse.shrink.tracing import Call, Rule, Trace
 
 
 def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
@@ -183,7 +184,7 @@ def _product_state(trace: Trace, call: Call, x: Tensor, w: Tensor, bias: Any) ->
     known = ~depends
     if isinstance(bias, Tensor):
         known = known & (compact(trace.state(bias)) != UNKNOWN)
-    return product_state(call, zero, known, bias)
+    return product_state(trace, call, zero, known, bias)
 
 
 MATRIX_PRODUCTS: dict[str, Rule] = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, with_zeros
+from parasparse.shrink.labels import compact
 from parasparse.shrink.tracing import Call, Trace
 
 
@@ -38,7 +39,8 @@ def only_zeros(state: Tensor) -> Tensor:
 
     At the border of an image, or for a longer sequence, they are others than in the example.
     """
-    return torch.where(state == KNOWN, UNKNOWN, state).to(torch.uint8)
+    small = compact(state)
+    return small.masked_fill(small == KNOWN, UNKNOWN).expand(state.shape)
 
 
 def sums_of(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -64,10 +66,13 @@ def sums_of(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return zero, depends
 
 
-def product_state(call: Call, zero: Tensor, known: Tensor, bias: Tensor | None) -> Tensor:
+def product_state(
+    trace: Trace, call: Call, zero: Tensor, known: Tensor, bias: Tensor | None
+) -> Tensor:
     """Return the state of a product, and compute the entries of a stand-in that are known.
 
     Args:
+        trace: the run.
         call: the product.
         zero: whether the products that are summed up are all 0; broadcasts to the result.
         known: whether the result does not depend on the input, of the shape of `zero`.
@@ -76,13 +81,14 @@ def product_state(call: Call, zero: Tensor, known: Tensor, bias: Tensor | None) 
     (out,) = call.outs()
     if bias is not None:
         known, _ = torch.broadcast_tensors(known, bias)
-    state = torch.where(known, KNOWN, UNKNOWN).to(torch.uint8)
+    state = known.to(torch.uint8)  # KNOWN or UNKNOWN
     if not out.numel():  # nothing tells what the values would be, but for zeros
         silent = zero if bias is None else zero & (bias == 0)
-        return torch.where(known & silent, ZERO, state).to(torch.uint8).expand(out.shape)
+        return state.masked_fill(known & silent, ZERO).expand(out.shape)
     if not call.is_stand_in or not bool(known.any()):
         return with_zeros(state.expand(out.shape), out)
     if bool((known & ~zero).any()):
+        trace.need_values(call.tensors())
         out.copy_(call.function(*call.args))
         return with_zeros(state.expand(out.shape), out)
     out.mul_((~known).to(out))

@@ -140,7 +140,7 @@ def _batch_norm(trace: Trace, call: Call) -> list[Facts]:
     state = lowest_of(states, states[0].shape)
     weight = call.args[1]
     if isinstance(weight, Tensor):
-        state = torch.where(trace.state(weight) == ZERO, KNOWN, state).to(torch.uint8)
+        state = state.masked_fill(trace.state(weight) == ZERO, KNOWN)
     state = tidy(with_zeros(along(state.contiguous(), 1, x.shape), out))
     return [Facts(trace.labels(x), state)] + [Facts((), everywhere(UNKNOWN, o.shape)) for o in rest]
 
@@ -149,6 +149,9 @@ def _tie_channels(trace: Trace, x: Tensor, tensors: list[Tensor], dim: int) -> N
     """Tie the labels of 1-D tensors to those of dimension `dim` of `x`."""
     dim %= x.ndim
     there = [each for each in trace.labels(x) if varies(each, dim)]
+    if len(there) == 1 and varying(there[0]) == (dim,):
+        ids = compact(there[0]).flatten()
+        tensors = [tensor for tensor in tensors if not trace.take_ids(tensor, ids)]
     labels = [label for tensor in tensors for label in trace.labels(tensor)]
     stays = any(not trace.labels(tensor) and tensor.numel() > 1 for tensor in tensors)
     for each in there if labels else ():
