@@ -13,7 +13,7 @@ def as_mask(mask: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if hasattr(mask, "__array__") and not isinstance(mask, Tensor) and hasattr(mask, "copy"):
         mask = mask.copy()  # torch accepts neither negative strides nor read-only memory
     try:
-        value = torch.as_tensor(mask).detach()
+        value = (mask if isinstance(mask, Tensor) else torch.as_tensor(mask)).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"a mask must be a tensor, array or nested list of numbers; got {mask!r:.80}."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.shrink.epsilons import state_epsilons
-from parasparse.shrink.running import call, copied_inputs, tensors_in
+from parasparse.shrink.running import ALONE, call, copied_inputs, tensors_in
 from parasparse.verbs.squash import squash
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
@@ -132,7 +132,7 @@ def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with ALONE, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tensors_in(call(model, inputs))
 

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
-from parasparse.shrink.labels import compact
-from parasparse.shrink.needed import distinct, keep_all_of, keep_stated, may_lose, transposed
+from parasparse.shrink.labels import compact, on_cpu
+from parasparse.shrink.needed import (
+    distinct,
+    keep_all_of,
+    keep_stated,
+    may_lose,
+    places,
+    transposed,
+)  # fmt: skip
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
+from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import tensors_of
@@ -60,16 +68,22 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self.norm, self.uniform = norm, uniform
         tensors = tensors_of(model, pairs=False)
         trace, _, _ = traced(model, tensors, example_inputs, {})
+        self._shapes: dict[str, torch.Size] = {}
+        self._find(trace, may_lose(tensors, targets))
+
+    @on_cpu()
+    def _find(self, trace: Trace, losing: set[str]) -> None:
+        """Find the units of a run, those of the tensors of the names `losing`."""
         for grid in transposed(distinct(trace.shapes)):  # shuffled: all groups have the same places
-            trace.ties.tie(grid, grid[:1])
+            if grid.shape[-1] == 1:  # else it is enough that slices keep equally many
+                trace.ties.tie(grid, places(grid))
         units = Units(trace)
-        keep_all_of(trace, units, may_lose(tensors, targets))
+        keep_all_of(trace, units, losing)
         for reason, pinned in trace.ties.pins.items():
             units.keep(torch.cat(pinned), reason)
         for label, _ in Norms(trace, units, {}).averaged:
             units.keep(label, "")
         keep_stated(trace, units)
-        self._shapes: dict[str, torch.Size] = {}
         found: dict[str, list[Tensor]] = {}
         for leaf in trace.leaves.values():
             if isinstance(leaf.tensor, nn.Parameter):
@@ -100,6 +114,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             'several tensors: Prune(..., pattern=units, scope="global").'
         )
 
+    @on_cpu()
     def jointly(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         """Return the masks for `scores`, by name, in which the sparsity counts units.
 
@@ -119,6 +134,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             kept[members] = mask
         return {name: self._spread(name, kept).to(score.device) for name, score in scores.items()}
 
+    @on_cpu()
     def counted(self, kept: Mapping[str, Tensor]) -> tuple[int, int]:
         """Return how many units the masks `kept` drop, and how many there are."""
         ranks = self._ranks({name: mask.double() for name, mask in kept.items()})

@@ -6,6 +6,9 @@ a label is expanded (stride 0), so that it takes no memory there. A tensor may h
 such as one for the rows and one for the columns of a weight.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,16 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
     return ids.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
 
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Have new tensors on the CPU, as labels are, whatever the default device is."""
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
 def is_empty(label: Tensor) -> bool:
     """Whether all ids of a tidy label are 0."""
     return not varying(label) and not compact(label).any()
@@ -82,7 +95,7 @@ class Ties:
     def new(self, number: int) -> Tensor:
         """Return `number` ids that nothing else has."""
         self.count += number
-        return torch.arange(self.count - number, self.count)
+        return torch.arange(self.count - number, self.count, device="cpu")
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Make the ids of `a` and `b`, of shapes that broadcast, one unit entry by entry."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -137,26 +138,61 @@ def distinct(labels: Iterable[Tensor]) -> list[Tensor]:
 
 
 def transposed(shapes: list[Tensor]) -> list[Tensor]:
-    """Return the joint labels of two dimensions that are found transposed as well, one of both.
+    """Return the joint labels of dimensions that are found in another order as well.
 
-    It is the one with fewer rows: those are the groups where channels are shuffled.
+    Each is (before, dimensions..., after): `before` and `after` are those whose place stays. The
+    dimensions are in the order that the program had first.
     """
-    found = []
-    flat = [label for label in shapes if label.ndim == 2]
-    for number, label in enumerate(flat):
-        for other in flat[:number]:
-            if other.shape == label.shape[::-1] and torch.equal(other, label.t()):
-                found.append(label if len(label) <= len(other) else other)
+    found: list[Tensor] = []
+    alike: dict[object, list[Tensor]] = defaultdict(list)
+    for label in shapes:
+        corners = (int(label[(place,) * label.ndim]) for place in (0, -1))  # which stay corners
+        others = alike[tuple(sorted(label.shape)), *corners]
+        for other in others:
+            found += _moved(other, _order(other, label))
+        others.append(label)
     return found
 
 
+def _order(label: Tensor, other: Tensor) -> tuple[int, ...]:
+    """Return the order of dimensions in which `label` is `other`, or the one that it has."""
+    same, *orders = permutations(range(label.ndim))
+    for order in orders:
+        turned = label.permute(order)
+        if turned.shape == other.shape and torch.equal(turned, other):
+            return order
+    return same
+
+
+def _moved(label: Tensor, order: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield `label` for each run of dimensions that trade places with each other alone."""
+    start = 0
+    for end in range(1, label.ndim + 1):
+        if max(order[:end]) < end:
+            if end - start > 1:
+                shape = label.shape
+                yield label.reshape(shape[:start].numel(), *shape[start:end], shape[end:].numel())
+            start = end
+
+
+def places(grid: Tensor) -> Tensor:
+    """Return the ids along the longest dimension of a joint label, as `transposed` returns it."""
+    sizes = grid.shape[1:-1]
+    longest = max(range(len(sizes)), key=lambda dim: (sizes[dim], dim))
+    for dim in range(len(sizes)):
+        grid = grid if dim == longest else grid.narrow(dim + 1, 0, 1)
+    return grid
+
+
 def _keep_grids(units: Units, grids: list[Tensor]) -> bool:
-    """Keep whole rows and columns, so that the smaller label is the same when transposed."""
+    """Keep whole rows and columns, so that the smaller label is the same in the other order."""
     changed = False
     for label in grids:
-        stay = units.stay(label)
-        more = stay.any(1, keepdim=True) & stay.any(0, keepdim=True) & ~stay
-        changed |= units.keep(label[more], "channels of groups are shuffled")
+        stay = units.stay(label).any(-1)
+        more, dims = ~stay, range(1, stay.ndim)
+        for dim in dims:
+            more &= stay.any([other for other in dims if other != dim], keepdim=True)
+        changed |= units.keep(label[..., 0][more], "channels of groups are shuffled")
     return changed
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from parasparse.shrink.constants import Constants, constants_of
 from parasparse.shrink.facts import ZERO
-from parasparse.shrink.labels import compact, varying
+from parasparse.shrink.labels import compact, on_cpu, varying
 from parasparse.shrink.layer_sizes import layer_sizes
 from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose
 from parasparse.shrink.norms import Changes, Norms
@@ -45,31 +45,32 @@ def work_for(
     masked = masked_states(tensors)
     dropped = masked or zero_states(tensors)
     trace, values, twin = traced(model, tensors, example_inputs, dropped)
-    units, readers = Units(trace), readers_of(trace, masked)
-    norms = Norms(trace, units, masked)
-    keep_all_of(trace, units, may_lose(tensors, targets))
-    while True:
-        keep_needed(trace, units, readers, norms, exact=exact)
-        attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
-        if not changed:
-            break
-    changes = norms.changes()
-    found = (_row(leaf, units, changes) for leaf in trace.leaves.values())
-    rows = tuple(row for row in found if row is not None)
-    attributes |= layer_sizes(twin, {row.name: row.new_shape for row in rows}, attributes)
-    plan = Shrinkage(
-        rows=rows,
-        attributes=(
-            *(_attribute(a, values[a], new) for a, new in attributes.items()),
-            *(_epsilon(model, a, new) for a, new in changes.epsilons.items()),
-        ),
-        kept_back=_kept_back(trace, units),
-        inexact=() if exact else tuple(dict.fromkeys(norms.inexact())),
-        bytes=_bytes(tensors, rows),
-        multiply_adds=_multiply_adds(trace, units),
-        branches=tuple(dict.fromkeys(trace.branches)),
-    )
-    return Work(plan, constants_of(trace, units, readers))
+    with on_cpu():
+        units, readers = Units(trace), readers_of(trace, masked)
+        norms = Norms(trace, units, masked)
+        keep_all_of(trace, units, may_lose(tensors, targets))
+        while True:
+            keep_needed(trace, units, readers, norms, exact=exact)
+            attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
+            if not changed:
+                break
+        changes = norms.changes()
+        found = (_row(leaf, units, changes) for leaf in trace.leaves.values())
+        rows = tuple(row for row in found if row is not None)
+        attributes |= layer_sizes(twin, {row.name: row.new_shape for row in rows}, attributes)
+        plan = Shrinkage(
+            rows=rows,
+            attributes=(
+                *(_attribute(a, values[a], new) for a, new in attributes.items()),
+                *(_epsilon(model, a, new) for a, new in changes.epsilons.items()),
+            ),
+            kept_back=_kept_back(trace, units),
+            inexact=() if exact else tuple(dict.fromkeys(norms.inexact())),
+            bytes=_bytes(tensors, rows),
+            multiply_adds=_multiply_adds(trace, units),
+            branches=tuple(dict.fromkeys(trace.branches)),
+        )
+        return Work(plan, constants_of(trace, units, readers))
 
 
 def _row(leaf: Leaf, units: Units, changes: Changes) -> ShrinkRow | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,15 @@ from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
 from parasparse.targets.tensors import Target
 
+# Kernels, hooks of all modules and the state of random numbers are those of the whole process.
+ALONE = threading.RLock()
+Run: TypeAlias = tuple[Trace, dict[Attribute, int], nn.Module]
+
 
 def traced(
     model: nn.Module, tensors: list[Target], example_inputs: Any, dropped: dict[str, Tensor]
-) -> tuple[Trace, dict[Attribute, int], nn.Module]:
-    """Run a copy of `model` on `example_inputs`.
+) -> Run:
+    """Run a copy of `model` on `example_inputs`, again if it has changed parameters or buffers.
 
     Most values are not computed, unless the program reads some that depend on the input.
 
@@ -51,16 +56,30 @@ def traced(
     Returns:
         The trace, the int attributes of modules and configs, and the copy.
     """
+    changing: frozenset[str] = frozenset()
+    while True:
+        found = _run(model, tensors, example_inputs, dropped, changing)
+        changed = found[0].changed(found[2])
+        if changed <= changing:
+            return found
+        changing |= changed
+
+
+def _run(
+    model: nn.Module, tensors: list[Target], example_inputs: Any, dropped: dict[str, Tensor],
+    changing: frozenset[str],
+) -> Run:  # fmt: skip
+    # In inference mode, views do not know what they are views of.
     try:
-        with torch.inference_mode(False):  # in which views do not know what they are views of
+        with torch.inference_mode(False), ALONE, _without_autocast(model):
             late = LateValues()
             twin = shared_copy(model, tensors, late)
-            return _traced(twin, example_inputs, dropped, StandIns(twin, late))
+            return _traced(twin, example_inputs, dropped, changing, StandIns(twin, late))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
         pass
     try:
-        with torch.inference_mode(False):
-            return _traced(full_copy(model), example_inputs, dropped, None)
+        with torch.inference_mode(False), ALONE:
+            return _traced(full_copy(model), example_inputs, dropped, changing, None)
     except Exception as error:
         error.add_note(
             "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "
@@ -70,15 +89,16 @@ def traced(
 
 
 def _traced(
-    twin: nn.Module, example_inputs: Any, dropped: dict[str, Tensor], stand_ins: StandIns | None
-) -> tuple[Trace, dict[Attribute, int], nn.Module]:
+    twin: nn.Module, example_inputs: Any, dropped: dict[str, Tensor], changing: frozenset[str],
+    stand_ins: StandIns | None,
+) -> Run:  # fmt: skip
     example_inputs = copied_inputs(example_inputs)
     for module in list(twin.modules()):
         let_heads_go(module)
     values = tag_attributes(twin)
     state_epsilons(twin)
     tag_epsilons(twin)
-    trace = Trace(twin, dropped, rule_for, stand_ins)
+    trace = Trace(twin, dropped, rule_for, stand_ins, changing)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
             trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))
@@ -172,6 +192,16 @@ def _has_outputs(value: object) -> bool:
     if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
         return False
     return not any(kind.__name__.endswith("Cache") for kind in type(value).__mro__)
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Have products read Parameters as they are stored, so that constants can be added to them."""
+    with ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -45,8 +45,9 @@ class StandIns:
         self.made = False
         self.late = late
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        generator = torch.Generator().manual_seed(0)
-        self._numbers = torch.randn(65_521, generator=generator)  # a prime: no two rows are equal
+        generator = torch.Generator("cpu").manual_seed(0)
+        numbers = torch.randn(65_521, generator=generator, dtype=torch.float32, device="cpu")
+        self._numbers = numbers  # as many as a prime, so that no two rows are equal
 
     def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValuesNeeded if `func` writes into a Parameter, or is no operation of torch."""

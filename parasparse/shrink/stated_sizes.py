@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from parasparse.shrink.facts import UNKNOWN, facts
+from parasparse.shrink.facts import facts
 from parasparse.shrink.labels import along, varies, varying
+from parasparse.shrink.replaced import REPLACED, leave_torch
 from parasparse.shrink.sizes import Size, Span, expression, numbers, span
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
-from parasparse.shrink.tracing import Trace, lowest
+from parasparse.shrink.tracing import Trace
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 _VIEWS = ("view", "reshape", "expand", "broadcast_to")
@@ -59,9 +60,9 @@ class StatedSizes(TorchFunctionMode):
             return reduce(mul, self._shape(args[0]), 1)
         if name in READS and self._trace.stand_ins:
             raise ValuesNeeded
-        if name in READS and isinstance(args[0], Tensor):
+        if name in READS and name not in REPLACED and isinstance(args[0], Tensor):
             with torch._C._DisableTorchDispatch():
-                self._trace.constants_hold &= lowest(self._trace, [args[0]]) != UNKNOWN
+                leave_torch(self._trace, args[0], name)
         outer, self._trace.function = self._trace.function, name
         self._trace.means.give([*args, *kwargs.values()])
         try:
@@ -301,6 +302,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     **{name: _made(name) for name in _FACTORIES},
     **{name: _numbered(name) for name in _SERIES},
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
+    **REPLACED,
     "unflatten": _unflattened,
     "split": _split,
     "split_with_sizes": _split,

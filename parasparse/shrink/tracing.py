@@ -17,6 +17,7 @@ from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
+from parasparse.shrink.memory import has_layout_of, stamps
 from parasparse.shrink.products import Product, Read
 from parasparse.shrink.sizes import (
     Attribute,
@@ -112,6 +113,7 @@ class Trace(TorchDispatchMode):
         dropped: by name of a parameter, its states: ZERO where an entry is pruned.
         rule_for: returns the rule of an operation, or None.
         stand_ins: makes results of products that are not computed; None: all are computed.
+        changing: names of parameters and buffers that each run changes: they are no constants.
 
     Attributes:
         ties: the ids and what ties them.
@@ -134,6 +136,7 @@ class Trace(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, dropped: dict[str, Tensor],
         rule_for: Callable[[Call], Rule | None], stand_ins: StandIns | None = None,
+        changing: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]
         self.ties = Ties()
@@ -154,6 +157,7 @@ class Trace(TorchDispatchMode):
         self.module = ""
         self.stand_ins = stand_ins
         self._rule_for = rule_for
+        self._changing, self._before = changing, stamps(model)
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
         self.means = Means(self._names)
         self.dropped = dropped
@@ -161,7 +165,7 @@ class Trace(TorchDispatchMode):
         self._in_memory: dict[int, ByTensor[None]] = defaultdict(ByTensor)
 
     def facts(self, tensor: Tensor) -> Facts:
-        """Return what is known of `tensor`. What no operation made is a constant."""
+        """Return what is known of `tensor`. Only parameters and buffers are constants by nature."""
         found = self._facts.get(tensor)
         return self._first_facts(tensor) if found is None else found
 
@@ -220,6 +224,11 @@ class Trace(TorchDispatchMode):
                     found[attribute] = span(label, dim)
         return found
 
+    def changed(self, model: nn.Module) -> frozenset[str]:
+        """Return the names of the parameters and buffers that the run has changed."""
+        now = stamps(model)
+        return frozenset(name for name, stamp in self._before.items() if now.get(name) != stamp)
+
     def average(self, label: Tensor) -> None:
         """Remember that a norm is taken over `label`."""
         self.averaged.append((label, self.module))
@@ -252,11 +261,13 @@ class Trace(TorchDispatchMode):
 
     def take_ids(self, tensor: Tensor, ids: Tensor) -> bool:
         """Give a vector of the model the `ids` of what it meets, if it has none; say whether."""
-        is_new = id(tensor) in self._names and tensor not in self._facts
-        if is_new and _has_channels(tensor) and tensor.shape == ids.shape:
-            self._first_facts(tensor, [ids])
-            return True
-        return False
+        name = self._names.get(id(tensor))
+        if name is None or name in self._changing or tensor in self._facts:
+            return False
+        if not _has_channels(tensor) or tensor.shape != ids.shape:
+            return False
+        self._first_facts(tensor, [ids])
+        return True
 
     def _first_facts(self, tensor: Tensor, labels: list[Tensor] | None = None) -> Facts:
         self._facts[tensor] = found = self._leaf(tensor, labels)
@@ -266,13 +277,24 @@ class Trace(TorchDispatchMode):
     def _leaf(self, tensor: Tensor, labels: list[Tensor] | None) -> Facts:
         name = self._names.get(id(tensor))
         if name is None:
-            return Facts((), everywhere(KNOWN if self.constants_hold else UNKNOWN, tensor.shape))
+            return self.facts_of_memory(tensor)
+        if name in self._changing:
+            self.leaves[id(tensor)] = Leaf(name, tensor)
+            return Facts((), everywhere(UNKNOWN, tensor.shape))
         if labels is None:
             dims = [d for d, size in enumerate(tensor.shape) if size > 1 and _has_channels(tensor)]
             labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
         state = self.dropped.get(name)  # not tidied, which takes long
         return Facts(tuple(labels), everywhere(KNOWN, tensor.shape) if state is None else state)
+
+    def facts_of_memory(self, tensor: Tensor) -> Facts:
+        """Return the facts of what no operation has made: a tensor in another object, or a copy."""
+        if tensor.layout == torch.strided:
+            for other, _ in self._in_memory[tensor.untyped_storage()._cdata].items():
+                if has_layout_of(other, tensor):
+                    return self._facts[other]
+        return Facts((), everywhere(UNKNOWN, tensor.shape))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -132,7 +132,7 @@ def _mask_the_rest(model: nn.Module, plan: Shrinkage) -> None:
     for target in tensors_of(model):
         row = next((rows[name] for name in target.names if name in rows), None)
         if row is not None and not target.is_buffer and not target.masks():
-            kept = torch.ones(row.new_shape, dtype=torch.bool)
+            kept = torch.ones(row.new_shape, dtype=torch.bool, device="cpu")
             rules[target.name] = _in_zeros(kept, row)
     if rules:
         sparsify(model, rules)

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import parasparse as ps
 from tests.shrink.test_shrink import assert_same, filters, pruned
@@ -57,31 +59,90 @@ class Lion(torch.optim.Optimizer):
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "fused sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, fused=True),
     "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+    "fused adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, fused=True),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, amsgrad=True),
+    "foreach adamw": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
     "lion": Lion,
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.05, lr_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 0.5),
+    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
+    "radam": lambda p: torch.optim.RAdam(p, 0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, 0.05),
+    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_first_and_shrinking_first_end_in_the_same_network(name):
+@pytest.mark.parametrize(
+    ("name", "steps"), [*((name, 2) for name in OPTIMIZERS), ("sgd", 0), ("adamw", 0)]
+)
+def test_training_first_and_shrinking_first_end_in_the_same_network(name, steps):
     model = coupled_network()
     # Before a norm, the gradient of a bias is rounding alone, of which Lion takes the sign.
     model[0].parametrizations.bias.original.requires_grad_(False)
     optimizer = OPTIMIZERS[name](model.parameters())
     batches = [images(4) for _ in range(5)]
-    for x in batches[:2]:
+    for x in batches[:steps]:
         step(model, optimizer, x)
     early, early_optimizer = copy.deepcopy((model, optimizer))
-    for x in batches[2:]:
+    for x in batches[steps:]:
         step(model, optimizer, x)
     ps.shrink(early, images(), optimizer=early_optimizer)
-    for x in batches[2:]:
+    for x in batches[steps:]:
         step(early, early_optimizer, x)
     ps.shrink(model, images())
-    for one, other in zip(early.state_dict().values(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert_equal_states(early, model)
+
+
+def assert_equal_states(one, other):
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+class Run:
+    """A model in training with all that lives beside it."""
+
+    def __init__(self):
+        self.model = coupled_network()
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim == 1]
+        groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]
+        self.optimizer = torch.optim.AdamW(groups, 0.01, weight_decay=0.0)
+        self.schedule = OneCycleLR(self.optimizer, [0.02, 0.05], total_steps=20)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        average = get_ema_multi_avg_fn(0.5)
+        self.average = AveragedModel(self.model, multi_avg_fn=average)
+
+    def step(self, x):
+        self.optimizer.zero_grad()
+        self.scaler.scale(self.model(x).square().mean()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.average.update_parameters(self.model)
+
+    def shrink(self):
+        ps.shrink(self.model, images(), optimizer=self.optimizer)
+        ps.shrink(self.average.module, images())
+
+
+def test_groups_schedules_scalers_and_averages_go_on():
+    run, batches = Run(), [images(4) for _ in range(6)]
+    for x in batches[:3]:
+        run.step(x)
+    early = copy.deepcopy(run)
+    early.shrink()
+    for x in batches[3:]:
+        run.step(x)
+        early.step(x)
+    run.shrink()
+    assert_equal_states(early.model, run.model)
+    assert_equal_states(early.average, run.average)
+    assert early.schedule.get_last_lr() == run.schedule.get_last_lr()
+    assert early.scaler.get_scale() == run.scaler.get_scale() == 64.0
 
 
 def test_parameters_their_hooks_and_flags_stay():

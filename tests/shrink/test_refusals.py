@@ -270,7 +270,7 @@ class CustomOperation(Lies):
     """Has the size of a weight decide, in an operation that is not the usual ones."""
 
     def forward(self, x):
-        return scaled_by_width(self.layer(x), self.layer.weight.untyped_storage().nbytes())
+        return scaled_by_width(self.layer(x), self.layer.weight.nbytes)
 
 
 @pytest.mark.parametrize("kind", [Lies, Fails, CustomOperation])
@@ -301,6 +301,32 @@ def test_optimizers_with_states_of_other_layouts_are_refused(kind):
     with pytest.raises(TypeError, match='state "odd" of SGD'):
         ps.shrink(model, images(), optimizer=optimizer)
     assert digest(model) == before
+
+
+OPTIMIZERS = {
+    "factored": (torch.optim.Adafactor, 'state "row_var" of Adafactor'),
+    "of all together": (torch.optim.LBFGS, "state of LBFGS"),
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_states_of_several_channels_together_are_refused_and_new_ones_go_on(kind, message):
+    model = network()
+    optimizer = kind(model.parameters(), 0.01)
+
+    def loss():
+        optimizer.zero_grad()
+        loss = model(images()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)
+    before = digest(model, optimizer)
+    with pytest.raises(TypeError, match=message):
+        ps.shrink(model, images(), optimizer=optimizer)
+    assert digest(model, optimizer) == before
+    ps.shrink(model, images())
+    kind(model.parameters(), 0.01).step(loss)
 
 
 def test_the_optimizer_of_another_model_is_refused():

@@ -1,6 +1,7 @@
 """Channels of groups that are shuffled keep the order in which the smaller network has them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -63,4 +64,62 @@ def test_coupled_takes_the_channels_of_all_groups_at_one_place(shuffle):
     want = model(x)
     ps.shrink(model, images(1))
     assert model.last.in_channels == 4
+    torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)
+
+
+class Turned(nn.Module):
+    """Puts three dimensions of the channels in another order; each of them may become smaller."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.one, self.two, self.three = order, 2, 2, 3
+
+    def forward(self, x):
+        n, channels, *places = x.shape
+        x = x.view(n, self.one, self.two, self.three, *places)
+        return x.permute(0, *self.order, 4, 5).reshape(n, channels, *places)
+
+
+class ThreeDimensions(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 12, 1), nn.Conv2d(12, 3, 1)
+        self.turn = Turned(order)
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.turn(self.first(x)).sigmoid())
+
+
+ORDERS = list(itertools.permutations((1, 2, 3)))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_three_dimensions_in_another_order_lose_what_keeps_the_order(order):
+    generator = torch.Generator().manual_seed(0)
+    model, x = ThreeDimensions(order), images(2)
+    kept = torch.zeros(2, 2, 3, dtype=torch.bool)
+    kept[1, :, [0, 2]] = True
+    corner = torch.ones(2, 2, 3, dtype=torch.bool)
+    corner[[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 2, 0]] = False  # two of each row, at other places
+    for live in (kept, corner, *(torch.rand(4, 2, 2, 3, generator=generator) > 0.6)):
+        masked = copy.deepcopy(model)
+        with torch.no_grad():
+            masked.last.weight.mul_(live.permute([d - 1 for d in order]).reshape(1, -1, 1, 1))
+        if not ps.plan_shrink(masked, images(1)).rows:
+            assert live is not kept
+            continue
+        smaller = ps.shrink(copy.deepcopy(masked), images(1))
+        torch.testing.assert_close(smaller(x), masked(x), rtol=1e-10, atol=1e-12)
+        assert smaller.last.in_channels == 4 or live is not kept
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_coupled_takes_the_channels_at_one_place_of_the_longest_dimension(order):
+    model, x = ThreeDimensions(order), images(2)
+    units = ps.coupled(model, images(1))
+    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    want = model(x)
+    ps.shrink(model, images(1))
+    assert model.last.in_channels <= 8
     torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)

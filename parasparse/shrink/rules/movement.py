@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, facts, worst
+from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts, worst
 from parasparse.shrink.labels import compact, fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose, merge
 from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.sizes import expression, span
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Call, Rule, Trace, unknown_operation
 
 # Functions whose pieces `stated_sizes` checks, where it sees how the program computed the places.
 _CHECKED = ("split", "split_with_sizes", "narrow", "chunk", "__getitem__", "__setitem__")
@@ -274,6 +274,18 @@ def _viewed(t: Tensor, shape: Any, *_: Any, **__: Any) -> Tensor:
     return t if isinstance(shape, torch.dtype) else t.reshape(shape)
 
 
+def _lifted(trace: Trace, call: Call) -> list[Facts]:
+    """Python numbers and arrays as a tensor: constants, unless they may come from the input."""
+    state = KNOWN if trace.constants_hold else UNKNOWN
+    return [Facts((), everywhere(state, out.shape)) for out in call.outs()]
+
+
+def _set(trace: Trace, call: Call) -> list[Facts]:
+    """`set_`: another tensor's memory, as copies and pickles are made."""
+    unknown_operation(trace, call)
+    return [trace.facts_of_memory(out) for out in call.outs()]
+
+
 def _same(t: Tensor, *_: Any, **__: Any) -> Tensor:
     return t
 
@@ -281,9 +293,10 @@ def _same(t: Tensor, *_: Any, **__: Any) -> Tensor:
 _aten = torch.ops.aten
 MOVEMENTS: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape"), _moved(_viewed)),
-    **dict.fromkeys(("clone", "alias", "detach", "_to_copy", "contiguous", "lift_fresh", "lift",
-                     "lift_fresh_copy", "_conj", "conj", "resolve_conj"),
-                    _turned(_same)),
+    **dict.fromkeys(("clone", "alias", "detach", "_to_copy", "contiguous", "_conj", "conj",
+                     "resolve_conj"), _turned(_same)),
+    "set": _set,
+    **dict.fromkeys(("lift", "lift_fresh", "lift_fresh_copy"), _lifted),
     "permute": _turned(torch.permute), "transpose": _turned(torch.transpose),
     "t": _turned(torch.t), "unsqueeze": _turned(torch.unsqueeze), "squeeze": _squeezed,
     "expand": _turned(lambda t, sizes, **_: t.expand(sizes)),

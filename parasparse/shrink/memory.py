@@ -1,0 +1,23 @@
+"""Where tensors lie in memory, and whether it has been written to."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def stamps(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return what tells whether a parameter or buffer has changed, by name."""
+    return {
+        name: (
+            id(tensor), tensor.untyped_storage()._cdata,
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+    }  # fmt: skip
+
+
+def has_layout_of(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie at the same places of their memory."""
+    return (a.shape, a.stride(), a.storage_offset(), a.dtype) == (
+        b.shape, b.stride(), b.storage_offset(), b.dtype
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Tensors that no operation of torch makes are no constants: copies, other objects, memory."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import parasparse as ps
+
+
+def through_data(x):
+    other = torch.empty_like(x)
+    other.data = x.detach()
+    return other
+
+
+def through_set(x):
+    return x.new_empty(0).set_(x.detach().clone())
+
+
+def through_thread(x):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: 2 * x).result()
+
+
+FOLLOWED = {
+    "deepcopy": lambda x: copy.deepcopy(x.detach()),
+    "copy": lambda x: copy.copy(x.detach()),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())),
+    "subclass": lambda x: x.as_subclass(torch.Tensor),
+    "data": through_data,
+    "set": through_set,
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy()),
+    "list": lambda x: torch.tensor(x.tolist(), dtype=x.dtype),
+}
+NOT_FOLLOWED = {
+    "parameter": nn.Parameter,
+    "dlpack": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())),
+    "thread": through_thread,
+}
+
+
+class Through(nn.Module):
+    """Its input, or what the first layer gives, goes through a function."""
+
+    def __init__(self, function, *, hidden):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.function, self.hidden = function, hidden
+        self.double().eval()
+        with torch.no_grad():
+            self.first.weight[:4], self.first.bias[:4] = 0, 0
+
+    def forward(self, x):
+        if self.hidden:
+            return self.last(self.function(self.first(x)).tanh())
+        return self.last(self.first(self.function(x)).tanh())
+
+
+def inputs():
+    return torch.randn(1, 6, dtype=torch.double)
+
+
+def assert_equal(small, model, x):
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "function", (FOLLOWED | NOT_FOLLOWED).values(), ids=FOLLOWED | NOT_FOLLOWED
+)
+def test_copies_of_the_input_are_no_constants(function):
+    model, x = Through(function, hidden=False), inputs()
+    small = ps.shrink(copy.deepcopy(model), inputs())
+    assert small.first.out_features == 4
+    assert_equal(small, model, x)
+
+
+@pytest.mark.parametrize("function", FOLLOWED.values(), ids=FOLLOWED)
+def test_channels_that_go_through_copies_stay_equal(function):
+    model, x = Through(function, hidden=True), inputs()
+    with torch.no_grad():
+        model.last.weight[:, 6:] = 0
+    small = copy.deepcopy(model)
+    if ps.plan_shrink(small, inputs()).rows:
+        ps.shrink(small, inputs())
+    assert_equal(small, model, x)
+
+
+@pytest.mark.parametrize("function", NOT_FOLLOWED.values(), ids=NOT_FOLLOWED)
+def test_channels_that_cannot_be_followed_are_refused(function):
+    model = Through(function, hidden=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="the smaller network"):
+        ps.shrink(model, inputs())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@dataclass
+class Batch:
+    images: torch.Tensor
+
+
+class OfBatches(Through):
+    def forward(self, batch):
+        return super().forward(batch.images)
+
+
+class Recurrent(Through):
+    """Keeps its last output in an attribute, which the next call reads."""
+
+    def forward(self, x):
+        x = super().forward(x + self.last_output.repeat(1, 3))
+        self.last_output = x.detach()
+        return x
+
+
+def test_tensors_in_objects_are_no_constants():
+    model, x = OfBatches(lambda x: x, hidden=False), Batch(inputs())
+    small = ps.shrink(copy.deepcopy(model), Batch(inputs()))
+    assert small.first.out_features == 4
+    assert_equal(small, model, x)
+
+
+def test_attributes_that_are_tensors_are_no_constants():
+    model, x = Recurrent(lambda x: 0 * x, hidden=False), inputs()
+    model.last_output = torch.randn(1, 2, dtype=torch.double)
+    small = ps.shrink(copy.deepcopy(model), inputs())
+    for _ in range(3):
+        assert_equal(small, model, x)
+
+
+def replaces(module, value):
+    module.state = value
+
+
+CHANGES = {
+    "copy_": lambda module, value: module.state.copy_(value),
+    "in place": lambda module, value: module.state.mul_(0.5).add_(value),
+    "data": lambda module, value: setattr(module.state, "data", value),
+    "a part": lambda module, value: module.state[:, :1].copy_(value[:, :1]),
+    "replaced": replaces,
+}
+
+
+class WithState(nn.Module):
+    """A buffer holds what the last call gave."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.again = nn.Linear(6, 8), nn.Linear(4, 8, bias=False)
+        self.last, self.change = nn.Linear(8, 4), change
+        self.register_buffer("state", torch.randn(1, 4))
+        self.double().eval()
+        with torch.no_grad():
+            self.first.weight[:4] = 0  # what is left of these units depends on the state alone
+            self.first.bias[:2], self.again.weight[:2] = 0, 0
+
+    def forward(self, x):
+        x = self.last((self.first(x) + self.again(self.state)).tanh())
+        self.change(self, x.detach())
+        return x
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_buffers_that_each_call_changes_are_no_constants(change):
+    model = WithState(change)
+    small = ps.shrink(copy.deepcopy(model), inputs())
+    assert small.first.out_features == 6
+    with torch.no_grad():
+        for x in (inputs(), inputs(), inputs()):
+            torch.testing.assert_close(small(x), model(x))
