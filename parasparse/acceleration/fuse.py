@@ -30,12 +30,12 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     """Return a copy of `model` for inference that computes the same in fewer steps.
 
     Batch norms are folded into the convolutions before them. A convolution computes the sum and the
-    activation (ReLU, ReLU6, Hardsigmoid or Hardswish) that follow it; after `accelerate` with
-    `compile_kernel=True` its kernel does, and writes the sum to the other operand if that is the
-    output of a convolution which nothing reads later. Max pooling of images computes in
-    channels_last, which is faster on a CPU. The zeros of weights stay. The last bits of outputs
-    change, and so do classes and keys. Norms after layers that are called twice, and layers with
-    hooks, stay as they are.
+    activation (ReLU, ReLU6, Hardsigmoid or Hardswish) that follow it. After `accelerate` with
+    `compile_kernel=True`, its kernel computes them, and writes the sum to the memory of the other
+    operand if that is the output of a convolution that nothing reads later. Max pooling of images
+    computes in channels_last, which is faster on a CPU. The zeros of weights stay. The last bits of
+    outputs change, and so do classes and keys. Norms after layers that are called twice, and layers
+    with hooks, stay as they are.
 
     Args:
         model: in evaluation mode, and without Python code that torch.fx cannot trace. Masked layers

@@ -25,7 +25,7 @@ from parasparse.files.streams import Entry, Read, decoded, dtype_of, streams_in,
 
 
 def write(path: FilePath, read: Read, header: dict[str, Any]) -> None:
-    """Write a packed file: `read` returns the tensor of each entry in `header`, but for streams."""
+    """Write a packed file: `header` lacks streams, and `read` returns the tensor of each entry."""
     with replacing(path) as file:
         (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 

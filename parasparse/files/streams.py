@@ -25,7 +25,7 @@ from parasparse.files.headers import bytes_in
 # tied one is {same: first name}, any other value {value}.
 Entry: TypeAlias = dict[str, Any]
 Read: TypeAlias = Callable[[str], Tensor]
-_ENTRIES_AT_ONCE = 1 << 20  # of small tensors that are read before they are written
+_ENTRIES_AT_ONCE = 1 << 20  # of small tensors that are in memory together
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def write_streams(
 
 
 def _encoded(group: list[tuple[Tensor, Small | None]]) -> tuple[Tensor, list[dict[str, int]]]:
-    """Return the bytes of a stream, and what the entry of each tensor says of its shift."""
+    """Return the bytes of a stream, and for the entry of each tensor its shift, if it has one."""
     if len(group) == 1:
         return encode(group[0][0]), [{}]
     parts = [part for _, part in group if part is not None]
@@ -112,7 +112,7 @@ def _groups(names: list[str], parts: Mapping[str, Small | None]) -> list[list[st
 
 
 def streams_in(content: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, Stream]:
-    """Return the stream in which each tensor is; bytes are not copied."""
+    """Return the stream of each tensor, by name; bytes are not copied."""
     entries = {name: entry for name, entry in header["entries"].items() if "dtype" in entry}
     if isinstance(content["tensors"], Mapping):  # versions 1 and 2
         return {name: Stream([name], content["tensors"][name]) for name in entries}
@@ -125,7 +125,7 @@ def streams_in(content: Mapping[str, Any], header: Mapping[str, Any]) -> dict[st
     for name, place in zip(entries, places, strict=True):
         streams[place].names.append(name)
     if not all(stream.names for stream in streams.values()):
-        raise ValueError("a stream must have a tensor.")
+        raise ValueError("each stream must hold a tensor.")
     return {name: stream for stream in streams.values() for name in stream.names}
 
 
@@ -144,7 +144,7 @@ def decoded(stream: Stream, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         if any(dtype_of(entry) != dtype for entry in held):
             raise ValueError("joined tensors must have one dtype.")
         if not all(0 <= shift < 1 << 15 for shift in shifts):
-            raise ValueError("shifts must have 15 bits.")
+            raise ValueError("shifts must be below 2**15 and not negative.")
         flat = decode_joined(data, dtype, numbers, shifts)
         tensors = [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
     return dict(zip(stream.names, tensors, strict=True))

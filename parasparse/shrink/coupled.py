@@ -35,7 +35,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     A unit is what `shrink` can remove together: the output channel of a layer, its bias and norm,
     the inputs of all layers that read it, the channels that a residual sum adds to it; all of an
     attention head, or of a group of query heads with its key and value. Channels whose number the
-    program states, as in `x.view(-1, 8)`, are no units, because they would have to stay. `reaches`
+    program states, as in `x.view(-1, 8)`, are not units, because they would have to stay. `reaches`
     is the target of the rule, and the scope of the rule must be "global".
 
     Args:
@@ -73,9 +73,9 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     @on_cpu()
     def _find(self, trace: Trace, losing: set[str]) -> None:
-        """Find the units of a run, those of the tensors of the names `losing`."""
+        """Find the units of a run that lie in the tensors named in `losing`."""
         for grid in transposed(distinct(trace.shapes)):  # shuffled: all groups have the same places
-            if grid.shape[-1] == 1:  # else it is enough that slices keep equally many
+            if grid.shape[-1] == 1:  # otherwise it is enough that slices keep equally many
                 trace.ties.tie(grid, places(grid))
         units = Units(trace)
         keep_all_of(trace, units, losing)

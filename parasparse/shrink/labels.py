@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _BITS = 31  # of an id: a pair of them is one number
-_MANY = 10_000  # ids, which are then kept once each
+_MANY = 10_000  # ids: where there are more, repeated ones are dropped
 
 
 def tidy(label: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Have new tensors on the CPU, as labels are, whatever the default device is."""
+    """Create new tensors on the CPU, as labels are, whatever the default device is."""
     if torch.get_default_device().type == "cpu":
         yield
     else:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def stamps(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return what tells whether a parameter or buffer has changed, by name."""
+    """Return, by name, what differs once a parameter or buffer is replaced or written to."""
     return {
         name: (
             id(tensor), tensor.untyped_storage()._cdata,

@@ -128,7 +128,7 @@ def _dead(state: Tensor, dim: int, among: Tensor) -> list[int]:
     """Return the indices of `dim`, of those `among` which to look, that are ZERO everywhere."""
     others = [d for d in range(state.ndim) if d != dim]
     some = state[tuple(slice(None, None, 1 if d == dim else 31) for d in range(state.ndim))]
-    for part in (some, state) if others else (state,):  # a part tells most that are not
+    for part in (some, state) if others else (state,):  # a part rules out most
         zero = (part.amin(others) if others else part) == ZERO
         if not bool((zero & among).any()):
             return []

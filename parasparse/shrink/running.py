@@ -35,7 +35,7 @@ from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
 from parasparse.targets.tensors import Target
 
-# Kernels, hooks of all modules and the state of random numbers are those of the whole process.
+# One run at a time: it changes kernels, global hooks and random states, which all threads share.
 ALONE = threading.RLock()
 Run: TypeAlias = tuple[Trace, dict[Attribute, int], nn.Module]
 

@@ -65,7 +65,7 @@ def shrink(
         exact: if False, channels over which a norm or mean is taken are removed as well. The
             result differs; `plan.inexact` names the modules.
         multiple_of: sizes that become smaller stay a multiple of this number.
-        optimizer: one, or a list of them; its state is cut along. Moments of rescaled weights keep
+        optimizer: one, or a list of them; its state is cut too. Moments of rescaled weights keep
             their values.
         check: whether to run the masked and the smaller network on `example_inputs`, as copies in
             float64. If they differ by more than rounding, the model is put back. With

@@ -38,7 +38,7 @@ class StandIns:
 
     Attributes:
         made: whether a result has been replaced.
-        late: see above.
+        late: as given.
     """
 
     def __init__(self, model: nn.Module, late: LateValues) -> None:
@@ -50,7 +50,7 @@ class StandIns:
         self._numbers = numbers  # as many as a prime, so that no two rows are equal
 
     def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ValuesNeeded if `func` writes into a Parameter, or is no operation of torch."""
+        """Raise ValuesNeeded if `func` writes into a Parameter, or is not an operation of torch."""
         if func.namespace != "aten":
             raise ValuesNeeded
         if func._schema.is_mutable:
@@ -122,7 +122,7 @@ def _layout(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-@lru_cache(maxsize=1024)  # it takes longer than the arithmetic of a small layer
+@lru_cache(maxsize=1024)  # a call takes longer than the arithmetic of a small layer
 def _without_values(func: Any, args: tuple[Any, ...]) -> Tensor:
     """Return the result of an operation, on the meta device, for tensors of these layouts."""
     tensors = (

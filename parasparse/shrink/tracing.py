@@ -113,7 +113,7 @@ class Trace(TorchDispatchMode):
         dropped: by name of a parameter, its states: ZERO where an entry is pruned.
         rule_for: returns the rule of an operation, or None.
         stand_ins: makes results of products that are not computed; None: all are computed.
-        changing: names of parameters and buffers that each run changes: they are no constants.
+        changing: names of parameters and buffers that each run changes, so they are not constants.
 
     Attributes:
         ties: the ids and what ties them.
@@ -260,7 +260,7 @@ class Trace(TorchDispatchMode):
         self._facts[leaf.tensor] = facts(labels, self.state(leaf.tensor))
 
     def take_ids(self, tensor: Tensor, ids: Tensor) -> bool:
-        """Give a vector of the model the `ids` of what it meets, if it has none; say whether."""
+        """Give a vector of the model the `ids` of what it meets; return whether it got them."""
         name = self._names.get(id(tensor))
         if name is None or name in self._changing or tensor in self._facts:
             return False
@@ -289,7 +289,7 @@ class Trace(TorchDispatchMode):
         return Facts(tuple(labels), everywhere(KNOWN, tensor.shape) if state is None else state)
 
     def facts_of_memory(self, tensor: Tensor) -> Facts:
-        """Return the facts of what no operation has made: a tensor in another object, or a copy."""
+        """Return the facts of a tensor that no operation made: another object for it, or a copy."""
         if tensor.layout == torch.strided:
             for other, _ in self._in_memory[tensor.untyped_storage()._cdata].items():
                 if has_layout_of(other, tensor):
@@ -366,7 +366,7 @@ class Trace(TorchDispatchMode):
 
 
 def _has_channels(tensor: Tensor) -> bool:
-    """Whether the places of a tensor are channels, not those of a table of indices or a mask."""
+    """Whether a tensor has channels, unlike a table of indices or a mask."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

@@ -40,7 +40,7 @@ def unshrink(
         plan: what `plan_shrink` returned before `shrink` changed the model.
         state_dict: of the dense or masked model. The channels that were removed then have its
             values and no mask, for example to be trained again.
-        optimizer: one, or a list of them; its state grows along, by zeros.
+        optimizer: one, or a list of them; its state grows too, filled with zeros.
 
     Raises:
         ValueError: the model does not have the shapes of the small one, or `state_dict` not those

@@ -19,12 +19,12 @@ class Following(NamedTuple):
     """activation(convolution + added)."""
 
     added: Any = None
-    in_place: bool = False  # `y += added`, of which the dtype is that of the convolution
+    in_place: bool = False  # `y += added`, which keeps the dtype of the convolution
     last: bool = False  # nothing reads `added` afterwards
     activation: str | None = None
 
     def of(self, result: Tensor) -> Tensor:
-        """Return what follows `result`; write to `result`."""
+        """Return activation(result + added); `result` may be overwritten."""
         if self.in_place:
             result += self.added
         elif self.added is not None:

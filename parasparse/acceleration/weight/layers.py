@@ -30,7 +30,7 @@ class Use:
     rows: int  # how often the call multiplied each entry of the weight; 0 for a lookup
     times: int = 1  # number of such calls
     outputs: int | None = None  # number of outputs of the weight that were used; None: all
-    activation: str | None = None  # what a convolution computed too
+    activation: str | None = None  # one that the convolution computed too
 
 
 GRADIENT = (

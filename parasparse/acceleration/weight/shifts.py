@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 def shifted(
     matrix: Compiled, bias: Tensor | None, steps: Steps, following: Following, x: Tensor
 ) -> Tensor:
-    """Return what follows W @ patches + bias."""
+    """Return W @ patches + bias with the sum and activation of `following`."""
     if math.prod(steps.kernel) == 1 and max(steps.stride) > 1 and not any(steps.padding):
         for dim, s in enumerate(steps.stride, 2):  # a single phase is read
             x = x[(slice(None),) * dim + (slice(None, None, s),)]

@@ -16,7 +16,7 @@ from parasparse.files.codes.digits import base_for, bits_per_digit
 _BIN_BITS, _GAP_BITS = 8, 16  # in the table
 _BASES = sorted(m << b for m in (1, 3) for b in range(10) if m << b <= 512)  # see `of_numbers`
 _MOST_PARTS = 2048  # a part that holds less than one in so many numbers is not halved
-_FEW = 8  # numbers: less is saved by halving a part than a bin takes
+_FEW = 8  # numbers: halving a part with fewer saves less than a bin takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +84,9 @@ PLAIN = Bins((0,), (16,))
 def choose_bins(counts: Tensor, least: int = 0) -> Bins:
     """Return bins that take few bits.
 
-    The range of the numbers that occur is halved, and then, again and again, the bin that holds
-    most. Halving a bin saves a bit for each number in it. So the best bins of each base are known
-    from the halves in descending order of what they hold.
+    The range of the numbers that occur is halved, and then, repeatedly, the bin that holds most
+    numbers. Halving a bin saves a bit for each number in it. So the best bins for each base follow
+    from the halves in descending order of how many numbers they hold.
 
     Args:
         counts: 1-D, how often each number from `least` on occurs.
@@ -121,9 +121,9 @@ def _in_halves(counts: Tensor, width: int) -> Tensor:
 
 
 def _halved(held: Tensor, total: int) -> tuple[Tensor, int]:
-    """Return the parts to halve so that all takes the fewest bits, and how many bits that saves."""
+    """Return the parts to halve for the fewest bits in all, and how many bits that saves."""
     parts = (held[: len(held) // 2] > max(_FEW, total // _MOST_PARTS)).nonzero().squeeze(1)
-    # Of parts that hold equally many, the larger comes first, as it must.
+    # A part must come before its halves, also if one of them holds all of its numbers.
     numbers, order = held.index_select(0, parts).sort(descending=True, stable=True)
     parts = parts.index_select(0, order)
     bins = held.view(-1, 2).index_select(0, parts).bool().all(1).cumsum(0) + 1
@@ -137,7 +137,7 @@ def _halved(held: Tensor, total: int) -> tuple[Tensor, int]:
 
 
 def _bins_between(held: Tensor, halved: Tensor, width: int) -> tuple[list[int], list[int]]:
-    """Return the lows and widths of what is left if the parts `halved` of the range are halved."""
+    """Return the lows and widths of the bins that halving the parts `halved` leaves."""
     is_halved = torch.zeros(len(held), dtype=torch.bool)
     is_halved[halved] = True
     parts = torch.cat([halved.new_ones(1), 2 * halved, 2 * halved + 1])

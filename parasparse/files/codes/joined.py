@@ -1,8 +1,8 @@
 """Several small tensors of one dtype coded as one, in a single piece.
 
-To code a tensor takes some hundred calls of torch, however small it is. Weights that were pruned
-alike are distributed alike, but for their scale. So each tensor has a shift, which is taken off the
-exponents of its entries, and one table of bins fits them all.
+Coding a tensor takes some hundred calls of torch functions, however small it is. Weights that were
+pruned in the same way have the same distribution, except for their scale. So each tensor has a
+shift, which is subtracted from the exponents of its entries, and one table of bins fits them all.
 """
 
 from collections.abc import Hashable
@@ -21,8 +21,8 @@ from parasparse.files.codes.tensors import choose_units
 from parasparse.files.codes.values import choose_bins_of_columns
 from parasparse.files.units import words_of
 
-MOST_ENTRIES = 1 << 18  # of a tensor that is joined with others
-MOST_KEPT = 1 << 17  # of these
+MOST_ENTRIES = 1 << 18  # in a tensor that is joined with others
+MOST_KEPT = 1 << 17  # of them that are kept
 _SAMPLE = 256
 
 
@@ -34,7 +34,7 @@ class Small:
         words: its entries as integers, 1-D.
         flags: which of them are not 0, uint8.
         kept: how many of them are not 0.
-        kind: what it must have in common with the others.
+        kind: equal for tensors that may be joined.
     """
 
     words: Tensor
@@ -44,7 +44,7 @@ class Small:
 
 
 def small(tensor: Tensor) -> Small | None:
-    """Return `tensor` as one to be joined; None if it is better coded alone."""
+    """Return `tensor` prepared for joining, or None if it is better coded alone."""
     dtype, number = tensor.dtype, tensor.numel()
     if not 0 < number <= MOST_ENTRIES or dtype.is_complex:
         return None
@@ -53,7 +53,7 @@ def small(tensor: Tensor) -> Small | None:
     kept = int(flags.count_nonzero())
     if kept == 0:
         return Small(words, torch.zeros_like(words, dtype=torch.uint8), 0, None)
-    if len(flags) < number or kept > MOST_KEPT:  # rows or blocks, or many entries are kept
+    if len(flags) < number or kept > MOST_KEPT:  # in rows or blocks, or with many kept entries
         return None
     is_even = kept < number and 8 * kept % number == 0 and _is_even(flags)
     if is_even and number % 8:
@@ -63,7 +63,7 @@ def small(tensor: Tensor) -> Small | None:
 
 
 def _is_even(flags: Tensor) -> bool:
-    """Whether of each eight flags in a row equally many are set, among the first."""
+    """Whether each eight flags in a row have equally many set, as far as the first ones tell."""
     some = flags[: min(_SAMPLE, len(flags) // 8 * 8)].view(torch.uint8).view(-1, 8).sum(1)
     return len(some) > 0 and bool((some == some[0]).all())
 
@@ -94,12 +94,12 @@ def decode_joined(
         data: 1-D, uint8.
         dtype: of all of them.
         numbers: how many entries each has.
-        shifts: what was taken off the exponents of each.
+        shifts: what was subtracted from the exponents of each.
     """
     total, cursor = sum(numbers), Cursor(data)
     head = unpack_head(cursor, Layout((total, 1), 1, dtype.itemsize))
     if dtype.is_complex or head.unit != (1, 1) or len(head.records) != 1:
-        raise ValueError("joined tensors must be a piece of single words.")
+        raise ValueError("joined tensors must be one piece, in units of a single word.")
     record = head.records[0]
     piece = cursor.take(record.nbytes)
     places, words = unpack_piece(piece, record, total, 1, dtype.itemsize, head)
@@ -124,7 +124,7 @@ def _shifts(words: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _shifted(words: Tensor, shifts: Tensor, numbers: Tensor) -> Tensor:
-    """Return `words` with `shifts` added to the exponents, of so many words each."""
+    """Return `words` with `shifts` added to the exponents; `numbers` counts the words of each."""
     if not shifts.any():
         return words
     added = (shifts << _bits_below(words)).to(words.dtype).repeat_interleave(numbers)

@@ -1,4 +1,4 @@
-"""Pieces of a tensor: units that are coded one after the other, apart from all others."""
+"""Pieces of a tensor: runs of units, each coded apart from the others."""
 
 import zlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from parasparse.files.codes.values import pack_values, unpack_values
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Which units of a piece are kept, as flags and as places (None: of all), and their words."""
+    """Which units of a piece are kept, as flags and as places (None: all), and their words."""
 
     flags: Tensor
     places: Tensor | None

@@ -114,8 +114,8 @@ def choose_units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
 def _may_have_units(kept: Tensor, inner: int, bits: float) -> bool:
     """Whether enough kept entries of `bits` each lie side by side that larger units may pay.
 
-    Units save at most the bits of the places, so they hold few zeros, and most entries in a row or
-    column of one follow another, all but the first.
+    Units save at most the bits of the places, so they may hold only few zeros. Then most of their
+    kept entries, all but the first of each row or column, follow another kept one.
     """
     shortest = min(side for side in (*kept.shape, inner, 4) if side > 1)
     number = int(kept.count_nonzero())
