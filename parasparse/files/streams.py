@@ -120,12 +120,12 @@ def streams_in(content: Mapping[str, Any], header: Mapping[str, Any]) -> dict[st
         sizes, places = header["streams"], [entry["stream"] for entry in entries.values()]
     else:  # version 3
         sizes, places = [entry["nbytes"] for entry in entries.values()], list(range(len(entries)))
+    if len(set(places)) != len(sizes):
+        raise ValueError("each stream must have a tensor.")
     data = bytes_in(content, "tensors").split(sizes)
     streams = {place: Stream([], part) for place, part in enumerate(data)}
     for name, place in zip(entries, places, strict=True):
         streams[place].names.append(name)
-    if not all(stream.names for stream in streams.values()):
-        raise ValueError("each stream must hold a tensor.")
     return {name: stream for stream in streams.values() for name in stream.names}
 
 
@@ -143,8 +143,10 @@ def decoded(stream: Stream, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         numbers, shifts = [math.prod(shape) for shape in shapes], [one["shift"] for one in held]
         if any(dtype_of(entry) != dtype for entry in held):
             raise ValueError("joined tensors must have one dtype.")
-        if not all(0 <= shift < 1 << 15 for shift in shifts):
-            raise ValueError("shifts must be below 2**15 and not negative.")
+        if not all(isinstance(shift, int) and 0 <= shift < 1 << 15 for shift in shifts):
+            raise ValueError("shifts must be integers below 2**15 and not negative.")
+        if max(numbers) > MOST_ENTRIES:
+            raise ValueError(f"joined tensors must have at most {MOST_ENTRIES} entries each.")
         flat = decode_joined(data, dtype, numbers, shifts)
         tensors = [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
     return dict(zip(stream.names, tensors, strict=True))

@@ -140,6 +140,8 @@ def headed(entries, *streams, **more):
         headed({"x": {"same": "y"}}),
         headed({"x": {"same": ["x"]}}),
         headed({"x": "y"}),
+        *({**headed({}), "streams": streams} for streams in (1, {"0": 0}, "0", None)),
+        headed({"x": {**BOOL, "stream": 0}}, *range(9)),
         headed({"x": {"dtype": "float32"}}),
         headed({}, modules=[1]),
         headed({}, modules=3),

@@ -1,12 +1,18 @@
 """Small tensors that are coded as one: the same bits come back, in fewer bytes than apart."""
 
+import json
+import zlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parasparse.checkpoints.save_packed import load_packed, save
-from parasparse.files import streams
+from parasparse.files import headers, streams
+from parasparse.files.codes.bins import Bins
+from parasparse.files.codes.flags import choose_flag_code
+from parasparse.files.codes.head import Head, Record, pack_head
 from parasparse.files.codes.joined import MOST_ENTRIES, decode_joined, encode_joined, small
 from parasparse.files.codes.tensors import encode
 from parasparse.files.opening import open_checkpoint
@@ -75,6 +81,40 @@ def test_tensors_take_hardly_more_together_than_apart(sparsity, dtype):
     state = network(sparsity, dtype)
     data, _ = joined(list(state.values()))
     assert len(data) < 1.01 * sum(len(encode(tensor)) for tensor in state.values())
+
+
+def quantized(weight, levels, dim):
+    """Return `weight` in steps of which about `levels` occur in all, or in each row."""
+    step = 2 * weight.abs().amax(dim, keepdim=True) / levels
+    return (weight / step).round() * step
+
+
+FEW_VALUES = {
+    "16 levels": lambda weight: quantized(weight, 16, (0, 1)),
+    "16 levels a row": lambda weight: quantized(weight, 16, 1),
+    "256 levels": lambda weight: quantized(weight.float(), 256, (0, 1)),
+    "one value": lambda weight: torch.full_like(weight, weight[0, 0].item()),
+    "groups": lambda weight: torch.arange(weight.numel(), dtype=torch.int32) // 128,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("few", FEW_VALUES.values(), ids=FEW_VALUES)
+def test_tensors_with_few_values_keep_tables_of_their_own(few, dtype):
+    """Their values differ, so that together they would take half as much again."""
+    dense = [weights("0", (64, 256), torch.float32, seed) * 1.3**seed for seed in range(4)]
+    state = {str(i): few(weight.to(dtype)) for i, weight in enumerate(dense)}
+    state["other"] = torch.randint(-1 << 31, (1 << 31) - 1, (64, 256), dtype=torch.int32)
+    apart = sum(len(encode(tensor)) for tensor in state.values())
+    assert sum(written(state)["streams"]) <= 1.01 * apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.98])
+def test_weights_pruned_by_magnitude_are_joined(sparsity, dtype):
+    weight = weights("0", (256, 512), torch.float32)
+    least = weight.abs().flatten().sort().values[round(sparsity * (weight.numel() - 1))]
+    assert small((weight * (weight.abs() >= least) + 0.0).to(dtype)) is not None
 
 
 def test_only_like_tensors_are_joined(tmp_path):
@@ -155,6 +195,53 @@ def test_damage_names_the_tensor(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ValueError, match='no intact "layers.0.weight"'):
             load_packed(path)
+
+
+LIES = {
+    "an entry more": {"shape": [8, 41]},
+    "an entry less": {"shape": [8, 39]},
+    "no size": {"shape": []},
+    "negative sizes": {"shape": [-8, -40]},
+    "a product of more than 64 bits": {"shape": [1 << 40, 1 << 40]},
+    "floats as sizes": {"shape": [8.0, 40.0]},
+    "another dtype": {"dtype": "int32"},
+    "a negative shift": {"shift": -1},
+    "a large shift": {"shift": 1 << 15},
+    "a shift of more than 64 bits": {"shift": 1 << 80},
+    "a float as shift": {"shift": 1.5},
+    "a text as shift": {"shift": "1"},
+    "no shift": {"shift": None},
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_an_entry_that_lies_is_refused(tmp_path, lie):
+    """The bytes are intact, but not what is said of one tensor in them."""
+    path = tmp_path / "x.pt"
+    save(network(), path)
+    content = torch.load(path)
+    header = json.loads(zlib.decompress(content["header"].numpy().tobytes()))
+    header["entries"]["layers.3.weight"].update(lie)
+    torch.save({**content, "header": headers.packed_header(header)}, path)
+    with pytest.raises(ValueError, match='no intact "layers.0.weight"'):
+        load_packed(path)
+
+
+def test_small_tensors_are_small():
+    """Zeros take no bytes, so only a limit tells how many there may be."""
+    found = streams.decoded(*zeros_joined(MOST_ENTRIES))["x"]
+    assert same(found, torch.zeros(MOST_ENTRIES))
+    with pytest.raises(ValueError, match="at most 262144 entries"):
+        streams.decoded(*zeros_joined(1 << 40))
+
+
+def zeros_joined(number):
+    """Return a stream of one joined tensor that is all zero, and its entry."""
+    flag_code = choose_flag_code(torch.zeros(8, dtype=torch.uint8), 0, 8)
+    nothing = Record(kept=0, base=1, bits=0, nbytes=0, crc32=0)
+    head = Head((1, 1), number, flag_code, [Bins((0,), (0,))] * 2, [nothing])
+    entry = {"dtype": "float32", "shape": [number], "stream": 0, "shift": 0}
+    return streams.Stream(["x"], pack_head(head)), {"x": entry}
 
 
 def test_forged_numbers_and_pieces_are_refused():

@@ -3,6 +3,7 @@
 Coding a tensor takes some hundred calls of torch functions, however small it is. Weights that were
 pruned in the same way have the same distribution, except for their scale. So each tensor has a
 shift, which is subtracted from the exponents of its entries, and one table of bins fits them all.
+Quantized weights have few values, but not the same in each tensor, so each needs its own table.
 """
 
 from collections.abc import Hashable
@@ -23,6 +24,7 @@ from parasparse.files.units import words_of
 
 MOST_ENTRIES = 1 << 18  # in a tensor that is joined with others
 MOST_KEPT = 1 << 17  # of them that are kept
+_MANY = 1 << 10  # kept entries; with fewer, a table of bins that does not fit them costs little
 _SAMPLE = 256
 
 
@@ -55,11 +57,24 @@ def small(tensor: Tensor) -> Small | None:
         return Small(words, torch.zeros_like(words, dtype=torch.uint8), 0, None)
     if len(flags) < number or kept > MOST_KEPT:  # in rows or blocks, or with many kept entries
         return None
+    if kept >= _MANY and _has_few_values(words, kept, dtype):
+        return None
     is_even = kept < number and 8 * kept % number == 0 and _is_even(flags)
     if is_even and number % 8:
         return None  # the patterns of the next tensor would not start where a byte does
     kind = (kept == number, round(2 * log2(kept / number)), is_even)
     return Small(words, flags.view(torch.uint8), kept, kind)
+
+
+def _has_few_values(words: Tensor, kept: int, dtype: torch.dtype) -> bool:
+    """Whether entries that follow each other have less than half of the values they could have."""
+    if dtype.itemsize == 1:
+        return False
+    length = len(words) * _SAMPLE // kept
+    some = words.narrow(0, (len(words) - length) // 2, length)
+    some = some[some.bool()][:_SAMPLE]
+    steps = 1 / torch.finfo(dtype).eps if dtype.is_floating_point else _SAMPLE
+    return 2 * len(some.unique()) < min(len(some), steps)
 
 
 def _is_even(flags: Tensor) -> bool:
@@ -98,8 +113,8 @@ def decode_joined(
     """
     total, cursor = sum(numbers), Cursor(data)
     head = unpack_head(cursor, Layout((total, 1), 1, dtype.itemsize))
-    if dtype.is_complex or head.unit != (1, 1) or len(head.records) != 1:
-        raise ValueError("joined tensors must be one piece, in units of a single word.")
+    if dtype.is_complex or head.unit != (1, 1) or head.size != total or len(head.records) != 1:
+        raise ValueError(f"joined tensors must be one piece of {total} single words.")
     record = head.records[0]
     piece = cursor.take(record.nbytes)
     places, words = unpack_piece(piece, record, total, 1, dtype.itemsize, head)
