@@ -13,7 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from parasparse.acceleration.folding import fold_norms
 from parasparse.acceleration.weight.convolution import convolution_then
 from parasparse.acceleration.weight.following import Following
+from parasparse.acceleration.weight.layers import is_transformed
 from parasparse.attach.accelerated import is_accelerated
+from parasparse.masks.apply import is_tracing
 from parasparse.masks.hooks import is_hooked
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -180,10 +182,10 @@ def _max_pool2d(x: Tensor, *sizes: Any) -> Any:
     """Pool in channels_last, which on a CPU is vectorized, and return the memory format of x."""
     if has_torch_function((x,)):  # a proxy of torch.fx, for example
         return handle_torch_function(_max_pool2d, (x,), x, *sizes)
-    if x.ndim != 4 or not (x.is_cpu and x.is_contiguous()):
+    if x.ndim != 4 or not (x.is_cpu and x.is_contiguous()) or is_transformed():
         return F.max_pool2d(x, *sizes)
-    if len(x) == 1 or torch.compiler.is_compiling():
-        return _in_channels_last(x, *sizes)
+    if torch.compiler.is_compiling() or is_tracing() or len(x) == 1:
+        return _in_channels_last(x, *sizes)  # a traced graph is for batches of any size
     # One image at a time, whose copies stay in the caches.
     return torch.cat([_in_channels_last(image, *sizes) for image in x.split(1)])
 

@@ -355,6 +355,46 @@ def test_it_compiles_in_one_graph(name):
     close(torch.compile(fused, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch deprecates `jit.trace`
+@torch.no_grad()
+def test_a_traced_or_exported_graph_is_for_batches_of_any_size():
+    model, x = network("pooling")
+    fused, other = ps.fuse(model).requires_grad_(False), torch.randn(5, 8, 7, 7)
+    close(torch.jit.trace(fused, x)(other), model(other))
+    exported = torch.export.export(fused, (x,), dynamic_shapes=[{0: torch.export.Dim("batch")}])
+    close(exported.module()(other), model(other))
+
+
+@pytest.mark.parametrize("name", ["sum and ReLU", "pooling"])
+@torch.no_grad()
+def test_vmap_goes_through(name):
+    model, x = network(name)
+    close(torch.func.vmap(ps.fuse(model))(x[None]), model(x)[None])
+
+
+class Weight(nn.Module):
+    """Adds the weight of one layer to the output of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 7)
+
+    def forward(self, x):
+        added = self.other.weight
+        return F.relu(self.layer(x) + added) * self.other(x)
+
+
+@pytest.mark.parametrize("format_", ["compiled", "bag", None])
+@pytest.mark.parametrize("keep_dense", [True, False])
+@torch.no_grad()
+def test_a_weight_that_is_added(format_, keep_dense):
+    model = ps.squash(ps.sparsify(Weight(), 0.7)).eval()
+    plan = {"other.weight": [[1, "bag"]], "layer.weight": [[1, "bag"], [2, format_]]}
+    x = torch.randn(2, 8, 7, 7)
+    fused = ps.accelerate(ps.fuse(model), formats=plan, keep_dense=keep_dense)
+    close(fused(x), model(x))
+
+
 @torch.no_grad()
 def test_under_autocast_dtypes_are_those_of_the_network():
     model, x = network("sum and ReLU")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from parasparse.acceleration.weight import attention, convolution, layers, recurrent
+from parasparse.acceleration.weight.following import Following
 from parasparse.attach.accelerated import StandIn
 
 # Functions that multiply sparsely. A handler returns NotImplemented to run the dense kernel.
@@ -59,4 +60,6 @@ def replaced(tree: Any, plain: Callable[[Any], Any]) -> Any:
         return {key: replaced(branch, plain) for key, branch in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)([replaced(branch, plain) for branch in tree])
+    if isinstance(tree, Following):
+        return Following(*(replaced(branch, plain) for branch in tree))
     return tree
