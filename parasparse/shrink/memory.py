@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -14,6 +17,17 @@ def stamps(model: nn.Module) -> dict[str, tuple[int, int, int]]:
         )
         for name, tensor in [*model.named_buffers(), *model.named_parameters()]
     }  # fmt: skip
+
+
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the arguments of an operation into whose memory it writes."""
+    schema = func._schema
+    writes = schema.is_mutable and schema.name != "aten::set_"  # which takes other memory
+    for place, argument in enumerate(schema.arguments if writes else ()):
+        if argument.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            each = value if isinstance(value, (list, tuple)) else [value]
+            yield from (tensor for tensor in each if isinstance(tensor, Tensor))
 
 
 def has_layout_of(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,8 @@ from parasparse.shrink.tracing import Trace, lowest
 def leave_torch(trace: Trace, tensor: Tensor, name: str) -> None:
     """Keep what a program reads as numbers, by the function `name`."""
     trace.constants_hold &= lowest(trace, [tensor]) != UNKNOWN
+    if name not in ("tolist", "__reduce_ex__") and trace.is_stored(tensor):
+        trace.write([tensor])  # whoever has its memory may write into it
     for label in trace.labels(tensor):
         trace.ties.pin(label, f"its values leave torch ({name})")
 

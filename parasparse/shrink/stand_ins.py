@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parasparse.shrink.late_values import LateValues
+from parasparse.shrink.memory import written
 
 # The operations, and the place of the weight among their arguments, whose values they do not need.
 _WEIGHTS = {"convolution": 1, "mm": 1, "bmm": 1, "addmm": 2, "baddbmm": 2, "embedding": 0}
@@ -53,18 +54,9 @@ class StandIns:
         """Raise ValuesNeeded if `func` writes into a Parameter, or is not an operation of torch."""
         if func.namespace != "aten":
             raise ValuesNeeded
-        if func._schema.is_mutable:
-            for place, argument in enumerate(func._schema.arguments):
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                if argument.is_write and self._holds(value):
-                    raise ValuesNeeded
-
-    def _holds(self, value: Any) -> bool:
-        tensors = value if isinstance(value, (list, tuple)) else [value]
-        return any(
-            isinstance(t, Tensor) and t.untyped_storage()._cdata in self._parameters
-            for t in tensors
-        )
+        for tensor in written(func, args, kwargs):
+            if tensor.untyped_storage()._cdata in self._parameters:
+                raise ValuesNeeded
 
     def instead(self, name: str, func: Any, args: tuple[Any, ...]) -> Tensor | None:
         """Return a stand-in for the result of an operation, or None if it must run."""

@@ -17,7 +17,7 @@ from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
-from parasparse.shrink.memory import has_layout_of, stamps
+from parasparse.shrink.memory import has_layout_of, stamps, written
 from parasparse.shrink.products import Product, Read
 from parasparse.shrink.sizes import (
     Attribute,
@@ -163,6 +163,7 @@ class Trace(TorchDispatchMode):
         self.dropped = dropped
         self._facts: ByTensor[Facts] = ByTensor()
         self._in_memory: dict[int, ByTensor[None]] = defaultdict(ByTensor)
+        self._writable: set[int] = set()  # memory into which the program may have written
 
     def facts(self, tensor: Tensor) -> Facts:
         """Return what is known of `tensor`. Only parameters and buffers are constants by nature."""
@@ -227,7 +228,18 @@ class Trace(TorchDispatchMode):
     def changed(self, model: nn.Module) -> frozenset[str]:
         """Return the names of the parameters and buffers that the run has changed."""
         now = stamps(model)
-        return frozenset(name for name, stamp in self._before.items() if now.get(name) != stamp)
+        return frozenset(
+            name for name, stamp in self._before.items()
+            if now.get(name) != stamp or stamp[1] in self._writable
+        )  # fmt: skip
+
+    def write(self, tensors: list[Tensor]) -> None:
+        """Forget the states of all tensors in the memory of `tensors`: something writes into it."""
+        for memory in {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}:
+            self._writable.add(memory)
+            for tensor, _ in self._in_memory[memory].items():
+                unknown = everywhere(UNKNOWN, tensor.shape)
+                self._facts[tensor] = Facts(self._facts[tensor].labels, unknown)
 
     def average(self, label: Tensor) -> None:
         """Remember that a norm is taken over `label`."""
@@ -308,7 +320,7 @@ class Trace(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         with torch._C.DisableTorchFunction():
             call = self._run(name, func, args, kwargs)
-            self._follow(call, mutates=func._schema.is_mutable)
+            self._follow(call, list(written(func, args, kwargs)))
             made = self.stand_ins is not None and self.stand_ins.made
             if made and reads_values(name, func, args) and lowest(self, call.tensors()) == UNKNOWN:
                 raise ValuesNeeded
@@ -327,21 +339,20 @@ class Trace(TorchDispatchMode):
                 self.stand_ins.late.need(_tensors_in([*args, *kwargs.values()]))
         return Call(name, args, kwargs, func(*args, **kwargs), func)
 
-    def _follow(self, call: Call, *, mutates: bool) -> None:
+    def _follow(self, call: Call, writes: list[Tensor]) -> None:
         outs = call.outs()
         for key in map(id, call.tensors()):
             if key in self._names:
                 self.uses[key] += 1
-        self.means.follow(call, mutates=mutates)
+        self.means.follow(call, mutates=bool(writes))
         is_sparse = any(t.layout != torch.strided for t in (*outs, *call.tensors()))
         rule = None if is_sparse else self._rule_for(call)
         found = unknown_operation(self, call) if rule is None else rule(self, call)
         if not self.constants_hold and call.takes_number():
             found = [Facts(each.labels, self._zeros_alone(call, each.state)) for each in found]
+        self.write(writes)
         for out, each in zip(outs, found, strict=True):
             self.set_facts(out, each)
-        if mutates:
-            self._written(outs)
 
     def _zeros_alone(self, call: Call, state: Tensor) -> Tensor:
         """Return the state of what is computed with a number that may come from the input."""
@@ -350,15 +361,6 @@ class Trace(TorchDispatchMode):
         zero = (compact(self.state(t)) == ZERO for t in call.tensors())
         small = reduce(torch.logical_or, zero) & (compact(state) == ZERO)
         return (small.to(torch.uint8) * ZERO).expand(state.shape)
-
-    def _written(self, outs: list[Tensor]) -> None:
-        """Forget the states of other tensors in memory that has been written to."""
-        outs = [out for out in outs if out.layout == torch.strided]
-        for storage in {out.untyped_storage()._cdata for out in outs}:
-            for tensor, _ in self._in_memory[storage].items():
-                if not any(tensor is out for out in outs):
-                    labels = self._facts[tensor].labels
-                    self._facts[tensor] = Facts(labels, everywhere(UNKNOWN, tensor.shape))
 
     def _remember_memory(self, tensor: Tensor) -> None:
         if tensor.layout == torch.strided:

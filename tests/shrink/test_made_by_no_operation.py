@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -144,6 +145,10 @@ CHANGES = {
     "in place": lambda module, value: module.state.mul_(0.5).add_(value),
     "data": lambda module, value: setattr(module.state, "data", value),
     "a part": lambda module, value: module.state[:, :1].copy_(value[:, :1]),
+    "into data": lambda module, value: module.state.data.mul_(0.5).add_(value),
+    "a part of data": lambda module, value: module.state.data[:, :1].copy_(value[:, :1]),
+    "list": lambda module, value: torch._foreach_copy_([module.state], [value]),
+    "array": lambda module, value: np.copyto(module.state.numpy(), value.numpy()),
     "replaced": replaces,
 }
 

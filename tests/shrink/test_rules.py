@@ -164,6 +164,7 @@ GO = {
     "pooled": lambda self, x: F.max_pool1d(x.mT, 2, 1).mT,
     "flipped": lambda self, x: x.flip(-1) + x.flip(-1),
     "repeated": lambda self, x: x.repeat(1, 2, 1),
+    "after an empty part": lambda self, x: torch.cat([x[:, :0], x], 1),
     "whole part": lambda self, x: x[..., :8],
     "part by size": lambda self, x: x[..., : x.shape[-1]],
 }

@@ -88,7 +88,8 @@ def test_a_program_that_reads_a_masked_weight_reads_its_values(read):
     seen.clear()
     ps.plan_shrink(model, x)
     ps.coupled(model, x)
-    assert seen == pytest.approx([want, want])
+    assert len(seen) >= 2
+    assert seen == pytest.approx([want] * len(seen))
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)

@@ -233,16 +233,20 @@ def _line(
         taken[other].add(match)
         mine = trace.labels(part)[match]
         if others and not stacked:
-            if varies(mine, dim) or varies(label, dim):
-                trace.ties.tie(mine.narrow(dim, 0, 1), label.narrow(dim, 0, 1))
-            else:
-                trace.ties.tie(mine.narrow(dim, 0, 1), label.narrow(dim, 0, 1))
-                mine = fixed_along(label, dim, part.shape[dim])
+            trace.ties.tie(_first(mine, dim), _first(label, dim))
+            if not varies(mine, dim) and not varies(label, dim):
+                mine = _first(label, dim).expand(part.shape)
         elif others:
             trace.ties.tie(mine, label)
             mine = label
         line.append(mine)
     return run(line, dim)
+
+
+def _first(label: Tensor, dim: int) -> Tensor:
+    """Return the ids at the first place along `dim`, of a part that may be empty along it."""
+    small = compact(label)
+    return small.narrow(dim, 0, min(1, small.shape[dim]))
 
 
 def _paired(trace: Trace, call: Call) -> list[Facts]:
