@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.carried import Carried
 from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
@@ -98,7 +99,7 @@ def _traced(
     values = tag_attributes(twin)
     state_epsilons(twin)
     tag_epsilons(twin)
-    trace = Trace(twin, dropped, rule_for, stand_ins, changing)
+    trace, carried = Trace(twin, dropped, rule_for, stand_ins, changing), Carried(twin)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
             trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))
@@ -111,6 +112,7 @@ def _traced(
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         outputs = call(twin, example_inputs)
+    carried.pin(trace)
     trace.settle_sizes(values, partial(sized_by, twin))
     found = tensors_in(outputs)
     if not found:

@@ -170,6 +170,10 @@ class Trace(TorchDispatchMode):
         found = self._facts.get(tensor)
         return self._first_facts(tensor) if found is None else found
 
+    def has_read(self, tensor: Tensor) -> bool:
+        """Whether the run has used `tensor`."""
+        return tensor in self._facts
+
     def labels(self, tensor: Any) -> tuple[Tensor, ...]:
         """Return the labels of `tensor`, none if it is no tensor."""
         return self.facts(tensor).labels if isinstance(tensor, Tensor) else ()

@@ -180,3 +180,45 @@ def test_buffers_that_each_call_changes_are_no_constants(change):
     with torch.no_grad():
         for x in (inputs(), inputs(), inputs()):
             torch.testing.assert_close(small(x), model(x))
+
+
+class Remembers(nn.Module):
+    """Adds hidden channels to those of the last call, and keeps the sum in the place of them."""
+
+    def __init__(self, *, buffer):
+        super().__init__()
+        self.first, self.again = nn.Linear(6, 8), nn.Linear(8, 8, bias=False)
+        self.last = nn.Linear(8, 2)
+        self.register_buffer("state", None)
+        if not buffer:
+            del self.state
+        self.state = torch.zeros(1, 8)
+        self.double().eval()
+        with torch.no_grad():
+            self.first.weight[:4], self.first.bias[:4], self.again.weight[:4] = 0, 0, 0
+
+    def forward(self, x):
+        self.state = self.first(x) + self.again(self.state.to(x))
+        return self.last(self.state.tanh())
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_channels_that_the_next_call_reads_stay(buffer):
+    model = Remembers(buffer=buffer)
+    assert not ps.plan_shrink(model, inputs()).rows
+    units = ps.coupled(model, inputs())
+    assert not any(units.reaches(name, model, each) for name, each in model.named_parameters())
+
+
+class Shows(Through):
+    """Keeps its hidden channels for whoever wants to look at them."""
+
+    def forward(self, x):
+        self.seen = self.first(x).detach()
+        return self.last(self.seen.tanh())
+
+
+def test_activations_that_a_model_keeps_for_others_may_go():
+    model = Shows(None, hidden=True)
+    model(inputs())
+    assert ps.shrink(model, inputs()).first.out_features == 4
