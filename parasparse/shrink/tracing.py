@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.by_tensor import ByTensor
+from parasparse.shrink.calls import Call, tensors_among
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
@@ -31,69 +31,9 @@ from parasparse.shrink.sizes import (
 )  # fmt: skip
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
 
-
-@dataclass
-class Call:
-    """An operation that has run: its name, arguments and results.
-
-    Attributes:
-        function: the operation.
-        is_stand_in: whether its result has other values: see `values_where`.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-    function: Any
-    is_stand_in: bool = False
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether it works entry by entry."""
-        return torch.Tag.pointwise in self.function.tags
-
-    def __post_init__(self) -> None:
-        self._outs = _tensors_in([self.out])
-        self._tensors = _tensors_in([*self.args, *self.kwargs.values()])
-
-    def outs(self) -> list[Tensor]:
-        """Return the tensors among the results."""
-        return self._outs
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors among the arguments."""
-        return self._tensors
-
-    def takes_number(self) -> bool:
-        """Whether values are computed with a Python number, which may come from the input."""
-        if self.pointwise or self.name.removesuffix("_") in _FILLS:
-            numbers = tree_leaves((self.args, self.kwargs))
-        else:
-            numbers = [self.kwargs.get(name) for name in ("alpha", "beta")]
-        return any(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """Return an argument given by position or by name."""
-        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
-
-
-# Operations that write a number into a tensor, and those that leave 0 as it is.
-_FILLS = ("full", "full_like", "new_full", "fill", "masked_fill", "scalar_tensor")
-_SCALES = ("mul", "div", "hardtanh", "leaky_relu", "elu", "celu", "gelu", "pow")
-
-
-def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors_in(value)
-    return found
-
-
 Rule = Callable[["Trace", Call], list[Facts]]
+# Operations that leave 0 as it is, whatever the number is.
+_SCALES = ("mul", "div", "hardtanh", "leaky_relu", "elu", "celu", "gelu", "pow")
 
 
 @dataclass
@@ -340,7 +280,7 @@ class Trace(TorchDispatchMode):
             if stand_in is not None:
                 return Call(name, args, kwargs, stand_in, func, is_stand_in=True)
             if not func.is_view:
-                self.stand_ins.late.need(_tensors_in([*args, *kwargs.values()]))
+                self.stand_ins.late.need(tensors_among([*args, *kwargs.values()]))
         return Call(name, args, kwargs, func(*args, **kwargs), func)
 
     def _follow(self, call: Call, writes: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """How labels and states go through the operations of ATen."""
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.rules.convolutions import CONVOLUTIONS
 from parasparse.shrink.rules.elementwise import ELEMENTWISE, elementwise
 from parasparse.shrink.rules.indexing import INDEXING
@@ -8,7 +9,7 @@ from parasparse.shrink.rules.movement import MOVEMENTS
 from parasparse.shrink.rules.reduction import REDUCTIONS
 from parasparse.shrink.rules.spatial import SPATIAL
 from parasparse.shrink.rules.writing import WRITES
-from parasparse.shrink.tracing import Call, Rule
+from parasparse.shrink.tracing import Rule
 
 RULES: dict[str, Rule] = {
     **MOVEMENTS, **INDEXING, **CONVOLUTIONS, **MATRIX_PRODUCTS, **REDUCTIONS, **SPATIAL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     UNKNOWN,
     Facts,
@@ -20,7 +21,7 @@ from parasparse.shrink.rules.products import (
     product_state,
     sums_of,
 )  # fmt: skip
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace
 
 
 def _convolution(trace: Trace, call: Call) -> list[Facts]:

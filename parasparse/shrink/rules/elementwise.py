@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     KNOWN,
     UNKNOWN,
@@ -13,7 +14,7 @@ from parasparse.shrink.facts import (
     zero_where,
 )  # fmt: skip
 from parasparse.shrink.labels import fixed_along, tidy, varies, varying
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace
 
 
 def elementwise(trace: Trace, call: Call) -> list[Facts]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     KNOWN,
     UNKNOWN,
@@ -18,7 +19,7 @@ from parasparse.shrink.facts import (
 from parasparse.shrink.labels import compact, fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
-from parasparse.shrink.tracing import Call, Rule, Trace, lowest
+from parasparse.shrink.tracing import Rule, Trace, lowest
 
 
 def _embedded(trace: Trace, call: Call) -> list[Facts]:

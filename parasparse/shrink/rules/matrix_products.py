@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     UNKNOWN,
     Facts,
@@ -23,7 +24,7 @@ from parasparse.shrink.rules.products import (
     product_state,
     sums_of,
 )  # fmt: skip
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace
 
 
 def _matrix_product(trace: Trace, call: Call) -> list[Facts]:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts, worst
 from parasparse.shrink.labels import compact, fixed_along, varies, varying
 from parasparse.shrink.rules.elementwise import cannot_lose, merge
 from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.sizes import expression, span
-from parasparse.shrink.tracing import Call, Rule, Trace, unknown_operation
+from parasparse.shrink.tracing import Rule, Trace, unknown_operation
 
 # Functions whose pieces `stated_sizes` checks, where it sees how the program computed the places.
 _CHECKED = ("split", "split_with_sizes", "narrow", "chunk", "__getitem__", "__setitem__")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, with_zeros
 from parasparse.shrink.labels import compact
-from parasparse.shrink.tracing import Call, Trace
+from parasparse.shrink.tracing import Trace
 
 
 def constants_of(x: Tensor, state: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     KNOWN,
     UNKNOWN,
@@ -23,7 +24,7 @@ from parasparse.shrink.labels import along, compact, tidy, varies, varying
 from parasparse.shrink.means import RMS_NORMS
 from parasparse.shrink.rules.elementwise import cannot_lose
 from parasparse.shrink.rules.products import only_zeros
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace
 
 _AVERAGES = ("mean", "var", "var_mean", "std", "std_mean")
 _SUMS = ("sum", "linalg_vector_norm", "norm", "nansum")

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import (
     KNOWN,
     UNKNOWN,
@@ -16,7 +17,7 @@ from parasparse.shrink.facts import (
 )  # fmt: skip
 from parasparse.shrink.labels import along, fixed_along, varies, varying
 from parasparse.shrink.rules.products import only_zeros
-from parasparse.shrink.tracing import Call, Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace
 
 
 def _resized(trace: Trace, call: Call) -> list[Facts]:

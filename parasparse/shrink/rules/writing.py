@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere, facts, lowest_of, worst
 from parasparse.shrink.labels import compact, varying
 from parasparse.shrink.rules.elementwise import cannot_lose, joined
-from parasparse.shrink.tracing import Call, Rule, Trace, unknown_operation
+from parasparse.shrink.tracing import Rule, Trace, unknown_operation
 
 
 def _along(trace: Trace, call: Call) -> list[Facts]:
