@@ -20,7 +20,7 @@ class LateValues:
     def like(self, tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """Return a tensor of the shape of `tensor`, with memory that `compute` will fill."""
         late = torch.empty_like(tensor)
-        # `.data`, so that the run doesn't seem to have changed the weight: see `Trace.changed`.
+        # `.data`, so that the run doesn't seem to have changed the weight: see `Changes`.
         self._late[late.untyped_storage()._cdata] = lambda: late.data.copy_(compute())
         return late
 

@@ -8,15 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def stamps(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return, by name, what differs once a parameter or buffer is replaced or written to."""
-    return {
-        name: (
-            id(tensor), tensor.untyped_storage()._cdata,
-            0 if tensor.is_inference() else tensor._version,
-        )
-        for name, tensor in [*model.named_buffers(), *model.named_parameters()]
-    }  # fmt: skip
+class Changes:
+    """Which parameters and buffers of a model a run changes.
+
+    Attributes:
+        written: the memory into which something may have written since.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.written: set[int] = set()
+        self._before = _stamps(model)
+
+    def names(self, model: nn.Module) -> frozenset[str]:
+        """Return the names of those that have changed."""
+        now = _stamps(model)
+        return frozenset(
+            name for name, stamp in self._before.items()
+            if now.get(name) != stamp or stamp[1] in self.written
+        )  # fmt: skip
 
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -35,3 +44,14 @@ def has_layout_of(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.stride(), a.storage_offset(), a.dtype) == (
         b.shape, b.stride(), b.storage_offset(), b.dtype
     )  # fmt: skip
+
+
+def _stamps(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return, by name, what differs once a parameter or buffer is replaced or written to."""
+    return {
+        name: (
+            id(tensor), tensor.untyped_storage()._cdata,
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for name, tensor in [*model.named_buffers(), *model.named_parameters()]
+    }  # fmt: skip

@@ -60,7 +60,7 @@ def traced(
     changing: frozenset[str] = frozenset()
     while True:
         found = _run(model, tensors, example_inputs, dropped, changing)
-        changed = found[0].changed(found[2])
+        changed = found[0].changes.names(found[2])
         if changed <= changing:
             return found
         changing |= changed

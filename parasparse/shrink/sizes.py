@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from parasparse.shrink.labels import compact
+from parasparse.shrink.labels import compact, varying
 from parasparse.shrink.regular import shape_of_kept
 
 
@@ -330,3 +330,17 @@ def set_attribute(model: nn.Module, attribute: Attribute, value: float | None) -
     values = list(vars(holder)[attribute.name])
     values[attribute.index] = value
     vars(holder)[attribute.name] = type(vars(holder)[attribute.name])(values)
+
+
+def spans_of(
+    given: list[Expression], labels: Mapping[str, list[Tensor]],
+    sized_by: Callable[[Attribute], tuple[str, int] | None],
+) -> dict[Attribute, Expression]:  # fmt: skip
+    """Return the sizes of parameters that attributes such as `out_features` follow."""
+    found: dict[Attribute, Expression] = {}
+    for attribute in {a for size in given for a in attributes_in(size)}:
+        name, dim = sized_by(attribute) or ("", 0)
+        for label in labels.get(name, ()):
+            if varying(label) == (dim,):
+                found[attribute] = span(label, dim)
+    return found

@@ -17,7 +17,7 @@ from parasparse.shrink.calls import Call, tensors_among
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
-from parasparse.shrink.memory import has_layout_of, stamps, written
+from parasparse.shrink.memory import Changes, has_layout_of, written
 from parasparse.shrink.products import Product, Read
 from parasparse.shrink.sizes import (
     Attribute,
@@ -26,8 +26,8 @@ from parasparse.shrink.sizes import (
     Span,
     attributes_in,
     holding,
-    span,
     spans_in,
+    spans_of,
 )  # fmt: skip
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
 
@@ -71,6 +71,7 @@ class Trace(TorchDispatchMode):
         branches: operations on input data that may decide which branch the program takes.
         constants_hold: whether no value of the input went into the program as a Python number.
         uses: how many operations read each parameter, by id.
+        changes: which parameters and buffers the run changes.
     """
 
     def __init__(
@@ -97,13 +98,12 @@ class Trace(TorchDispatchMode):
         self.module = ""
         self.stand_ins = stand_ins
         self._rule_for = rule_for
-        self._changing, self._before = changing, stamps(model)
+        self._changing, self.changes = changing, Changes(model)
         self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
         self.means = Means(self._names)
         self.dropped = dropped
         self._facts: ByTensor[Facts] = ByTensor()
         self._in_memory: dict[int, ByTensor[None]] = defaultdict(ByTensor)
-        self._writable: set[int] = set()  # memory into which the program may have written
 
     def facts(self, tensor: Tensor) -> Facts:
         """Return what is known of `tensor`. Only parameters and buffers are constants by nature."""
@@ -146,7 +146,9 @@ class Trace(TorchDispatchMode):
             values: the attributes as they are.
             sized_by: returns the tensor, by name, and the dimension whose size an attribute is.
         """
-        follows = self._sizes_of_layers(sized_by)
+        given = [*self.numbers, *(each.given for each in self.required)]
+        labels = {leaf.name: leaf.labels for leaf in self.leaves.values()}
+        follows = spans_of(given, labels, sized_by)
         numbers = [holding(size, follows) for size in self.numbers]
         for each in (part for size in numbers for part in spans_in(size)):
             self.ties.pin(each.ids(), "a number is computed from how many there are")
@@ -155,32 +157,10 @@ class Trace(TorchDispatchMode):
             replace(each, given=holding(each.given, {**follows, **stay})) for each in self.required
         ]
 
-    def _sizes_of_layers(
-        self, sized_by: Callable[[Attribute], tuple[str, int] | None]
-    ) -> dict[Attribute, Expression]:
-        """Return the sizes of parameters that attributes such as `out_features` follow."""
-        given = [*self.numbers, *(each.given for each in self.required)]
-        found: dict[Attribute, Expression] = {}
-        labels = {leaf.name: leaf.labels for leaf in self.leaves.values()}
-        for attribute in {a for size in given for a in attributes_in(size)}:
-            name, dim = sized_by(attribute) or ("", 0)
-            for label in labels.get(name, ()):
-                if varying(label) == (dim,):
-                    found[attribute] = span(label, dim)
-        return found
-
-    def changed(self, model: nn.Module) -> frozenset[str]:
-        """Return the names of the parameters and buffers that the run has changed."""
-        now = stamps(model)
-        return frozenset(
-            name for name, stamp in self._before.items()
-            if now.get(name) != stamp or stamp[1] in self._writable
-        )  # fmt: skip
-
     def write(self, tensors: list[Tensor]) -> None:
         """Forget the states of all tensors in the memory of `tensors`: something writes into it."""
         for memory in {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}:
-            self._writable.add(memory)
+            self.changes.written.add(memory)
             for tensor, _ in self._in_memory[memory].items():
                 unknown = everywhere(UNKNOWN, tensor.shape)
                 self._facts[tensor] = Facts(self._facts[tensor].labels, unknown)
