@@ -45,7 +45,7 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
     Raises:
         RuntimeError: the model is in training mode, or accelerated, or has forward hooks of its
-            own, not of its layers. torch.fx raises its own errors.
+            own, not of its layers, or sets `.data` of a tensor. torch.fx raises its own errors.
 
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -83,6 +83,14 @@ def fuse(model: nn.Module) -> fx.GraphModule:
 
 class _Proxy(fx.Proxy):
     """A proxy for which `y += x` changes y; torch.fx would record `y = y + x`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # what a proxy is made of
+            raise RuntimeError(
+                f"`forward` must not set `.{name}` of a tensor, because torch.fx leaves that "
+                "out. Use an operation instead, such as `y.add_(x)` for `y.data += x`."
+            )
+        super().__setattr__(name, value)
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:

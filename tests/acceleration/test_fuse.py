@@ -245,6 +245,22 @@ def test_hooks_of_the_model_itself_are_refused(kind):
     close(ps.fuse(nn.Sequential(model).eval())(x), model(x))
 
 
+class SetsData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.layer(x)
+        y.data += 1.0
+        return y
+
+
+def test_a_tensor_whose_data_is_set_is_refused():
+    with pytest.raises(RuntimeError, match=r"must not set `\.data`"):
+        ps.fuse(SetsData().eval())
+
+
 class Sum(nn.Module):
     def __init__(self, add=operator.add):
         super().__init__()

@@ -296,18 +296,25 @@ extern "C" void parasparse_convolution(
   const int64_t together = direct ? std::clamp<int64_t>(CACHED / size, 1, v.groups) : 1;
   const int64_t parts = (v.groups + together - 1) / together, jobs = v.batch * parts;
   const int64_t to_size = w.outputs / v.groups * v.number_of_runs * v.length_of_runs;
-  const int outer = jobs < threads ? 1 : threads;
-#pragma omp parallel num_threads(outer) if (outer > 1)
-  {
-    const std::unique_ptr<float[]> memory(
-        copied ? new float[together * size + MOST * LANES]() : nullptr);
+  const auto memory = [=] {
+    return std::unique_ptr<float[]>(copied ? new float[together * size + MOST * LANES]() : nullptr);
+  };
+  const auto run = [=](int64_t job, float* memory, int threads) {
+    const int64_t group = job % parts * together, at = job / parts * v.groups + group;
+    const float* const to_add = added ? added + at * to_size : nullptr;
+    convolve(
+        w, v, group, std::min(together, v.groups - group), copied, direct, memory,
+        x + at * from_size, bias, to_add, *activation, out + at * to_size, threads);
+  };
+  if (jobs < threads) {  // all threads share a job; in a region of one, OpenMP would start others
+    const auto shared = memory();
+    for (int64_t job = 0; job < jobs; job++) run(job, shared.get(), threads);
+  } else {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const auto own = memory();
 #pragma omp for
-    for (int64_t job = 0; job < jobs; job++) {
-      const int64_t group = job % parts * together, at = job / parts * v.groups + group;
-      const float* const to_add = added ? added + at * to_size : nullptr;
-      convolve(
-          w, v, group, std::min(together, v.groups - group), copied, direct, memory.get(),
-          x + at * from_size, bias, to_add, *activation, out + at * to_size, threads / outer);
+      for (int64_t job = 0; job < jobs; job++) run(job, own.get(), 1);
     }
   }
 }
