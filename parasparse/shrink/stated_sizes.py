@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.facts import facts
 from parasparse.shrink.labels import along, varies, varying
-from parasparse.shrink.replaced import REPLACED, leave_torch
+from parasparse.shrink.outside_torch import REPLACED, leave_torch
 from parasparse.shrink.sizes import Size, Span, expression, numbers, span
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
