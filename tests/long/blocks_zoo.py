@@ -2,7 +2,7 @@
 
 Each type is built small, with made-up inputs. Its blocks are found, and half of the entries of
 their weights are pruned. Then the counts must be exact, and the model must run, squashed and
-reloaded too. The results go to out/blocks_zoo.jsonl. At least 100 types must pass.
+reloaded too. The results go to tests/long/results/blocks_zoo.jsonl. At least 100 types must pass.
 """
 
 from __future__ import annotations

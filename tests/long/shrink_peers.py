@@ -6,7 +6,7 @@ The models and inputs are those of parasparse's check. Each library removes half
 that it finds, at random, with its defaults.
 The weights are then replaced by the numbers of their entries, so that the small model tells which
 entries are left. All others are set to 0 in a copy of the model, which must compute what the small
-one does. The results go to out/shrink_<library>_<zoo>.jsonl, a line for each model.
+one does. The results go to tests/long/results/shrink_<library>_<zoo>.jsonl, a line for each model.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each model is built with random weights, in float64. Half of its channels are pruned by random
 scores, once as `coupled` units and once as filters alone; it is shrunk, and compared with the
 masked model on the example and on other inputs: another batch, and another size where the model
-takes one. The results go to out/shrink_zoo_<zoo>.jsonl, a line for each model.
+takes one. The results go to tests/long/results/shrink_zoo_<zoo>.jsonl, a line for each model.
 """
 
 from __future__ import annotations

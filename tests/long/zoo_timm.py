@@ -1,7 +1,8 @@
 """The smallest model of each module of timm: `python -m tests.long.zoo_timm [module ...]`.
 
 The models are built as they are and hold the laws of `tests/long/zoo/checks.py`. The results go to
-out/zoo_timm.jsonl, and from there, with `python -m tests.long.zoo.page`, into docs/zoo.md.
+tests/long/results/zoo_timm.jsonl, and from there, with `python -m tests.long.zoo.page`, into
+docs/zoo.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Each type is built with its default configuration on the meta device, to see what a sparsity alone
 reaches, and small, to hold the laws of `tests/long/zoo/checks.py`. The results go to
-out/zoo_transformers.jsonl, and from there, with `python -m tests.long.zoo.page`, into docs/zoo.md.
+tests/long/results/zoo_transformers.jsonl, and from there, with `python -m tests.long.zoo.page`,
+into docs/zoo.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 from tests.long.zoo.processes import read
 
 ROOT = Path(__file__).parents[3]
-RESULTS, PAGE = ROOT / "out", ROOT / "docs" / "zoo.md"
+RESULTS, PAGE = ROOT / "tests" / "long" / "results", ROOT / "docs" / "zoo.md"
 Line = dict[str, Any]
 TEXT = """\
 # Transformers and timm
