@@ -31,6 +31,7 @@ LIMITS = {
     "sizes": 5,
     "channels": 60,
     "payoff": 30,
+    "fuse_steps": 5,
     "training": 180,
     "compact_updates": 4,
     "packing": 6,

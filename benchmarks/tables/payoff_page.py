@@ -34,6 +34,15 @@ def networks(content: Content) -> str:
     return table([*header, "dense, ms", "accelerated, ms"], rows)
 
 
+def steps_of_fuse(content: Content) -> str:
+    rows = [
+        [question.split(", ")[1], *(significant(each["median"]) for each in ts.values())]
+        for question, ts in content["results"].items()
+    ]
+    names = next(iter(content["results"].values()))
+    return table(["zeros", *names], rows)
+
+
 def sizes(content: Content) -> str:
     rows: dict[str, list[str]] = {}
     columns = []
@@ -88,6 +97,7 @@ def packed_speeds(content: Content) -> str:
 TABLES: dict[str, Table] = {
     "payoff.layers": layers,
     "payoff.networks": networks,
+    "fuse_steps.steps": steps_of_fuse,
     "packing.sizes": sizes,
     "packing.speeds": speeds,
     "packed_sizes.sizes": shares,
