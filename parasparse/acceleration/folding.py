@@ -24,7 +24,7 @@ def fold_norms(fused: fx.GraphModule) -> None:
         layer: Any = modules.get(str(before.target)) if before.op == "call_module" else None
         if type(layer) is not _FOLDED[type(norm)] or not _is_used_once(graph, before):
             continue
-        if _is_plain(layer) and _is_plain(norm) and norm.track_running_stats:
+        if _is_plain(layer) and _is_plain(norm) and norm.running_mean is not None:
             fused.set_submodule(str(before.target), fuse_conv_bn_eval(layer, norm))
             node.replace_all_uses_with(before)
             graph.erase_node(node)

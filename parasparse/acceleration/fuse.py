@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from parasparse.acceleration.folding import fold_norms
 from parasparse.acceleration.weight.convolution import convolution_then
 from parasparse.acceleration.weight.following import Following
-from parasparse.acceleration.weight.layers import is_transformed
+from parasparse.acceleration.weight.layers import is_strided, is_transformed
 from parasparse.attach.accelerated import is_accelerated
 from parasparse.masks.apply import is_tracing
 from parasparse.masks.hooks import is_hooked
@@ -37,7 +37,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     operand if that is the output of a convolution that nothing reads later. Max pooling of images
     computes in channels_last, which is faster on a CPU. The zeros of weights stay. The last bits of
     outputs change, and so do classes and keys. Norms after layers that are called twice, and layers
-    with hooks, stay as they are.
+    with hooks, stay as they are. Hooks that are added to the copy do not run where a call has
+    become part of another.
 
     Args:
         model: in evaluation mode, and without Python code that torch.fx cannot trace. Masked layers
@@ -63,9 +64,10 @@ def fuse(model: nn.Module) -> fx.GraphModule:
             "`model` must have no forward hooks, because torch.fx leaves them out. Remove them, or "
             "fuse `nn.Sequential(model).eval()`, whose graph has what they compute."
         )
-    model = copy.deepcopy(model)
-    fused = fx.GraphModule(model, _Tracer().trace(model))
-    fold_norms(fused)
+    with torch.inference_mode(False):
+        model = copy.deepcopy(model)
+        fused = fx.GraphModule(model, _Tracer().trace(model))
+        fold_norms(fused)
     modules = dict(fused.named_modules())
     for node in list(fused.graph.nodes):
         module = modules.get(node.target) if node.op == "call_module" else None
@@ -190,7 +192,8 @@ def _max_pool2d(x: Tensor, *sizes: Any) -> Any:
     """Pool in channels_last, which on a CPU is vectorized, and return the memory format of x."""
     if has_torch_function((x,)):  # a proxy of torch.fx, for example
         return handle_torch_function(_max_pool2d, (x,), x, *sizes)
-    if x.ndim != 4 or not (x.is_cpu and x.is_contiguous()) or is_transformed():
+    images = is_strided(x) and x.ndim == 4 and x.is_cpu and x.is_contiguous()
+    if not images or is_transformed():
         return F.max_pool2d(x, *sizes)
     if torch.compiler.is_compiling() or is_tracing() or len(x) == 1:
         return _in_channels_last(x, *sizes)  # a traced graph is for batches of any size

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from parasparse.acceleration.weight.sparse_weight import SparseWeight
+from parasparse.acceleration.weight.sparse_weight import SparseWeight, set_requires_grad
 from parasparse.attach.reading import masked_stacks
 from parasparse.attach.stack import MaskedParametrizationList, stack_of
 from parasparse.targets.tensors import Site, Target
@@ -52,7 +52,8 @@ def take(site: Site, weight: SparseWeight) -> None:
         stack.end_stand_in()
     else:
         assert weight.original is not None
-        _set(site, weight.original.requires_grad_(weight.requires_grad))
+        set_requires_grad(weight.original, weight.requires_grad)
+        _set(site, weight.original)
 
 
 def _set(site: Site, tensor: Tensor) -> None:

@@ -1,8 +1,10 @@
 """Convolutions with a sparse weight agree with torch's, strip by strip."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 
 import parasparse as ps
 from parasparse.acceleration.formats.compressed import Bag
+from parasparse.acceleration.installing import weights_in
 from parasparse.acceleration.weight import convolution
 from parasparse.acceleration.weight.sparse_weight import SparseWeight
 from tests.helpers.machine import needs_mkl
@@ -80,8 +83,8 @@ def network():
     return ps.squash(ps.sparsify(model, 0.8))
 
 
-def accelerated(network, **more):
-    plan = {name: [[1, "bag"]] for name, p in network.named_parameters() if p.ndim > 1}
+def accelerated(network, format_="bag", **more):
+    plan = {name: [[1, format_]] for name, p in network.named_parameters() if p.ndim > 1}
     return ps.accelerate(copy.deepcopy(network), formats=plan, **more)
 
 
@@ -98,29 +101,50 @@ INPUTS = {
 }
 
 
+each_format = pytest.mark.parametrize("format_", ["bag", "compiled"])
+
+
+@each_format
 @pytest.mark.parametrize("name", INPUTS)
-def test_inputs_of_any_size_and_layout(network, name):
+def test_inputs_of_any_size_and_layout(network, name, format_):
     x = INPUTS[name]()
     for keep_dense in (True, False):
-        model = accelerated(network, keep_dense=keep_dense)
+        model = accelerated(network, format_, keep_dense=keep_dense)
         with torch.inference_mode():
             got, want = model(x), network(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert got.stride() == want.stride()
 
 
-def test_copies_files_and_threads(network):
+@each_format
+def test_copies_files_and_threads(network, format_):
     x = torch.randn(2, 8, 24, 24)
-    model, file = accelerated(network), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
+    model, file = accelerated(network, format_), io.BytesIO()
     with torch.no_grad():
         want = network(x)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+        torch.save(model, file)
+        file.seek(0)
         for made in (copy.deepcopy(model), torch.load(file, weights_only=False)):
             torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-5)
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(torch.inference_mode()(lambda _: model(x)), range(8)):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@each_format
+def test_nothing_is_kept_alive(network, format_):
+    model = accelerated(network, format_)
+    with torch.no_grad():
+        model(torch.randn(2, 8, 9, 7))
+    every = [w for _, w in weights_in(model)]
+    formats = [f for w in every for f in w._formats.values()]
+    tensors = [t for f in formats for t in f.tensors()]
+    kept = [weakref.ref(each) for each in (*every, *formats, *tensors)]
+    del every, formats, tensors
+    ps.restore(model)
+    gc.collect()
+    assert not [ref() for ref in kept if ref() is not None]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,12 @@ class Rows(nn.Module):
         return self.norm(self.linear(x[:, :, 0]))
 
 
+def lost_statistics():
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    norm.track_running_stats = True
+    return norm
+
+
 CONV, NORM = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
 ON_THEIR_OWN = {
     "one convolution, two norms": nn.Sequential(CONV, NORM, nn.ReLU(), CONV, nn.BatchNorm2d(8)),
@@ -205,6 +211,7 @@ ON_THEIR_OWN = {
     "hook of a norm": nn.Sequential(nn.Conv2d(8, 8, 3), with_a_hook(nn.BatchNorm2d(8))),
     "hook of a container": nn.Sequential(with_a_hook(nn.Sequential(CONV, NORM))),
     "no statistics": nn.Sequential(CONV, nn.BatchNorm2d(8, track_running_stats=False)),
+    "lost statistics": nn.Sequential(CONV, lost_statistics()),
     "linear": Rows(),
 }
 
@@ -302,6 +309,16 @@ def test_under_autocast_dtypes_are_those_of_the_network():
     with torch.autocast("cpu", torch.bfloat16):
         assert fused(x).dtype == model(x).dtype
         assert fused(x.bfloat16()).dtype == model(x.bfloat16()).dtype
+
+
+@torch.no_grad()
+def test_pooling_takes_what_torchs_does():
+    pool, x = nn.MaxPool2d(2).eval(), torch.randn(2, 3, 8, 8)
+    fused = ps.fuse(nn.Sequential(pool).eval())
+    assert torch.equal(fused(x.to_mkldnn()).to_dense(), pool(x))
+    for view in (x[0], x.bfloat16(), x.double(), (9 * x).int(), x[:0], x[..., ::2], x.mT):
+        assert torch.equal(fused(view), pool(view))
+        assert fused(view).stride() == pool(view).stride()
 
 
 @torch.no_grad()

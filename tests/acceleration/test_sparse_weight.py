@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import parasparse as ps
 from parasparse.acceleration.installing import weights_in
@@ -225,3 +227,63 @@ def test_autocast_gives_what_it_gives_dense(name):
         got, want = (torch.utils._pytree.tree_leaves(m(*inputs))[0] for m in (model, dense))
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["as it is", "compiled", "freed"])
+@case
+@torch.no_grad()
+def test_nothing_is_kept_of_a_mode_without_values(name, kind):
+    dense, plan, inputs = sparse(name)
+    if kind == "compiled" and name != "float64":
+        plan = {weight: [[1, "compiled"]] for weight in plan}
+    model = ps.accelerate(copy.deepcopy(dense), formats=plan, keep_dense=kind != "freed")
+    want, found = dense(*inputs), list(weights_in(model))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+        shapes = [t.shape for t in tree_leaves(want) if t is not None]
+        for given in (fake, inputs):  # the second may meet real tensors in the kernels
+            got = [t for t in tree_leaves(model(*given)) if t is not None]
+            assert [t.shape for t in got] == shapes
+            assert all(isinstance(t, FakeTensor) for t in got)
+        assert all(weight.plain().shape == weight.shape for _, weight in found)
+    close(model(*inputs), want)
+
+
+def test_what_apply_does_to_tensors_is_followed():
+    dense, plan, inputs = sparse("linear")
+    for change in (torch.Tensor.share_memory_, torch.Tensor.zero_, lambda t: t, lambda t: 2 * t):
+        model = ps.accelerate(copy.deepcopy(dense), formats=plan)._apply(change)
+        other = copy.deepcopy(dense)._apply(change)
+        with torch.no_grad():
+            close(model(*inputs), other(*inputs))
+        assert ps.restore(model).weight.is_shared() == other.weight.is_shared()
+        model(*inputs).sum().backward()
+
+
+@pytest.mark.parametrize("format_", ["csr", "bag", "compiled"])
+@pytest.mark.parametrize("keep_dense", [True, False])
+@pytest.mark.parametrize("made_in", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", ["linear", "conv2d, groups", "lstm", "cross-attention"])
+def test_weights_go_from_one_mode_to_the_other(name, made_in, keep_dense, format_):
+    with made_in():
+        build, inputs = CASES[name]
+        dense = build().eval()
+        weights = {n: p for n, p in dense.named_parameters() if p.ndim > 1}
+        for weight in weights.values():
+            weight.mul_(torch.rand_like(weight) < 0.2)
+    plan = {n: [[1, format_]] for n in weights}
+    with torch.no_grad():
+        want = dense(*inputs)
+    model = ps.accelerate(copy.deepcopy(dense), formats=plan, keep_dense=keep_dense)
+    own = ps.accelerate(dense, formats=plan, keep_dense=keep_dense)
+    for one in (model, own):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                close(one(*inputs), want)
+            copied, state = copy.deepcopy(one), one.state_dict()
+            close(state, dense.state_dict())
+            with torch.no_grad():
+                close(copied(*inputs), want)
+        if keep_dense:
+            with torch.no_grad():
+                close(ps.restore(one)(*inputs), want)

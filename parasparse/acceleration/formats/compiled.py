@@ -54,15 +54,16 @@ class Compiled(Bag):
     def _bag(self) -> Bag:
         """The same values row by row."""
         outputs = self.shape[0]
-        counts = self.starts.diff().view(-1, outputs)
-        of_row = (
-            torch.arange(outputs, device="cpu")
-            .repeat(len(counts))
-            .repeat_interleave(counts.flatten())
-        )
-        order = of_row.argsort(stable=True)
-        starts = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
-        return Bag(starts, self.columns_kept[order], self.kept[order], self.shape)
+        with torch.inference_mode(False), torch.no_grad():  # it is kept for other modes
+            counts = self.starts.diff().view(-1, outputs)
+            of_row = (
+                torch.arange(outputs, device="cpu")
+                .repeat(len(counts))
+                .repeat_interleave(counts.flatten())
+            )
+            order = of_row.argsort(stable=True)
+            starts = F.pad(counts.sum(0).cumsum(0), (1, 0)).int()
+            return Bag(starts, self.columns_kept[order], self.kept[order], self.shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self._bag.dense()

@@ -21,7 +21,7 @@ _GETTERS = """
 """.split()  # noqa: SIM905
 _METHODS = """
     size dim numel nelement element_size is_floating_point is_complex requires_grad_ register_hook
-    __hash__ __len__ _is_view stride storage_offset is_contiguous
+    is_inference __hash__ __len__ _is_view stride storage_offset is_contiguous
 """.split()  # noqa: SIM905
 METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _GETTERS),

@@ -69,6 +69,13 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_faked() -> bool:
+    """Whether new tensors have no values, as in FakeTensorMode: none of them may be kept."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return type(torch.empty(0)) is not Tensor
+
+
 def is_strided(x: Tensor) -> bool:
     """Whether `x` is neither a nested tensor nor one of torch's sparse tensors."""
     return not x.is_nested and x.layout is torch.strided

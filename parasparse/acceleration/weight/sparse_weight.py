@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -28,7 +29,7 @@ from parasparse.acceleration.weight.dispatch import (
     stand_ins_in,
     writes,
 )
-from parasparse.acceleration.weight.layers import GRADIENT, Use
+from parasparse.acceleration.weight.layers import GRADIENT, Use, is_faked
 from parasparse.attach.accelerated import StandIn
 
 # The format at each measured number of rows; None is the dense kernel.
@@ -51,7 +52,8 @@ class SparseWeight(StandIn):
         """Make a sparse weight; `keep_dense=False` keeps only the formats, not the values."""
         values = original.detach()
         own = values if keep_dense else _nan_like(values)
-        self = torch.Tensor._make_subclass(cls, own, original.requires_grad)
+        self = torch.Tensor._make_subclass(cls, own)
+        set_requires_grad(self, original.requires_grad)
         self.original = original if keep_dense else None
         self.choices, self.seen = tuple(sorted(choices, key=itemgetter(0))), None
         self.inputs = original.shape[1]
@@ -79,6 +81,8 @@ class SparseWeight(StandIn):
         """Return the dense values as a plain tensor."""
         if self.original is not None:
             return self.original.detach()
+        if is_faked():
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return next(iter(self._formats.values())).dense().view(self.shape)
 
     def parts(self, sizes: tuple[int, ...]) -> tuple[SparseWeight, ...]:
@@ -90,7 +94,7 @@ class SparseWeight(StandIn):
             self._parts[sizes] = tuple(made)
         for part, size in zip(self._parts[sizes], sizes, strict=True):
             part.seen = None if self.seen is None else partial(_tell_of_part, self.seen, size)
-            part.requires_grad_(self.requires_grad)
+            set_requires_grad(part, self.requires_grad)
         return self._parts[sizes]
 
     def adopt(self, values: Tensor) -> None:
@@ -108,7 +112,8 @@ class SparseWeight(StandIn):
         self._version_made = version(self.original)
 
     def _made_of(self, values: Tensor, names: Collection[str]) -> None:
-        self._formats, self._parts = formats_of(values, names), {}
+        with torch.inference_mode(False), torch.no_grad():  # formats are kept for other modes
+            self._formats, self._parts = formats_of(values, names), {}
         self._version_made = version(self.original)
 
     def bytes_stored(self) -> int:
@@ -126,7 +131,7 @@ class SparseWeight(StandIn):
     ) -> Any:
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and not is_faked():
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -171,6 +176,13 @@ def version(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
+def set_requires_grad(tensor: Tensor, requires_grad: bool) -> None:
+    """Set `requires_grad`, which torch allows on inference tensors only in inference mode."""
+    if tensor.requires_grad != requires_grad:
+        with torch.inference_mode() if tensor.is_inference() else nullcontext():
+            tensor.requires_grad_(requires_grad)
+
+
 def _rebuilt(original: Tensor, choices: Choices, keep_dense: bool) -> SparseWeight:
     return SparseWeight(original, choices, keep_dense=keep_dense)
 
@@ -192,7 +204,7 @@ def _tell_of_part(seen: Callable[[Use | None], None], outputs: int, use: Use | N
 def _written(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Let `func` write to its first argument or `out`, and update the formats."""
     if func == SET_DATA:
-        weight, value = args
+        weight, value = args[0], replaced(args[1], _as_plain).detach()
         if value.is_cpu and value.dtype not in ON_CPU and weight.dtype in ON_CPU:
             raise TypeError(
                 f"an accelerated weight must be float32 or float64 on a CPU; got {value.dtype}. "
