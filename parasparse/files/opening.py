@@ -16,7 +16,11 @@ from parasparse.files.torch_files import TorchFile, content_of
 
 
 class PackedFile(Checkpoint):
-    """A file of `parasparse.save`. Reading a tensor unpacks it."""
+    """A file of `parasparse.save`. Reading a tensor unpacks it.
+
+    Tensors that were coded together, with at most 2^20 entries in all, are unpacked together. Each
+    is kept until it is read, or until the file is opened again.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

@@ -54,7 +54,8 @@ def write_streams(
     streams: list[int] = []
     for batch in _batches(entries):
         tensors = {name: read(name) for name in batch}
-        parts = {name: small(tensors[name]) for name in batch} if len(batch) > 1 else {}
+        prepared = small(list(tensors.values())) if len(batch) > 1 else []
+        parts = dict(zip(batch, prepared, strict=False))
         for names in _groups(batch, parts):
             data, shifts = _encoded([(tensors[name], parts.get(name)) for name in names])
             for name, shift in zip(names, shifts, strict=True):
@@ -70,7 +71,7 @@ def _encoded(group: list[tuple[Tensor, Small | None]]) -> tuple[Tensor, list[dic
     if len(group) == 1:
         return encode(group[0][0]), [{}]
     parts = [part for _, part in group if part is not None]
-    data, shifts = encode_joined(parts, group[0][0].dtype)
+    data, shifts = encode_joined(parts)
     return data, [{"shift": shift} for shift in shifts]
 
 

@@ -132,11 +132,13 @@ def test_no_unit_that_pays_is_passed_over(pattern, shape, kernels, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         weight = weights(pattern, shape, dtype)
         weight = weight.view(16, -1, 1, min(16, shape[1])) if kernels else weight
-        entries, whole = units.words_of(weight), tuple(weight.shape)
-        found = tensors.choose_units(entries, dtype, whole)
+        whole = tuple(weight.shape)
+        kept = units.kept_entries(units.words_of(weight), dtype, whole)
+        number = int(kept.count_nonzero())
+        found = tensors.choose_units(kept, number, dtype, whole)
         with monkeypatch.context() as patch:
             patch.setattr(tensors, "_may_have_units", lambda *_: True)
-            assert tensors.choose_units(entries, dtype, whole).unit == found.unit
+            assert tensors.choose_units(kept, number, dtype, whole).unit == found.unit
 
 
 def test_patterns_take_the_bits_of_their_patterns():

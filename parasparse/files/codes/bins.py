@@ -14,7 +14,9 @@ from torch import Tensor
 from parasparse.files.codes.digits import base_for, bits_per_digit
 
 _BIN_BITS, _GAP_BITS = 8, 16  # in the table
-_BASES = sorted(m << b for m in (1, 3) for b in range(10) if m << b <= 512)  # see `of_numbers`
+_SIZES = sorted(m << b for m in (1, 3) for b in range(10) if m << b <= 512)  # see `of_numbers`
+_BASES = torch.tensor(_SIZES, device="cpu")
+_DIGIT_BITS = torch.tensor([bits_per_digit(n) for n in _SIZES], dtype=torch.float64, device="cpu")
 _MOST_PARTS = 2048  # a part that holds less than one in so many numbers is not halved
 _FEW = 8  # numbers: halving a part with fewer saves less than a bin takes
 
@@ -128,10 +130,8 @@ def _halved(held: Tensor, total: int) -> tuple[Tensor, int]:
     parts = parts.index_select(0, order)
     bins = held.view(-1, 2).index_select(0, parts).bool().all(1).cumsum(0) + 1
     saved = torch.cat([numbers.new_zeros(1), numbers.cumsum(0)])
-    bases = torch.tensor(_BASES)
-    most = torch.searchsorted(bins, bases, right=True)
-    bits = total * torch.tensor([bits_per_digit(base) for base in _BASES], dtype=torch.float64)
-    bits += (_BIN_BITS + _GAP_BITS / 4) * bases - saved.index_select(0, most)
+    most = torch.searchsorted(bins, _BASES, right=True)
+    bits = total * _DIGIT_BITS + (_BIN_BITS + _GAP_BITS / 4) * _BASES - saved.index_select(0, most)
     best = int(most[bits.argmin()])
     return parts[:best], int(saved[best])
 
@@ -152,7 +152,8 @@ def is_noise(counts: Tensor) -> bool:
     total = int(counts.sum())
     if total < 256 or len(counts) < 0.9 * (1 << 16):
         return False
-    counts = torch.cat([counts, counts.new_zeros((1 << 16) - len(counts))])
+    if len(counts) < 1 << 16:
+        counts = torch.cat([counts, counts.new_zeros((1 << 16) - len(counts))])
     different = len(counts) * -math.expm1(-total / len(counts))  # if they are
     shares = counts.view(256, 256).sum(1) / total
     entropy = -float(shares.xlogy(shares).sum() / math.log(2))

@@ -77,7 +77,7 @@ def pack_places(flags: Tensor, places: Tensor) -> Golomb:
     digits = pack_digits(gaps.sub_(quotients, alpha=best), best)
     ends = quotients.add_(1).cumsum(0)
     bits = torch.zeros(int(ends[-1]) if number else 0, dtype=torch.uint8)
-    bits.scatter_(0, ends.sub_(1), torch.ones(number, dtype=torch.uint8))
+    bits.scatter_(0, ends.sub_(1), 1)
     return Golomb(best, pack_fields(bits, 1), digits)
 
 

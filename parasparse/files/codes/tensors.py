@@ -18,6 +18,7 @@ from parasparse.files.units import WORDS, Units, cheapest, kept_entries, matrix,
 _WORDS_OF_PIECE = 128_000  # fewer cost more in calls, more no longer fit the cache
 _UNITS_OF_PIECE = 1 << 26
 _LARGEST_UNIT = 1 << 20
+_ROWS = 16  # in which most columns have a kept entry, if these are anywhere
 _SHARE_OF_BITS = 0.75  # that coded values take, about
 
 _From = TypeVar("_From")
@@ -28,7 +29,8 @@ def encode(tensor: Tensor) -> Tensor:
     """Return `tensor` coded in few bits, as bytes."""
     dtype, shape = tensor.dtype, tuple(tensor.shape)
     entries = words_of(tensor.cpu())
-    units = choose_units(entries, dtype, shape)
+    kept = kept_entries(entries, dtype, shape)
+    units = choose_units(kept, int(kept.count_nonzero()), dtype, shape)
     words, flags = _by_unit(entries, dtype, shape, units.unit), units.kept.flatten()
     flags = flags.view(torch.uint8)
     number = int(flags.count_nonzero())
@@ -99,11 +101,17 @@ def _put(found: Tensor, places: Tensor | None, words: Tensor, begin: int, total:
         part.index_copy_(0, index, words)
 
 
-def choose_units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Units:
-    """Return the units in which `entries` take few bits; all single ones if all are kept."""
-    kept = kept_entries(entries, dtype, shape)
+def choose_units(kept: Tensor, number: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Units:
+    """Return the units in which a tensor takes few bits; all single ones if all are kept.
+
+    Args:
+        kept: bool, which entries of the matrix are not 0.
+        number: how many of them are.
+        dtype: of the tensor.
+        shape: of the tensor.
+    """
     bits, inner = _SHARE_OF_BITS * 8 * dtype.itemsize, math.prod(shape[2:])
-    if not _may_have_units(kept, inner, bits):
+    if not _may_have_units(kept, number, inner, bits):
         return Units((1, 1), kept)
     found = cheapest(kept, inner, bits, entropy)
     if found is None or math.prod(found.unit) > _LARGEST_UNIT:
@@ -111,18 +119,25 @@ def choose_units(entries: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return found
 
 
-def _may_have_units(kept: Tensor, inner: int, bits: float) -> bool:
-    """Whether enough kept entries of `bits` each lie side by side that larger units may pay.
+def _may_have_units(kept: Tensor, number: int, inner: int, bits: float) -> bool:
+    """Whether units larger than single entries, of `bits` each, may pay.
 
-    Units save at most the bits of the places, so they may hold only few zeros. Then most of their
-    kept entries, all but the first of each row or column, follow another kept one.
+    They save at most the bits of the places, so they may hold only few zeros.
     """
-    shortest = min(side for side in (*kept.shape, inner, 4) if side > 1)
-    number = int(kept.count_nonzero())
-    least = number * (1 - 1 / shortest) - entropy(number, kept.numel()) / bits
-    beside = (kept[:, 1:] & kept[:, :-1]).count_nonzero()
-    below = (kept[1:] & kept[:-1]).count_nonzero()
-    return number == 0 or int(torch.maximum(beside, below)) >= least
+    (rows, columns), flags = kept.shape, kept.view(-1)
+    if number in (0, len(flags)):
+        return number == 0
+    most = number + entropy(number, len(flags)) / bits
+    if inner == 1 and columns % 4 == 0:
+        # Units of single columns span all rows; all others hold four entries side by side.
+        some = kept[:_ROWS].view(torch.uint8).amax(0).count_nonzero()
+        return min(rows * int(some), 4 * int(flags.view(torch.int32).count_nonzero())) <= most
+    # All kept entries in a unit but the first of each row or column follow an entry of the unit.
+    shortest = min(side for side in (rows, columns, inner, 4) if side > 1)
+    least = number * (1 - 1 / shortest) - (most - number)
+    beside = (flags[1:] & flags[:-1]).count_nonzero()
+    below = (flags[columns:] & flags[:-columns]).count_nonzero()
+    return max(int(beside), int(below)) >= least
 
 
 def _by_unit(

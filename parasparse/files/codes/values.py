@@ -6,6 +6,7 @@ its number.
 """
 
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ def choose_bins_of_columns(pieces: list[Tensor], itemsize: int, *, is_floating: 
 def _bins_of_low(pieces: list[Tensor], index: int) -> Bins:
     """Return the bins of a column but the last, which is noise in most weights."""
     step = sum(len(words) for words in pieces) // _SOME | 1
-    some, _ = _counts([_column(words[::step], index) for words in pieces])
-    if is_noise(some):
+    some = [_column(words[::step], index) for words in pieces]
+    if some and is_noise(torch.bincount(torch.cat(some), minlength=1 << 16)):
         return PLAIN
     return choose_bins(*_counts([_column(words, index) for words in pieces]))
 
@@ -56,10 +57,8 @@ def _counts(columns: list[Tensor]) -> tuple[Tensor, int]:
     if not ranges:
         return torch.zeros(1, dtype=torch.int64), 0
     least, largest = (int(f(one[i] for one in ranges)) for i, f in enumerate((min, max)))
-    counts = torch.zeros(largest - least + 1, dtype=torch.int64)
-    for column in columns:
-        counts += torch.bincount(column - least, minlength=len(counts))
-    return counts, least
+    of_each = (torch.bincount(column - least, minlength=largest - least + 1) for column in columns)
+    return reduce(Tensor.add_, of_each), least
 
 
 def _column(words: Tensor, index: int) -> Tensor:
