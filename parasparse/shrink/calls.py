@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
 
@@ -70,3 +71,19 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += tensors_among(value)
     return found
+
+
+def check_can_be_followed(function: Any, tensors: Iterable[Tensor], module: str) -> None:
+    """Raise RuntimeError if a call in `module` has parts that no dispatch mode sees."""
+    where = f'"{module}"' if module else "the model"
+    if isinstance(function, HigherOrderOperator):
+        raise RuntimeError(
+            f"what a model does must be operations on tensors; {where} calls "
+            f"torch.ops.higher_order.{function.name()}, which calls functions of its own. Use an "
+            "`if`, a loop or plain operations instead while you plan and shrink."
+        )
+    if any(tensor.is_nested for tensor in tensors):
+        raise RuntimeError(
+            f"tensors must not be nested; {where} computes with a nested tensor. Use padded "
+            "tensors with a mask instead while you plan and shrink."
+        )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parasparse.shrink.epsilons import state_epsilons
+from parasparse.shrink.first_call import first_other_call
 from parasparse.shrink.running import ALONE, call, copied_inputs, tensors_in
 from parasparse.verbs.squash import squash
 
@@ -39,7 +41,10 @@ class Reference:
         self._model = _copied(model, cast)
         self._outputs = _outputs(self._model, self._cast_inputs())
 
-    def check(self, small: nn.Module, *, equal: bool = True, rescaled: int = 0) -> None:
+    def check(
+        self, small: nn.Module, *, equal: bool = True, rescaled: int = 0,
+        epsilons: Collection[float] = (),
+    ) -> None:  # fmt: skip
         """Raise RuntimeError if `small` fails or, if `equal`, computes something else.
 
         Args:
@@ -47,6 +52,7 @@ class Reference:
             equal: whether it must compute the same.
             rescaled: how many of its weights were rounded once more. These are weights of norms,
                 which often compute in float32.
+            epsilons: those that such norms have now.
         """
         if rescaled:
             float32 = torch.finfo(torch.float32).eps
@@ -56,7 +62,8 @@ class Reference:
             outputs = _outputs(small, self._cast_inputs())
         except Exception as error:
             raise RuntimeError(
-                f"the smaller network fails{self._first(small)}: {error!r}. {_UNCHANGED}"
+                f"the smaller network fails{self._first(small)}: {error!r}."
+                f"{self._call(small, epsilons)} {_UNCHANGED}"
             ) from error
         if not equal:
             return
@@ -67,7 +74,7 @@ class Reference:
         by = f" by {max(errors):.2g} of the largest output" if errors else ""
         raise RuntimeError(
             f"the smaller network computes something else than the masked one: it differs{by}"
-            f"{self._first(small)}. {_UNCHANGED}"
+            f"{self._first(small)}.{self._call(small, epsilons)} {_UNCHANGED}"
         )
 
     def _cast_inputs(self) -> Any:
@@ -81,6 +88,11 @@ class Reference:
             if not all(self._is_part(*pair) for pair in zip(outputs, others, strict=False)):
                 return _named(small, name)
         return "" if failed is None else _named(small, failed)
+
+    def _call(self, small: nn.Module, epsilons: Collection[float]) -> str:
+        """Return what the smaller network is given otherwise, for messages."""
+        masked = partial(_outputs, self._model, self._cast_inputs())
+        return first_other_call(masked, partial(_outputs, small, self._cast_inputs()), epsilons)
 
     def _are_close(self, want: Tensor, got: Tensor, scale: Tensor | None = None) -> bool:
         if want.shape != got.shape:

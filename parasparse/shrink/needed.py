@@ -9,6 +9,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from parasparse.shrink.comparisons import spans_behind, turned
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact, tidy, varying
 from parasparse.shrink.norms import Norms
@@ -117,10 +118,18 @@ def keep_shapes(
         changed |= multiple_of > 1 and _keep_multiples(trace, units, multiple_of)
         if changed:
             continue
-        new, unmet = solve(trace.required, values, units.kept[units.of])
+        kept = units.kept[units.of]
+        new, unmet = solve(trace.required, values, kept)
         for requirement in unmet:
             for each in (requirement.span, *spans_in(requirement.given)):
                 changed |= units.keep(each.label, f"a size in {requirement.where} cannot follow")
+        for requirement in () if changed else unmet:  # it needs what others need otherwise
+            for each in spans_behind(requirement.given, trace.required, new):
+                changed |= units.keep(each.label, f"a size in {requirement.where} cannot follow")
+        for comparison, spans in turned(trace.compared, trace.required, new, values, kept):
+            for span in spans:
+                reason = f"a comparison of how many there are in {comparison.where} decides"
+                changed |= units.keep(span.label, reason)
         if not changed:
             return new, int(units.kept.sum()) > before
 

@@ -23,14 +23,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.calls import check_can_be_followed
 from parasparse.shrink.carried import Carried
 from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
 from parasparse.shrink.late_values import LateValues
 from parasparse.shrink.layer_sizes import sized_by
+from parasparse.shrink.outside_torch import follow_copies
 from parasparse.shrink.rules import rule_for
-from parasparse.shrink.sizes import Attribute, tag_attributes
+from parasparse.shrink.sizes import Attribute, tag_attributes, telling
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
 from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
@@ -100,8 +102,10 @@ def _traced(
     state_epsilons(twin)
     tag_epsilons(twin)
     trace, carried = Trace(twin, dropped, rule_for, stand_ins, changing), Carried(twin)
+    follow_copies(trace, twin)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
+            check_can_be_followed(None, [tensor], "")
             trace.set_facts(tensor, Facts((), everywhere(UNKNOWN, tensor.shape)))
         elif isinstance(tensor, (int, float)) and not isinstance(tensor, bool):
             trace.constants_hold = False
@@ -111,6 +115,7 @@ def _traced(
         stack.enter_context(_disable_current_modes())  # those around the call
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
+        stack.enter_context(telling(trace.compare))
         outputs = call(twin, example_inputs)
     carried.pin(trace)
     trace.settle_sizes(values, partial(sized_by, twin))

@@ -107,7 +107,10 @@ def shrink(
         cut(model, work.plan, work.constants, optimizer, undo)
         if reference is not None:
             rescaled = sum(row.scale != 1 for row in work.plan.rows)
-            reference.check(model, equal=not work.plan.inexact, rescaled=rescaled)
+            epsilons = [a.new for a in work.plan.attributes if isinstance(a.new, float)]
+            reference.check(
+                model, equal=not work.plan.inexact, rescaled=rescaled, epsilons=epsilons
+            )
         _fold_whole_masks(model)
     except BaseException:
         undo.run()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -77,6 +78,19 @@ Expression: TypeAlias = int | Attribute | Span | Computed
 
 # The sizes from which a number has been computed, while a model is traced.
 numbers: ContextVar[list[Expression]] = ContextVar("numbers", default=[])  # noqa: B039
+# What is told of each comparison of sizes, with its result, while a model is traced.
+_Told: TypeAlias = Callable[[Computed, bool], None]
+_told: ContextVar[_Told | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def telling(told: _Told | None) -> Iterator[None]:
+    """Tell `told` of each comparison of sizes; None: nobody."""
+    token = _told.set(told)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 class Size(int):
@@ -110,6 +124,15 @@ class Size(int):
         numbers.get().append(self.expression)
         return int(self)
 
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __bool__(self) -> bool:
+        return self != 0
+
     def __neg__(self) -> Size:
         return Size(-int(self), Computed(operator.neg, (self.expression,)))
 
@@ -137,10 +160,29 @@ def _arithmetic(function: Callable[..., Any], *, swapped: bool) -> Callable[[Siz
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    _function = getattr(operator, _name)
+def _comparison(function: Callable[..., bool], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Size, other: Any) -> Any:
+        outcome = plain(self, other)
+        told = _told.get()
+        if told is None or not isinstance(other, (int, float)):
+            return outcome
+        if isinstance(other, int):
+            told(Computed(function, (self.expression, expression(other))), outcome)
+        else:
+            outcome = function(int(self), other)
+            told(Computed(lambda size: function(size, other), (self.expression,)), outcome)
+        return outcome
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift"):
+    _function, _name = getattr(operator, _name), _name.strip("_")
     setattr(Size, f"__{_name}__", _arithmetic(_function, swapped=False))
     setattr(Size, f"__r{_name}__", _arithmetic(_function, swapped=True))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _plain = getattr(int, f"__{_name}__")
+    setattr(Size, f"__{_name}__", _comparison(getattr(operator, _name), _plain))
 
 
 @dataclass(frozen=True)
@@ -171,7 +213,7 @@ def evaluate(expr: Expression, values: Mapping[Attribute, int], kept: Tensor) ->
         return None
     try:
         return expr.operator(*operands)
-    except ZeroDivisionError:
+    except (ZeroDivisionError, ValueError):  # ValueError: a shift by a negative number
         return None
 
 

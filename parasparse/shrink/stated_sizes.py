@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from parasparse.shrink.facts import facts
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.outside_torch import REPLACED, leave_torch
-from parasparse.shrink.sizes import Size, Span, expression, numbers, span
+from parasparse.shrink.sizes import Size, Span, expression, numbers, span, telling
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
 
@@ -76,7 +76,7 @@ class StatedSizes(TorchFunctionMode):
                     numbers.get().append(each.expression)
         check = _CHECKS.get(name)
         if check is not None:
-            with torch._C._DisableTorchDispatch():
+            with torch._C._DisableTorchDispatch(), telling(None):
                 check(self._trace, args, kwargs, out)
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parasparse.shrink.by_tensor import ByTensor
-from parasparse.shrink.calls import Call, tensors_among
+from parasparse.shrink.calls import Call, check_can_be_followed, tensors_among
+from parasparse.shrink.comparisons import Comparison
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
 from parasparse.shrink.labels import Ties, along, compact, varying
 from parasparse.shrink.means import Means
@@ -21,6 +23,7 @@ from parasparse.shrink.memory import Changes, has_layout_of, written
 from parasparse.shrink.products import Product, Read
 from parasparse.shrink.sizes import (
     Attribute,
+    Computed,
     Expression,
     Requirement,
     Span,
@@ -67,12 +70,15 @@ class Trace(TorchDispatchMode):
         shapes: joint labels that must stay regular.
         least: ids of which some must stay, and how many: of a slice, so that it is not empty.
         required: sizes that the program states.
+        compared: comparisons of sizes whose results must stay.
         numbers: sizes from which the program has computed numbers, such as a scale.
         branches: operations on input data that may decide which branch the program takes.
         constants_hold: whether no value of the input went into the program as a Python number.
         uses: how many operations read each parameter, by id.
         changes: which parameters and buffers the run changes.
     """
+
+    supports_higher_order_operators = True  # which are refused with a message of ours
 
     def __init__(
         self, model: nn.Module, dropped: dict[str, Tensor],
@@ -90,6 +96,7 @@ class Trace(TorchDispatchMode):
         self.shapes: list[Tensor] = []
         self.least: list[tuple[Tensor, int]] = []
         self.required: list[Requirement] = []
+        self.compared: list[Comparison] = []
         self.numbers: list[Expression] = []
         self.branches: list[str] = []
         self.constants_hold = True
@@ -99,7 +106,8 @@ class Trace(TorchDispatchMode):
         self.stand_ins = stand_ins
         self._rule_for = rule_for
         self._changing, self.changes = changing, Changes(model)
-        self._names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
+        self._held = dict([*model.named_buffers(), *model.named_parameters()])
+        self._names = {id(tensor): name for name, tensor in self._held.items()}
         self.means = Means(self._names)
         self.dropped = dropped
         self._facts: ByTensor[Facts] = ByTensor()
@@ -136,6 +144,15 @@ class Trace(TorchDispatchMode):
             Requirement(given, where, f"{operation} in {self.module or 'forward'}")
         )
 
+    def compare(self, given: Computed, outcome: bool) -> None:
+        """Remember that a comparison of sizes must have the same result; what is equal stays so."""
+        spans = [each for each in given.operands if isinstance(each, Span)]
+        if spans and given.operator is (operator.eq if outcome else operator.ne):
+            first, second = given.operands
+            self.require(second if first is spans[0] else first, spans[0], "a comparison")
+        else:
+            self.compared.append(Comparison(given, outcome, self.module or "forward"))
+
     def settle_sizes(
         self, values: Mapping[Attribute, int],
         sized_by: Callable[[Attribute], tuple[str, int] | None],
@@ -147,15 +164,16 @@ class Trace(TorchDispatchMode):
             sized_by: returns the tensor, by name, and the dimension whose size an attribute is.
         """
         given = [*self.numbers, *(each.given for each in self.required)]
+        given += (each.given for each in self.compared)
         labels = {leaf.name: leaf.labels for leaf in self.leaves.values()}
         follows = spans_of(given, labels, sized_by)
         numbers = [holding(size, follows) for size in self.numbers]
         for each in (part for size in numbers for part in spans_in(size)):
             self.ties.pin(each.ids(), "a number is computed from how many there are")
         stay = {a: values[a] for size in numbers for a in attributes_in(size) if a in values}
-        self.required = [
-            replace(each, given=holding(each.given, {**follows, **stay})) for each in self.required
-        ]
+        held = {**follows, **stay}
+        self.required = [replace(each, given=holding(each.given, held)) for each in self.required]
+        self.compared = [replace(each, given=holding(each.given, held)) for each in self.compared]
 
     def write(self, tensors: list[Tensor]) -> None:
         """Forget the states of all tensors in the memory of `tensors`: something writes into it."""
@@ -214,20 +232,25 @@ class Trace(TorchDispatchMode):
         name = self._names.get(id(tensor))
         if name is None:
             return self.facts_of_memory(tensor)
-        if name in self._changing:
-            self.leaves[id(tensor)] = Leaf(name, tensor)
-            return Facts((), everywhere(UNKNOWN, tensor.shape))
         if labels is None:
             dims = [d for d, size in enumerate(tensor.shape) if size > 1 and _has_channels(tensor)]
             labels = [along(self.ties.new(tensor.shape[d]), d, tensor.shape) for d in dims]
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
+        if name in self._changing:
+            for label in labels:
+                self.ties.pin(label, f"{name} holds what the last call has put there")
+            return Facts(tuple(labels), everywhere(UNKNOWN, tensor.shape))
         state = self.dropped.get(name)  # not tidied, which takes long
         return Facts(tuple(labels), everywhere(KNOWN, tensor.shape) if state is None else state)
 
     def facts_of_memory(self, tensor: Tensor) -> Facts:
         """Return the facts of a tensor that no operation made: another object for it, or a copy."""
         if tensor.layout == torch.strided:
-            for other, _ in self._in_memory[tensor.untyped_storage()._cdata].items():
+            memory = tensor.untyped_storage()._cdata
+            for held in self._held.values():  # which nothing may have read yet
+                if held.layout == torch.strided and held.untyped_storage()._cdata == memory:
+                    self.facts(held)
+            for other, _ in self._in_memory[memory].items():
                 if has_layout_of(other, tensor):
                     return self._facts[other]
         return Facts((), everywhere(UNKNOWN, tensor.shape))
@@ -236,6 +259,7 @@ class Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        check_can_be_followed(func, tensors_among([*args, *kwargs.values()]), self.module)
         if torch.is_inference_mode_enabled():  # there, composite operations come as a whole
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -265,6 +289,7 @@ class Trace(TorchDispatchMode):
 
     def _follow(self, call: Call, writes: list[Tensor]) -> None:
         outs = call.outs()
+        check_can_be_followed(call.function, outs, self.module)
         for key in map(id, call.tensors()):
             if key in self._names:
                 self.uses[key] += 1

@@ -67,3 +67,15 @@ def test_internals_name_files_and_tests_that_exist():
     named = re.findall(r"`?\b((?:test|ddp|fsdp2)_\w+)\b(?!\.py|/)", text)
     files = {path.stem for path in (ROOT / "tests").rglob("*.py")}
     assert [n for n in named if f"def {n}" not in sources and n not in files] == []
+
+
+def test_internals_name_tests_where_they_are():
+    text = (ROOT / "docs" / "internals.md").read_text()
+    pairs = re.findall(r"`(\w+/\w+\.py)::(test_\w+)`", text)
+    assert len(pairs) > 20
+    missing = [
+        f"{path}::{name}" for path, name in pairs
+        if not (ROOT / "tests" / path).exists()
+        or f"\ndef {name}(" not in (ROOT / "tests" / path).read_text()
+    ]  # fmt: skip
+    assert missing == []

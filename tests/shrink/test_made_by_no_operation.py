@@ -107,6 +107,41 @@ class Batch:
     images: torch.Tensor
 
 
+CLONED = {
+    "deepcopy": lambda layer, x: copy.deepcopy(layer)(x),
+    "deepcopy of two": lambda layer, x: copy.deepcopy(nn.ModuleList([layer, layer]))[1](x),
+    "deepcopy of a weight": lambda layer, x: x @ copy.deepcopy(layer.weight).mT,
+    "copy": lambda layer, x: copy.copy(layer)(x),
+    "data": lambda layer, x: x @ layer.weight.data.mT + layer.bias.data,
+    "part of data": lambda layer, x: x @ layer.weight.data[:].mT,
+}
+
+
+class Clones(Through):
+    """A layer between the two others is not called itself."""
+
+    def __init__(self, clone):
+        super().__init__(None, hidden=False)
+        self.middle, self.clone = nn.Linear(8, 8).double(), clone
+        with torch.no_grad():
+            self.middle.weight[:2], self.middle.bias[:2] = 0, 0
+
+    def forward(self, x):
+        return self.last(self.clone(self.middle, self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("clone", CLONED.values(), ids=CLONED)
+def test_channels_go_through_copies_of_layers(clone, masked):
+    model, x = Clones(clone), inputs()
+    if masked:
+        masks = {name: tensor != 0 for name, tensor in model.named_parameters()}
+        ps.sparsify(model, {name: mask for name, mask in masks.items() if not mask.all()})
+    small = ps.shrink(copy.deepcopy(model), x)
+    assert (small.first.out_features, small.middle.out_features) == (4, 6)
+    assert_equal(small, model, x)
+
+
 class OfBatches(Through):
     def forward(self, batch):
         return super().forward(batch.images)
@@ -208,6 +243,39 @@ def test_channels_that_the_next_call_reads_stay(buffer):
     assert not ps.plan_shrink(model, inputs()).rows
     units = ps.coupled(model, inputs())
     assert not any(units.reaches(name, model, each) for name, each in model.named_parameters())
+
+
+class Caches(nn.Module):
+    """Attention over the keys and values of earlier calls, which buffers hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("keys", torch.zeros(1, 10, 2, 4))
+        self.register_buffer("values", torch.zeros(1, 10, 2, 4))
+        self.double().eval()
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)) for layer in (self.q, self.k, self.v))
+        self.keys[:, : k.shape[1]], self.values[:, : v.shape[1]] = k, v
+        q, k, v = (t.transpose(1, 2) for t in (q, self.keys, self.values))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def test_heads_stay_whose_keys_a_buffer_holds():
+    model, x = Caches(), torch.randn(1, 5, 8, dtype=torch.double)
+    units = ps.coupled(model, x)
+    assert not any(units.reaches(name, model, each) for name, each in model.named_parameters())
+    with torch.no_grad():
+        for layer in (model.q, model.k, model.v):
+            layer.weight[:4], layer.bias[:4] = 0, 0
+        model.out.weight[:, :4] = 0
+    plan = ps.plan_shrink(model, x)
+    assert not plan.rows
+    reasons = {row.name: row.reason for row in plan.kept_back}
+    assert reasons["k.weight"] == "keys holds what the last call has put there"
+    assert reasons["v.weight"].endswith("holds what the last call has put there")
 
 
 class Shows(Through):

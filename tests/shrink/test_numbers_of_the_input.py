@@ -114,3 +114,21 @@ def test_packed_sequences_keep_their_channels():
     ps.sparsify(model, {nn.Linear: ps.Prune(0.5, pattern=ps.patterns.channel(0))})
     plan = ps.plan_shrink(model, inputs)
     assert {row.name for row in plan.kept_back} >= {"first.weight", "last.weight"}
+
+
+DECIDED = {
+    "if": lambda h, n: h.relu() if n.sum() > 0 else h.tanh(),
+    "item": lambda h, n: h.relu() if n.max().item() > 0 else h.tanh(),
+    "any": lambda h, n: h.relu() if bool((n > 0).any()) else h.tanh(),
+    "places": lambda h, n: h[n.nonzero()[:, 0]],
+}
+
+
+@pytest.mark.parametrize("f", DECIDED.values(), ids=DECIDED)
+def test_a_plan_names_the_places_where_values_may_have_decided(f):
+    model, inputs = filters_alone(Between(f)), (torch.randn(1, 5).double(), torch.ones(1))
+    plan = ps.plan_shrink(model, inputs)
+    assert all(place.endswith("in forward") for place in plan.branches)
+    assert plan.branches
+    same = ps.plan_shrink(filters_alone(Between(lambda h, n: h.relu())), inputs)
+    assert not same.branches

@@ -251,12 +251,12 @@ class Lies(nn.Module):
         self.layer = nn.Linear(24, 10)
 
     def forward(self, x):
-        return self.layer(x) * (2.0 if tuple(self.layer.weight.shape)[1] < 24 else 1.0)
+        return self.layer(x) * (2.0 if self.layer.weight.stride(0) < 24 else 1.0)
 
 
 class Fails(Lies):
     def forward(self, x):
-        if tuple(self.layer.weight.shape)[1] < 24:
+        if self.layer.weight.stride(0) < 24:
             raise ValueError("24 inputs")
         return self.layer(x)
 
@@ -288,6 +288,53 @@ def test_networks_that_would_differ_are_put_back_and_the_module_is_named(kind):
     with pytest.raises(RuntimeError, match=rf'first in "5" \({kind.__name__}\)'):
         ps.shrink(model, images(), optimizer=optimizer)
     assert digest(model, optimizer) == before
+
+
+def with_nested(x):
+    return torch.nested.as_nested_tensor(list(x), layout=torch.jagged).relu().to_padded_tensor(0)
+
+
+NOT_SEEN = {
+    "cond": (
+        lambda x: torch.cond(x.sum() > 0, torch.relu, torch.tanh, (x,)),
+        r'"6" calls torch.ops.higher_order.cond, .* Use an `if`',
+    ),
+    "jagged": (with_nested, 'must not be nested; "6" .* Use padded tensors'),
+    "nested": (
+        lambda x: torch.nested.as_nested_tensor(list(x)).relu().to_padded_tensor(0),
+        'must not be nested; "6" .* Use padded tensors',
+    ),
+}
+
+
+class Calls(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", NOT_SEEN)
+def test_calls_that_cannot_be_followed_are_refused(name):
+    f, message = NOT_SEEN[name]
+    model = network()
+    model[6] = Calls(f)
+    before = digest(model)
+    for verb in (ps.plan_shrink, ps.shrink, ps.coupled):
+        with pytest.raises(RuntimeError, match=message):
+            verb(model, images())
+    assert digest(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_refused(layout):
+    x = torch.nested.as_nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=layout)
+    with pytest.raises(RuntimeError, match="must not be nested; the model"):
+        ps.coupled(nn.Linear(8, 2), x)
 
 
 @pytest.mark.parametrize("kind", ["rows", "codes", "lists"])

@@ -16,6 +16,7 @@ from parasparse.shrink.labels import along, compact, tidy, varying
 from parasparse.shrink.products import Product, Read
 from parasparse.shrink.rules.products import (
     constants_of,
+    inner_labels,
     name_of,
     only_zeros,
     product_state,
@@ -91,7 +92,7 @@ def _pin_kernel(trace: Trace, w: Tensor) -> None:
 def _channels(trace: Trace, x: Tensor) -> Tensor | None:
     """Return the ids of the input channels; other labels are pinned."""
     found = None
-    for label in trace.labels(x):
+    for label in inner_labels(trace, x):
         if varying(label) == (1,):
             found = compact(label).flatten()
         else:
@@ -100,7 +101,7 @@ def _channels(trace: Trace, x: Tensor) -> Tensor | None:
 
 
 def _ids_along(trace: Trace, w: Tensor, dim: int) -> Tensor | None:
-    for label in trace.labels(w):
+    for label in inner_labels(trace, w):
         if varying(label) == (dim,):
             return compact(label).flatten()
         if dim in varying(label):

@@ -19,6 +19,7 @@ from parasparse.shrink.products import Product, Read
 from parasparse.shrink.rules.elementwise import along_all, merge
 from parasparse.shrink.rules.products import (
     constants_of,
+    inner_labels,
     name_of,
     only_zeros,
     product_state,
@@ -81,7 +82,7 @@ def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[
     one unit along `dim`, and is found in the result.
     """
     over, other = [], []
-    for label in _inner(trace, tensor):
+    for label in inner_labels(trace, tensor):
         if varies(label, dim % label.ndim):
             over.append(label)
             if len(varying(label)) > 1:
@@ -90,26 +91,6 @@ def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[
         else:
             other.append(label)
     return over, other
-
-
-def _inner(trace: Trace, tensor: Tensor) -> list[Tensor]:
-    """Return the labels of `tensor`, one for each dimension: the outer ones of two kinds stay.
-
-    Such are the experts and the inner channels of fused weights.
-    """
-    kept: list[Tensor] = []
-    for label in sorted(trace.labels(tensor), key=_is_outer):
-        if any(varying(label) == varying(other) for other in kept):
-            trace.ties.pin(label, "other channels share its dimension")
-        else:
-            kept.append(label)
-    return kept
-
-
-def _is_outer(label: Tensor) -> bool:
-    """Whether neighbours have the same id."""
-    ids = compact(label).flatten()[:2]
-    return len(ids) < 2 or bool(ids[0] == ids[1])
 
 
 def _flat(label: Tensor | None, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parasparse.shrink.calls import Call
 from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, with_zeros
-from parasparse.shrink.labels import compact
+from parasparse.shrink.labels import compact, varying
 from parasparse.shrink.tracing import Trace
 
 
@@ -33,6 +33,26 @@ def name_of(trace: Trace, tensor: Any) -> str | None:
     """Return the name of the parameter or buffer that `tensor` is, or None."""
     leaf = trace.leaf(tensor)
     return leaf.name if leaf else None
+
+
+def inner_labels(trace: Trace, tensor: Tensor) -> list[Tensor]:
+    """Return the labels of `tensor`, one for each dimension: the outer ones of two kinds stay.
+
+    Such are the experts and the inner channels of fused weights.
+    """
+    kept: list[Tensor] = []
+    for label in sorted(trace.labels(tensor), key=_is_outer):
+        if any(varying(label) == varying(other) for other in kept):
+            trace.ties.pin(label, "other channels share its dimension")
+        else:
+            kept.append(label)
+    return kept
+
+
+def _is_outer(label: Tensor) -> bool:
+    """Whether neighbours have the same id."""
+    ids = compact(label).flatten()[:2]
+    return len(ids) < 2 or bool(ids[0] == ids[1])
 
 
 def only_zeros(state: Tensor) -> Tensor:
