@@ -27,6 +27,8 @@ def take_over(module: nn.Module) -> None:
     Raises:
         ValueError: a mask is not the last parametrization of its tensor.
     """
+    if "parametrizations" not in module._modules:
+        return
     found = []
     for name, stack in stacks_of(module).items():
         if isinstance(stack, MaskedParametrizationList):

@@ -17,7 +17,9 @@ from parasparse.masks.apply import is_recorded, is_tracing
 def stack_of(module: nn.Module, name: str) -> parametrize.ParametrizationList | None:
     """Return the parametrizations of tensor `name` of `module`, with or without a mask, or None."""
     modules = module._modules  # a ScriptModule has no `get` here
-    stacks = modules["parametrizations"] if "parametrizations" in modules else None  # noqa: SIM401
+    if "parametrizations" not in modules:
+        return None
+    stacks = modules["parametrizations"]
     if not isinstance(stacks, nn.ModuleDict):  # programs that were exported have a plain module
         return None
     found = stacks._modules.get(name)

@@ -43,9 +43,14 @@ def shared_copy(model: nn.Module, tensors: list[Target], late: LateValues) -> nn
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             copied.setdefault(id(parameter), _alike(parameter, parameter.detach()))
+    usual: dict[type, bool] = {}
     for _, _, module, _ in reversed(list(named_modules(model))):  # what others contain comes first
         for each in (module._modules.get("parametrizations"), module):
-            if each is not None and id(each) not in copied and _is_copied_as_usual(each):
+            if each is None or id(each) in copied:
+                continue
+            if type(each) not in usual:
+                usual[type(each)] = _is_copied_as_usual(each)
+            if usual[type(each)]:
                 _copy_into(copied, each)
     twin = copy.deepcopy(model, copied)
     for target in masked:
@@ -67,21 +72,27 @@ def _is_copied_as_usual(module: nn.Module) -> bool:
 def _copy_into(copied: dict[int, Any], module: nn.Module) -> None:
     """Copy a module as `deepcopy` does, in a fraction of the time."""
     twin = copied[id(module)] = module.__new__(type(module))
-    twin.__setstate__({
-        name: value.copy() if name in _UNUSED else _copied(value, copied, is_dict=name in _DICTS)
-        for name, value in module.__getstate__().items()
-    })  # fmt: skip
+    state = dict(module.__getstate__())
+    for name, value in state.items():
+        if name in _UNUSED:
+            state[name] = value.copy()
+        elif name in _DICTS and type(value) is dict:
+            state[name] = {key: _copied(each, copied) for key, each in value.items()}
+        elif type(value) is OrderedDict and not value:  # such as hooks
+            state[name] = copied.setdefault(id(value), OrderedDict())
+        elif type(value) not in _SIMPLE:
+            state[name] = _copied(value, copied)
+    twin.__setstate__(state)
 
 
-def _copied(value: Any, copied: dict[int, Any], *, is_dict: bool = False) -> Any:
-    if type(value) in _SIMPLE or (type(value) is tuple and _SIMPLE.issuperset(map(type, value))):
-        return value
+def _copied(value: Any, copied: dict[int, Any]) -> Any:
     if id(value) in copied:
         return copied[id(value)]
-    if type(value) in (OrderedDict, set) and not value:  # such as hooks
-        return copied.setdefault(id(value), type(value)())
-    if type(value) is dict and is_dict:
-        return {name: _copied(each, copied) for name, each in value.items()}
+    kind = type(value)
+    if kind in _SIMPLE or (kind is tuple and _SIMPLE.issuperset(map(type, value))):
+        return value
+    if kind is set and not value:
+        return copied.setdefault(id(value), set())
     return copy.deepcopy(value, copied)
 
 

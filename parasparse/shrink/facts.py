@@ -67,6 +67,8 @@ def _has_others_than_0(value: Tensor, dims: list[int]) -> Tensor:
 
 def lowest_of(states: list[Tensor], shape: torch.Size) -> Tensor:
     """Return the lowest of states that broadcast to `shape`, entry by entry."""
+    if len(states) == 1 and states[0].shape == shape:
+        return states[0]
     small = [compact(state) for state in states]
     return reduce(torch.minimum, small).expand(shape)
 

@@ -47,8 +47,8 @@ def varies(label: Tensor, dim: int) -> bool:
 
 def varying(label: Tensor) -> tuple[int, ...]:
     """Return the dimensions along which the ids of a tidy label change."""
-    places = enumerate(zip(label.shape, label.stride(), strict=True))
-    return tuple(dim for dim, (size, stride) in places if size > 1 and stride)
+    shape = label.shape
+    return tuple([dim for dim, stride in enumerate(label.stride()) if stride and shape[dim] > 1])
 
 
 def fixed_along(label: Tensor, dim: int, size: int) -> Tensor:
@@ -99,7 +99,12 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Make the ids of `a` and `b`, of shapes that broadcast, one unit entry by entry."""
-        a, b = (ids.flatten() for ids in torch.broadcast_tensors(compact(a), compact(b)))
+        a, b = compact(a), compact(b)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        a, b = a.flatten(), b.flatten()
+        if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()):  # the same ids
+            return
         if not bool(torch.minimum(a, b).all()):
             self.pin(torch.where((a == 0) | (b == 0), a + b, 0), "it meets a size that stays")
             there = (a != 0) & (b != 0)

@@ -105,7 +105,8 @@ class Means:
 
     def give(self, values: list[Any]) -> None:
         """Tell which arguments the program passes to a function of torch; [] at its end."""
-        numbers.get().extend(epsilon.attribute for epsilon in self._given)
+        if self._given:
+            numbers.get().extend(epsilon.attribute for epsilon in self._given)
         self._given = [value for value in values if type(value) is Epsilon]
 
     def use(self, tensor: Tensor) -> None:

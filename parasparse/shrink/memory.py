@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,13 +31,19 @@ class Changes:
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yield the arguments of an operation into whose memory it writes."""
+    for place, name in _written_arguments(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        each = value if isinstance(value, (list, tuple)) else [value]
+        yield from (tensor for tensor in each if isinstance(tensor, Tensor))
+
+
+@lru_cache(maxsize=1024)
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return the places and names of the arguments of an operation that it may write into."""
     schema = func._schema
-    writes = schema.is_mutable and schema.name != "aten::set_"  # which takes other memory
-    for place, argument in enumerate(schema.arguments if writes else ()):
-        if argument.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            each = value if isinstance(value, (list, tuple)) else [value]
-            yield from (tensor for tensor in each if isinstance(tensor, Tensor))
+    if not schema.is_mutable or schema.name == "aten::set_":  # which takes other memory
+        return ()
+    return tuple((n, each.name) for n, each in enumerate(schema.arguments) if each.is_write)
 
 
 def has_layout_of(a: Tensor, b: Tensor) -> bool:

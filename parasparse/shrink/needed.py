@@ -137,7 +137,8 @@ def keep_shapes(
 def distinct(labels: Iterable[Tensor]) -> list[Tensor]:
     """Return joint labels, each once."""
     found: dict[tuple[object, ...], Tensor] = {}
-    for label in labels:
+    places = {(label.data_ptr(), label.shape, label.stride()): label for label in labels}
+    for label in places.values():
         small = compact(label).squeeze()
         if small.ndim > 1:
             ids = small.flatten()

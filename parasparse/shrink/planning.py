@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parasparse.shrink.constants import Constants, constants_of
-from parasparse.shrink.facts import ZERO
-from parasparse.shrink.labels import compact, on_cpu, varying
+from parasparse.shrink.labels import on_cpu
 from parasparse.shrink.layer_sizes import layer_sizes
 from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose
-from parasparse.shrink.norms import Changes, Norms
-from parasparse.shrink.plan import AttributeRow, KeptRow, Shrinkage, ShrinkRow
+from parasparse.shrink.norms import Norms
+from parasparse.shrink.plan import AttributeRow, Shrinkage, ShrinkRow
 from parasparse.shrink.readers import readers_of
+from parasparse.shrink.rows import Rows
 from parasparse.shrink.running import masked_states, traced, zero_states
 from parasparse.shrink.sizes import Attribute, get_attribute
-from parasparse.shrink.tracing import Leaf, Trace
+from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import Target
@@ -55,8 +55,8 @@ def work_for(
             if not changed:
                 break
         changes = norms.changes()
-        found = (_row(leaf, units, changes) for leaf in trace.leaves.values())
-        rows = tuple(row for row in found if row is not None)
+        made = Rows(trace, units)
+        rows = made.changed(changes)
         attributes |= layer_sizes(twin, {row.name: row.new_shape for row in rows}, attributes)
         plan = Shrinkage(
             rows=rows,
@@ -64,38 +64,13 @@ def work_for(
                 *(_attribute(a, values[a], new) for a, new in attributes.items()),
                 *(_epsilon(model, a, new) for a, new in changes.epsilons.items()),
             ),
-            kept_back=_kept_back(trace, units),
+            kept_back=made.kept_back(),
             inexact=() if exact else tuple(dict.fromkeys(norms.inexact())),
             bytes=_bytes(tensors, rows),
             multiply_adds=_multiply_adds(trace, units),
             branches=tuple(dict.fromkeys(trace.branches)),
         )
         return Work(plan, constants_of(trace, units, readers))
-
-
-def _row(leaf: Leaf, units: Units, changes: Changes) -> ShrinkRow | None:
-    """Return the row of a tensor, or None if it keeps its shape."""
-    shape, kept = list(leaf.tensor.shape), {}
-    for label in sorted(leaf.labels, key=lambda label: len(varying(label))):
-        stay = units.stay(compact(label))
-        if bool(stay.all()):
-            continue
-        dims = varying(label)
-        if len(dims) == 1:
-            kept[dims[0]] = tuple(stay.flatten().nonzero().flatten().tolist())
-            shape[dims[0]] = len(kept[dims[0]])
-        else:  # of a grouped convolution: (rows, inputs of the group)
-            per_row = stay.flatten(2)[:, :, 0] if stay.ndim > 2 else stay
-            rows = kept.get(0, range(len(per_row)))
-            each = [tuple(per_row[row].nonzero().flatten().tolist()) for row in rows]
-            if any(len(one) < per_row.shape[1] for one in each):
-                kept[1] = tuple(each)
-                shape[1] = len(each[0])
-    if not kept:
-        return None
-    shift, scale = changes.scales.get(leaf.name, (0.0, 1.0))
-    old, new = tuple(leaf.tensor.shape), tuple(shape)
-    return ShrinkRow(leaf.name, old, new, dict(sorted(kept.items())), scale, shift)
 
 
 def _attribute(attribute: Attribute, old: int, new: int) -> AttributeRow:
@@ -105,34 +80,6 @@ def _attribute(attribute: Attribute, old: int, new: int) -> AttributeRow:
 def _epsilon(model: nn.Module, attribute: Attribute, new: float) -> AttributeRow:
     old = get_attribute(model, attribute)
     return AttributeRow(attribute.path, attribute.name, attribute.index, old, new)
-
-
-def _kept_back(trace: Trace, units: Units) -> tuple[KeptRow, ...]:
-    """Return the channels whose entries are all dropped and that stay."""
-    rows = []
-    for leaf in (leaf for leaf in trace.leaves.values() if leaf.name in trace.dropped):
-        for label in leaf.labels:
-            if len(varying(label)) != 1:
-                continue
-            (dim,) = varying(label)
-            ids = compact(label).flatten()
-            reasons: dict[str, list[int]] = {}
-            for channel in _dead(compact(trace.state(leaf.tensor)), dim, units.stay(ids)):
-                reason = units.reason(int(units.of[ids[channel]]))
-                reasons.setdefault(reason, []).append(channel)
-            rows += [KeptRow(leaf.name, dim, tuple(c), reason) for reason, c in reasons.items()]
-    return tuple(rows)
-
-
-def _dead(state: Tensor, dim: int, among: Tensor) -> list[int]:
-    """Return the indices of `dim`, of those `among` which to look, that are ZERO everywhere."""
-    others = [d for d in range(state.ndim) if d != dim]
-    some = state[tuple(slice(None, None, 1 if d == dim else 31) for d in range(state.ndim))]
-    for part in (some, state) if others else (state,):  # a part rules out most
-        zero = (part.amin(others) if others else part) == ZERO
-        if not bool((zero & among).any()):
-            return []
-    return (zero & among).nonzero().flatten().tolist()
 
 
 def _bytes(tensors: list[Target], rows: tuple[ShrinkRow, ...]) -> tuple[int, int]:

@@ -44,6 +44,7 @@ class Reader:
         self._constant = self._known & (read.constants != 0)
         self._states: Tensor = read.states.unflatten(1, (read.columns.shape[1], -1))
         self.has_constants = bool(self._constant.any())
+        self._has_known = bool(self._known.any())
         self._number = -1  # of rows for which `_needed` holds
         self._needed = torch.zeros(())
 
@@ -57,7 +58,10 @@ class Reader:
 
     def unknown(self, units: Units) -> Tensor:
         """Return the columns that are needed and are no constants that may go."""
-        return self.needed(units) & (~self._known | units.stay(self.read.columns))
+        needed = self.needed(units)
+        return (
+            needed & (~self._known | units.stay(self.read.columns)) if self._has_known else needed
+        )
 
     def loud(self, units: Units) -> Tensor:
         """Return the columns whose constants matter and cannot be added to the bias."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -111,6 +111,8 @@ def _check_tensor(target: Target) -> None:
     for site in target.sites:
         check_not_offloaded(site.module, site.attr, target.name)
     for tensor in target.originals():
+        if type(tensor) in (nn.Parameter, Tensor):
+            continue
         if is_dtensor(tensor):
             raise RuntimeError(
                 f'"{target.name}" is sharded, so it cannot be shrunk. Shrink the model before '

@@ -120,7 +120,7 @@ class Target:
 
     def masks(self) -> list[nn.Module]:
         """Return the modules that mask it: none, one, or several if its sites differ."""
-        found = [site.mask_module() for site in self.sites]
+        found = (reading.mask_module(site.module, site.attr) for site in self.sites)
         return list({id(mask): mask for mask in found if mask is not None}.values())
 
     def mask(self) -> Tensor | None:
@@ -176,18 +176,17 @@ def named_modules(model: nn.Module) -> _Modules:
 
     Plain names do not have the prefixes of wrappers. Parametrizations are left out.
     """
-
-    def walk(plain: str, name: str, module: nn.Module, parent: nn.Module | None) -> _Modules:
+    todo: list[tuple[str, str, nn.Module, nn.Module | None]] = [("", "", model, None)]
+    while todo:
+        plain, name, module, parent = todo.pop()
         finding.take_over(module)
         yield plain, name, module, parent
-        for key, child in module._modules.items():
+        for key, child in reversed(module._modules.items()):
             if child is None or (key == "parametrizations" and reading.stacks_of(module)):
                 continue
             wrapped = key in WRAPPED or (key == "module" and isinstance(module, _WRAPPERS))
             below = plain if wrapped else join(plain, key)
-            yield from walk(below, join(name, key), child, module)
-
-    return walk("", "", model, None)
+            todo.append((below, join(name, key), child, module))
 
 
 def tensors_of(model: nn.Module, *, pairs: bool = True) -> list[Target]:

@@ -43,13 +43,16 @@ def _convolution(trace: Trace, call: Call) -> list[Facts]:
     if isinstance(bias, Tensor):
         _tie_or_pin(trace, rows, trace.labels(bias)[0] if trace.labels(bias) else None)
     padded = any(call.args[4]) or transposed
-    zero, known, weights = _convolution_state(trace, x, w, groups, transposed, padded)
+    x_state = lowest_along(trace.state(x), 1)
+    states = only_zeros(x_state) if padded else x_state
+    zero, known, weights = _convolution_state(trace, states, w, groups, transposed)
     if bias is not None:
         known = known & (trace.state(bias) != UNKNOWN)
     outs = torch.zeros(out.shape[1], dtype=torch.long) if rows is None else rows
     if columns is not None and inputs is not None:
-        _read(trace, call, outs, columns, weights)
-    kernel = w.shape[2:].numel() * (x if transposed else out)[0, 0].numel() * out.shape[0]
+        _read(trace, call, outs, columns, weights, x_state)
+    places = (x if transposed else out).shape[2:]
+    kernel = w.shape[2:].numel() * places.numel() * out.shape[0]
     trace.products.append(Product(kernel, outs, _inputs_of_one(columns, w.shape[in_dim])))
     channel = (1, -1, *[1] * (out.ndim - 2))
     state = product_state(
@@ -60,12 +63,14 @@ def _convolution(trace: Trace, call: Call) -> list[Facts]:
     return [Facts(labels, tidy(state))]
 
 
-def _read(trace: Trace, call: Call, rows: Tensor, columns: Tensor, states: Tensor) -> None:
+def _read(
+    trace: Trace, call: Call, rows: Tensor, columns: Tensor, states: Tensor, x_state: Tensor
+) -> None:
     """Remember what the convolution sums over."""
     x, w, bias = call.args[:3]
     padding, transposed, groups = call.args[4], call.args[6], call.args[8]
     channels = x.transpose(0, 1).flatten(1).t()
-    constants = constants_of(channels, lowest_along(trace.state(x), 1)).view(groups, 1, -1)
+    constants = constants_of(channels, x_state).view(groups, 1, -1)
     trace.reads.append(
         Read(
             columns=columns.reshape(-1, w.shape[0 if transposed else 1]),
@@ -164,20 +169,19 @@ def _pinned(trace: Trace, call: Call) -> list[Facts]:
 
 
 def _convolution_state(
-    trace: Trace, x: Tensor, w: Tensor, groups: int, transposed: bool, padded: bool
+    trace: Trace, x_state: Tensor, w: Tensor, groups: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return which output channels are 0, which are known, and the states of the weights.
 
     The last are (O, I / groups * kernel).
     """
-    x_state, w_state = lowest_along(trace.state(x), 1), compact(trace.state(w)).flatten(2)
-    x_state = only_zeros(x_state) if padded else x_state
+    w_state = compact(trace.state(w)).flatten(2)
     w_state = w_state.expand(*w.shape[:2], -1)
     w_state = w_state.transpose(0, 1) if transposed else w_state
     each = x_state.view(groups, 1, -1)
     if groups > 1:
         each = each.expand(-1, w_state.shape[0] // groups, -1)
-    each = each.reshape(-1, w_state.shape[1]).repeat_interleave(w_state.shape[2], 1)
+    each = each.reshape(-1, w_state.shape[1], 1).expand(-1, -1, w_state.shape[2]).flatten(1)
     w_state = w_state.flatten(1)
     zero, depends = sums_of(each, w_state, 1)
     return zero.squeeze(1), ~depends.squeeze(1), w_state

@@ -20,7 +20,9 @@ from parasparse.shrink.tracing import Rule, Trace
 def elementwise(trace: Trace, call: Call) -> list[Facts]:
     """Tie the labels of operands that vary along the same dimensions."""
     outs = call.outs()
-    shape = torch.broadcast_tensors(*call.tensors(), outs[0])[0].shape
+    shape = outs[0].shape
+    if any(tensor.shape != shape for tensor in call.tensors()):
+        shape = torch.broadcast_tensors(*call.tensors(), outs[0])[0].shape
     labels = joined(trace, call.tensors(), shape)
     found = Facts(tuple(labels), tidy(_state(trace, call, outs[0], shape)))
     return [found if out.shape == shape else _without(trace, labels, out) for out in outs]
