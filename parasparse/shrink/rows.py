@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact, varying
 from parasparse.shrink.norms import Changes
-from parasparse.shrink.plan import KeptRow, ShrinkRow
+from parasparse.shrink.plan import Kept, KeptRow, ShrinkRow
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
 
@@ -27,7 +26,7 @@ class Rows:
     trace: Trace
     units: Units
     _stay: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    _kept: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], Kept] = field(default_factory=dict)
 
     def changed(self, changes: Changes) -> tuple[ShrinkRow, ...]:
         """Return the rows of the tensors that do not keep their shape."""
@@ -67,7 +66,8 @@ class Rows:
 
     def _row(self, leaf: Leaf, changes: Changes) -> ShrinkRow | None:
         """Return the row of a tensor, or None if it keeps its shape."""
-        shape, kept = list(leaf.tensor.shape), dict[int, Any]()
+        shape = list(leaf.tensor.shape)
+        kept: dict[int, Kept | tuple[Kept, ...]] = {}
         for label in sorted(leaf.labels, key=lambda label: len(varying(label))):
             dims = varying(label)
             if len(dims) == 1:
@@ -99,7 +99,7 @@ class Rows:
             self._stay[key] = self.units.stay(compact(label).flatten())
         return self._stay[key]
 
-    def _indices(self, label: Tensor, dim: int) -> tuple[int, ...]:
+    def _indices(self, label: Tensor, dim: int) -> Kept:
         key = _place(label, dim)
         if key not in self._kept:
             self._kept[key] = tuple(self._stays(label, dim).nonzero().flatten().tolist())
