@@ -10,16 +10,20 @@ network has other shapes. Bytes are those of a state dict; of the accelerated ne
 Memory is the growth of the peak of a fresh process that loads a network and runs it once on 8
 samples. With BENCH_QUICK=1, only half of the channels are removed.
 
-Planning is timed against one forward pass of the same inputs, and Torch-Pruning's tracing.
+Planning is timed against one forward pass of the same inputs, and Torch-Pruning's tracing. The
+units of a Llama of 70 billion weights are found on the meta device; its peak is that of the whole
+process.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -190,6 +194,36 @@ def measure_peak(name: str, path: str) -> int:
     return peak() - before
 
 
+def measure_large() -> dict[str, float]:
+    """Find the units of a Llama of 70 billion weights that has no values, in a fresh process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+    start, work = time.perf_counter(), time.process_time()
+    ps.coupled(model.eval(), {"input_ids": ids})
+    return {
+        "weights": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - work,
+        "peak_bytes": peak(),
+    }
+
+
+def large() -> dict[str, dict[str, float]]:
+    """Return the same, measured in a new process."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.channels", "--large"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print("Llama, 70 B:", found, flush=True)
+    return {"Llama, 70 B": found}
+
+
 def planning(dense: nn.Module, units: Any, x: Tensor) -> dict[str, Timing]:
     """Time the plan of a network with half of its channels, and what it may be compared with."""
     under_masks = masked(dense, units, 0.5)
@@ -244,12 +278,14 @@ def main(names: list[str]) -> None:
         versions["torch-pruning"] = metadata.version("torch-pruning")
     write(
         "channels", results, add=bool(names), channels_kept=shares, bytes=sizes, memory=memory,
-        planning=plans_as_dicts, versions=versions,
+        planning=plans_as_dicts, large={} if names or QUICK else large(), versions=versions,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         print(measure_peak(*sys.argv[2:]))
+    elif sys.argv[1:] == ["--large"]:
+        print(json.dumps(measure_large()))
     else:
         main(sys.argv[1:])

@@ -175,6 +175,20 @@ def channels_planning(content: Content) -> str:
     return grid({"results": content["planning"]}, "(.*)", "network")
 
 
+def channels_large(content: Content) -> str:
+    if not content.get("large"):
+        return TO_COME
+    rows = [
+        [
+            name, f"{found['weights'] / 1e9:.1f}", f"{found['seconds']:.0f}",
+            f"{found['processor_seconds']:.0f}", f"{found['peak_bytes'] / 1e9:.1f}",
+        ]
+        for name, found in content["large"].items()
+    ]  # fmt: skip
+    header = ["model", "weights, billions", "seconds", "of the processor", "peak, GB"]
+    return table(header, rows)
+
+
 TO_COME = "Not measured yet: `python -m benchmarks channels`."
 
 
@@ -229,6 +243,7 @@ TABLES: dict[str, Table] = {
     "channels.bytes": channels_left,
     "channels.memory": channels_memory,
     "channels.planning": channels_planning,
+    "channels.large": channels_large,
     "checkpoints.times": command_line,
     "checkpoints.memory": command_line_memory,
     "sharding.memory": sharding,

@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -241,3 +242,30 @@ def test_a_masked_checkpoint_is_read_outside_of_the_trainer(tmp_path):
     state = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
     ps.load_state_dict(again, state, strict=False)  # ties are in it once
     assert_equal(again, model)
+
+
+class Shrinks(TrainerCallback):
+    """Remove half of the units after the first epoch."""
+
+    def on_epoch_end(self, args, state, control, model=None, optimizer=None, **more):
+        if state.epoch == 1:
+            inputs = {"input_ids": torch.arange(8).unsqueeze(0)}
+            units = ps.coupled(model, inputs)
+            rule = ps.Prune(0.5, pattern=units, scope="global")
+            ps.sparsify(model, {units.reaches: rule})
+            ps.shrink(model, inputs, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_training_goes_on_after_shrink(build, tmp_path):
+    run = arguments(tmp_path, max_steps=36)  # three epochs
+    trainer = Trainer(build(), run, train_dataset=data(), callbacks=[Shrinks()])
+    full = sum(parameter.numel() for parameter in trainer.model.parameters())
+    trainer.train()
+    live = set(trainer.model.parameters())
+    assert sum(parameter.numel() for parameter in live) < full
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == live
+    for parameter, state in trainer.optimizer.state.items():
+        assert state["exp_avg"].shape == parameter.shape
+        assert state["step"] == 36
