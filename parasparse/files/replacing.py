@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +27,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def replacing_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty file beside `path`, which replaces it at the end."""
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    mode = _mode(target)
+    if mode is not None and not stat.S_ISREG(mode):
         raise ValueError(f'`path` "{path}" exists and is not a regular file.')
-    if target.exists() and not os.access(target, os.W_OK):
+    if mode is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
     beside = _beside(target)
     try:
         with open(beside, "xb"):
-            if target.exists():
-                shutil.copymode(target, beside)
+            if mode is not None:
+                os.chmod(beside, stat.S_IMODE(mode))
         yield beside
         os.replace(beside, target)
     except BaseException:
@@ -72,6 +74,14 @@ def reserve(file: BinaryIO, nbytes: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported there
                 raise
+
+
+def _mode(path: Path) -> int | None:
+    """Return the kind and the permissions of a file, or None if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
 
 
 def _beside(target: Path) -> Path:

@@ -89,6 +89,14 @@ def test_links_are_followed_and_permissions_stay(path):
     assert same_states(load_packed(path), state)
 
 
+def test_a_link_to_itself_is_an_error_and_stays(path):
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="[Ll]evels of symbolic links|[Ss]ymlink"):
+        save(small(), path)
+    assert path.is_symlink()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_new_file_has_the_usual_permissions(path):
     path.with_name("usual").touch()
     save(small(), path)

@@ -91,6 +91,16 @@ def quantized(weight, levels, dim):
     return (weight / step).round() * step
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_shifts_of_pruned_weights_are_their_scales(seed):
+    """An octave is 128 steps of bfloat16; the shifts are found from a sample of the entries."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = [torch.randn(128, 128, generator=generator) * 2**octave for octave in range(8)]
+    pruned = [torch.where(w.abs() > 1.645 * 2**i, w, 0.0).bfloat16() for i, w in enumerate(dense)]
+    _, shifts = joined(pruned)
+    assert all(abs(shift - shifts[0] - 128 * i) <= 4 for i, shift in enumerate(shifts))
+
+
 FEW_VALUES = {
     "16 levels": lambda weight: quantized(weight, 16, (0, 1)),
     "16 levels a row": lambda weight: quantized(weight, 16, 1),

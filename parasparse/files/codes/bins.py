@@ -149,8 +149,10 @@ def _bins_between(held: Tensor, halved: Tensor, width: int) -> tuple[list[int], 
 
 def is_noise(counts: Tensor) -> bool:
     """Whether all numbers of 16 bits are about equally likely."""
+    if len(counts) < 0.9 * (1 << 16):
+        return False
     total = int(counts.sum())
-    if total < 256 or len(counts) < 0.9 * (1 << 16):
+    if total < 256:
         return False
     if len(counts) < 1 << 16:
         counts = torch.cat([counts, counts.new_zeros((1 << 16) - len(counts))])
