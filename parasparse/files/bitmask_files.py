@@ -84,7 +84,7 @@ class BitmaskCheckpoint(Checkpoint):
         offsets, before = f"{layer}.row_offsets", counts.cumsum(0) - counts
         if offsets in self.source.infos and not torch.equal(self.source.read(offsets), before):
             raise self._damaged(layer, "`row_offsets` must count the bits of `bitmask`")
-        return torch.zeros(info.shape, dtype=info.dtype).masked_scatter_(kept, values)
+        return values.new_zeros(info.shape).masked_scatter_(kept, values)
 
     def _reopen(self) -> None:
         self.source._reopen()

@@ -1,6 +1,8 @@
-"""Bools as bits, eight per byte, and tensors as bytes."""
+"""Bools as bits, eight per byte, and tensors as bytes on the CPU."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,3 +29,13 @@ def buffer(data: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
     """Return the bytes of a contiguous uint8 tensor without a copy; `data` must outlive them."""
     # Not Tensor.numpy(), because numpy is not a dependency.
     return (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """New tensors are on the CPU, whatever the default device is."""
+    if torch.empty(0).device.type == "cpu":
+        yield  # any `torch.device` costs time in each call
+        return
+    with torch.device("cpu"):
+        yield

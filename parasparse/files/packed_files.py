@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parasparse.files import safetensors_heads
-from parasparse.files.bits import buffer
+from parasparse.files.bits import buffer, on_cpu
 from parasparse.files.headers import (
     FORMAT,
     LONGEST,
@@ -24,12 +24,14 @@ from parasparse.files.replacing import replacing
 from parasparse.files.streams import Entry, Read, decoded, dtype_of, streams_in, write_streams
 
 
+@on_cpu()
 def write(path: FilePath, read: Read, header: dict[str, Any]) -> None:
     """Write a packed file: `header` lacks streams, and `read` returns the tensor of each entry."""
     with replacing(path) as file:
         (_write_safetensors if is_safetensors(path) else _write_torch)(file, read, header)
 
 
+@on_cpu()
 def opened(path: FilePath) -> tuple[dict[str, Any], Read]:
     """Return the header of a packed file, and a function that reads and unpacks a tensor.
 
@@ -44,6 +46,7 @@ def opened(path: FilePath) -> tuple[dict[str, Any], Read]:
         streams = streams_in(content, header)
     waiting: dict[str, Tensor] = {}  # unpacked with another tensor, but not read yet
 
+    @on_cpu()
     def unpacked(name: str) -> Tensor:
         with damage_named(path, f'has no intact "{name}"'):
             if name not in waiting:

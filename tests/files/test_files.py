@@ -14,6 +14,9 @@ from torchvision import models
 
 import parasparse as ps
 from parasparse.checkpoints.save_packed import load_packed, save
+from parasparse.files.codes import digits, places
+from parasparse.files.opening import open_checkpoint
+from tests.files.test_codes import weights
 from tests.files.test_packing import DTYPES, MASKS, SHAPES, drawn_tensor, same
 from tests.helpers.cases import Tied
 from tests.helpers.machine import needs_mkl
@@ -135,6 +138,20 @@ def test_loaded_tensors_are_writable_and_free_of_the_file(path):
     assert torch.equal(loaded["sparse"], torch.eye(16) + 1)
     save(state, path)
     assert path.read_bytes() == before  # and a state has but one file
+
+
+def test_the_default_device_does_not_matter(path):
+    """Models are made on the meta device, and take what is loaded by assignment."""
+    state = {str(seed): weights("0.9", (256, 512), torch.float32, seed) for seed in range(3)}
+    state |= {pattern: weights(pattern, (64, 64), torch.float32) for pattern in ("0.5", "2:4")}
+    for table in (places._ones_of_bytes, digits._fields, digits._threes):
+        table.cache_clear()  # so that they are made here
+    with torch.device("meta"):
+        save(state, path)
+        loaded, checkpoint = load_packed(path), open_checkpoint(str(path))
+        assert torch.empty(0).is_meta
+        assert same_states(loaded, state)
+        assert all(same(checkpoint.read(name), tensor) for name, tensor in state.items())
 
 
 def test_a_safetensors_file_is_one_for_everybody(tmp_path):
