@@ -131,8 +131,12 @@ def let_heads_go(module: nn.Module) -> Callable[[], None] | None:
 
 
 def prepare(model: nn.Module, plan: Shrinkage) -> list[Callable[[], None]]:
-    """Let heads go in the modules of `model` that lose some by `plan`; return what undoes it."""
+    """Let heads or inputs go in the modules of `model` that lose some by `plan`; return the undo.
+
+    `nn.MultiheadAttention` has heads that make up the width of its input.
+    """
     paths = {row.path for row in plan.attributes if row.name == "num_heads"}
+    paths |= {row.name.rpartition(".")[0] for row in plan.rows}
     undo = [let_heads_go(module) for path, module in model.named_modules() if path in paths]
     return [each for each in undo if each is not None]
 

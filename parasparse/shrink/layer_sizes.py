@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from parasparse.shrink.sizes import Attribute, holder_of
+from parasparse.shrink.sizes import Attribute, holder_of, plain
 
 # Class, attribute, parameter or buffer, dimension. The first tensor that a layer has counts.
 _SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (
@@ -53,7 +53,7 @@ def layer_sizes(
                 found.setdefault(Attribute(path, attribute), shapes[f"{prefix}{tensor}"][dim])
         shape = shapes.get(f"{prefix}weight")
         if isinstance(module, _ConvNd) and shape is not None:
-            number = groups.get(Attribute(path, "groups"), int(module.groups))
+            number = groups.get(Attribute(path, "groups"), plain(module.groups))
             first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
             found[Attribute(path, f"{first}_channels")] = shape[0]
             found[Attribute(path, f"{second}_channels")] = shape[1] * number
@@ -81,4 +81,4 @@ def sized_by(model: nn.Module, attribute: Attribute) -> tuple[str, int] | None:
 
 def _now(model: nn.Module, attribute: Attribute) -> int:
     value = getattr(model.get_submodule(attribute.path), attribute.name)
-    return int(value if attribute.index is None else value[attribute.index])
+    return plain(value if attribute.index is None else value[attribute.index])

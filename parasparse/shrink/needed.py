@@ -15,7 +15,8 @@ from parasparse.shrink.labels import compact, tidy, varying
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import Reader
 from parasparse.shrink.regular import to_restore
-from parasparse.shrink.sizes import Attribute, attributes_in, solve, spans_in
+from parasparse.shrink.sizes import Attribute, attributes_in, spans_in
+from parasparse.shrink.solving import solve
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs, reached
@@ -136,15 +137,16 @@ def keep_shapes(
 
 def distinct(labels: Iterable[Tensor]) -> list[Tensor]:
     """Return joint labels, each once."""
-    found: dict[tuple[object, ...], Tensor] = {}
+    found: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     places = {(label.data_ptr(), label.shape, label.stride()): label for label in labels}
     for label in places.values():
         small = compact(label).squeeze()
         if small.ndim > 1:
             ids = small.flatten()
             key = (tuple(small.shape), int((ids * torch.arange(1, len(ids) + 1)).sum()))
-            found.setdefault(key, small)
-    return list(found.values())
+            if not any(torch.equal(small, other) for other in found[key]):
+                found[key].append(small)
+    return [label for alike in found.values() for label in alike]
 
 
 def transposed(shapes: list[Tensor]) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,22 +23,27 @@ def leave_torch(trace: Trace, tensor: Tensor, name: str) -> None:
         trace.ties.pin(label, f"its values leave torch ({name})")
 
 
-def follow_copies(trace: Trace, model: nn.Module) -> None:
-    """Have copies of the Parameters of `model` that are made by `copy.deepcopy` be followed.
+@contextmanager
+def followed_parameters(trace: Trace) -> Iterator[None]:
+    """Follow the Parameters that a run makes of tensors, as `copy.deepcopy` does too.
 
-    `Parameter.__deepcopy__` calls functions of torch, but what makes a Parameter is none.
+    `nn.Parameter` calls no operation of torch.
     """
-    for parameter in model.parameters():
-        vars(parameter)["__deepcopy__"] = partial(_copied_parameter, trace, parameter)
+    plain, thread = nn.Parameter.__new__, threading.get_ident()
 
+    def new(cls: type[nn.Parameter], *args: Any, **kwargs: Any) -> nn.Parameter:
+        made: nn.Parameter = plain(cls, *args, **kwargs)
+        data = args[0] if args else kwargs.get("data")
+        if isinstance(data, Tensor) and threading.get_ident() == thread:
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                trace.set_facts(made, trace.facts(data))
+        return made
 
-def _copied_parameter(trace: Trace, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
-    known = id(parameter) in memo
-    copied: nn.Parameter = type(parameter).__deepcopy__(parameter, memo)
-    if not known:
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            trace.set_facts(copied, trace.facts(parameter))
-    return copied
+    nn.Parameter.__new__ = new  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = plain  # type: ignore[method-assign]
 
 
 def _copied(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:

@@ -30,9 +30,9 @@ from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
 from parasparse.shrink.late_values import LateValues
 from parasparse.shrink.layer_sizes import sized_by
-from parasparse.shrink.outside_torch import follow_copies
+from parasparse.shrink.outside_torch import followed_parameters
 from parasparse.shrink.rules import rule_for
-from parasparse.shrink.sizes import Attribute, tag_attributes, telling
+from parasparse.shrink.sizes import Attribute, own_sizes, tag_attributes, telling
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
 from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace
@@ -91,6 +91,7 @@ def _run(
         raise
 
 
+@own_sizes()
 def _traced(
     twin: nn.Module, example_inputs: Any, dropped: dict[str, Tensor], changing: frozenset[str],
     stand_ins: StandIns | None,
@@ -102,7 +103,6 @@ def _traced(
     state_epsilons(twin)
     tag_epsilons(twin)
     trace, carried = Trace(twin, dropped, rule_for, stand_ins, changing), Carried(twin)
-    follow_copies(trace, twin)
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor):
             check_can_be_followed(None, [tensor], "")
@@ -113,6 +113,7 @@ def _traced(
         for each in (torch.no_grad(), _plain_kernels(), _module_names(twin, trace)):
             stack.enter_context(each)
         stack.enter_context(_disable_current_modes())  # those around the call
+        stack.enter_context(followed_parameters(trace))
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         stack.enter_context(telling(trace.compare))

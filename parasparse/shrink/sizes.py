@@ -93,18 +93,37 @@ def telling(told: _Told | None) -> Iterator[None]:
         _told.reset(token)
 
 
+# The run whose sizes are followed. A program may keep them, as in `functools.lru_cache`: for
+# another run, they are plain numbers.
+_run: ContextVar[object] = ContextVar("run", default=None)
+
+
+@contextmanager
+def own_sizes() -> Iterator[None]:
+    """Follow the sizes that are made here, and no others."""
+    token = _run.set(object())
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
 class Size(int):
     """An int that remembers how it was computed."""
 
     expression: Expression
+    run: object
 
     def __new__(cls, value: int, expression: Expression) -> Size:
         """Make the size `value`, computed by `expression`."""
         size = super().__new__(cls, value)
-        size.expression = expression
+        size.expression, size.run = expression, _run.get()
         return size
 
     # What is no size any more but a number, such as a scale, must not change.
+    def __int__(self) -> int:
+        return self._number()
+
     def __float__(self) -> float:
         return float(self._number())
 
@@ -121,8 +140,8 @@ class Size(int):
         return pow(other, self._number(), modulo)
 
     def _number(self) -> int:
-        numbers.get().append(self.expression)
-        return int(self)
+        numbers.get().append(expression(self))
+        return plain(self)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -133,19 +152,35 @@ class Size(int):
     def __bool__(self) -> bool:
         return self != 0
 
-    def __neg__(self) -> Size:
-        return Size(-int(self), Computed(operator.neg, (self.expression,)))
+    def __round__(self, ndigits: Any = None) -> int:
+        return self if ndigits is None else round(self._number(), ndigits)
+
+    def __pos__(self) -> Size:
+        return self
+
+    __trunc__ = __floor__ = __ceil__ = conjugate = __pos__
+    real = numerator = property(__pos__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return int, (int(self),)
+        return int, (plain(self),)
 
     def __deepcopy__(self, memo: Any) -> Size:
         return self
 
 
+def plain(value: int) -> int:
+    """Return `value` as an int that remembers nothing."""
+    return int.__int__(value)
+
+
 def expression(value: int) -> Expression:
     """Return how `value` was computed."""
-    return value.expression if isinstance(value, Size) else int(value)
+    is_of_run = isinstance(value, Size) and value.run is _run.get()
+    return value.expression if is_of_run else plain(value)  # type: ignore[attr-defined]
+
+
+def _unary(function: Callable[[int], int]) -> Callable[[Size], Size]:
+    return lambda self: Size(function(plain(self)), Computed(function, (expression(self),)))
 
 
 def _arithmetic(function: Callable[..., Any], *, swapped: bool) -> Callable[[Size, Any], Any]:
@@ -155,34 +190,41 @@ def _arithmetic(function: Callable[..., Any], *, swapped: bool) -> Callable[[Siz
         if not isinstance(other, int):
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)
-        return Size(function(int(a), int(b)), Computed(function, (expression(a), expression(b))))
+        return Size(
+            function(plain(a), plain(b)), Computed(function, (expression(a), expression(b)))
+        )
 
     return method
 
 
-def _comparison(function: Callable[..., bool], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _comparison(function: Callable[..., bool], usual: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Size, other: Any) -> Any:
-        outcome = plain(self, other)
+        outcome = usual(self, other)
         told = _told.get()
         if told is None or not isinstance(other, (int, float)):
             return outcome
         if isinstance(other, int):
-            told(Computed(function, (self.expression, expression(other))), outcome)
+            told(Computed(function, (expression(self), expression(other))), outcome)
         else:
-            outcome = function(int(self), other)
-            told(Computed(lambda size: function(size, other), (self.expression,)), outcome)
+            outcome = function(plain(self), other)
+            told(Computed(lambda size: function(size, other), (expression(self),)), outcome)
         return outcome
 
     return method
 
 
+for _name, _one in (
+    ("__neg__", operator.neg), ("__abs__", operator.abs), ("__invert__", operator.invert),
+    ("bit_length", int.bit_length), ("bit_count", int.bit_count),
+):  # fmt: skip
+    setattr(Size, _name, _unary(_one))
 for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift"):
     _function, _name = getattr(operator, _name), _name.strip("_")
     setattr(Size, f"__{_name}__", _arithmetic(_function, swapped=False))
     setattr(Size, f"__r{_name}__", _arithmetic(_function, swapped=True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    _plain = getattr(int, f"__{_name}__")
-    setattr(Size, f"__{_name}__", _comparison(getattr(operator, _name), _plain))
+    _usual = getattr(int, f"__{_name}__")
+    setattr(Size, f"__{_name}__", _comparison(getattr(operator, _name), _usual))
 
 
 @dataclass(frozen=True)
@@ -242,59 +284,6 @@ def attributes_in(expr: Expression) -> list[Attribute]:
     if isinstance(expr, Computed):
         return [attribute for each in expr.operands for attribute in attributes_in(each)]
     return []
-
-
-def solve(
-    requirements: list[Requirement],
-    values: dict[Attribute, int],
-    kept: Tensor,
-) -> tuple[dict[Attribute, int], list[Requirement]]:
-    """Return new values of attributes, and the requirements that no values meet.
-
-    Requirements of one attribute alone come first; each later one may change one attribute more.
-
-    Args:
-        requirements: what must hold.
-        values: the attributes as they are.
-        kept: whether each id is kept.
-    """
-    new, decided = dict(values), set[Attribute]()
-    unmet: list[Requirement] = []
-    for requirement in sorted(requirements, key=lambda r: len(set(attributes_in(r.given)))):
-        wanted = requirement.span.size(kept)
-        if wanted is None:
-            unmet.append(requirement)
-            continue
-        found = attributes_in(requirement.given)
-        for attribute in [None, *(a for a in dict.fromkeys(found) if a not in decided)]:
-            value = _solved(requirement.given, attribute, wanted, new, kept)
-            if value is not None:
-                if attribute is not None:
-                    new[attribute] = value
-                break
-        if evaluate(requirement.given, new, kept) != wanted:
-            unmet.append(requirement)
-        else:
-            decided |= set(found)
-    changed = zip(new.items(), values.values(), strict=True)
-    return {attribute: v for (attribute, v), old in changed if v != old}, unmet
-
-
-def _solved(
-    given: Expression, attribute: Attribute | None, wanted: int, values: dict[Attribute, int],
-    kept: Tensor,
-) -> int | None:  # fmt: skip
-    """Return the value of `attribute` with which `given` is `wanted`, or None."""
-    if attribute is None:
-        return 0 if evaluate(given, values, kept) == wanted else None
-    if given == attribute:
-        return wanted
-    tried = dict(values)
-    for value in range(values[attribute], 0, -1):
-        tried[attribute] = value
-        if evaluate(given, tried, kept) == wanted:
-            return value
-    return None
 
 
 def span(label: Tensor, dim: int, start: int = 0, stop: int | None = None) -> Span:

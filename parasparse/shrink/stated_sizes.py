@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from parasparse.shrink.facts import facts
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.outside_torch import REPLACED, leave_torch
-from parasparse.shrink.sizes import Size, Span, expression, numbers, span, telling
+from parasparse.shrink.sizes import Size, Span, expression, numbers, plain, span, telling
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
 
@@ -136,7 +136,7 @@ def _follow_sizes(trace: Trace, tensor: Tensor, sizes: Sequence[Any], out: Tenso
     for dim, size in enumerate(sizes):
         is_new = isinstance(size, Size) and shape[dim] == 1 < size and out.stride(dim) == 0
         if is_new and isinstance(expression(size), Span):
-            labels.append(along(trace.ties.new(int(size)), dim, out.shape))
+            labels.append(along(trace.ties.new(plain(size)), dim, out.shape))
     trace.set_facts(out, facts(labels, trace.state(out)))
 
 
@@ -166,7 +166,7 @@ def _made(name: str) -> Callable[..., None]:
         if len(sizes) != out.ndim:
             return
         labels = [
-            along(trace.ties.new(int(size)), dim, out.shape)
+            along(trace.ties.new(plain(size)), dim, out.shape)
             for dim, size in enumerate(sizes)
             if isinstance(size, Size) and size > 1
         ]
@@ -184,7 +184,7 @@ def _numbered(name: str) -> Callable[..., None]:
     def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         for size in tree_leaves((args, kwargs)):
             if isinstance(size, Size) and size > 1:
-                stays = trace.ties.new(int(size))
+                stays = trace.ties.new(plain(size))
                 trace.ties.pin(stays, f"{name} of how many there are")
                 trace.require(size.expression, span(stays, 0), name)
 
@@ -196,7 +196,7 @@ def _split(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
     dim, start = args[2] if len(args) > 2 else kwargs.get("dim", 0), 0
     for number, piece in enumerate(out):
         size = sizes[number] if isinstance(sizes, (tuple, list)) else sizes
-        if int(size) != piece.shape[dim]:  # the rest, in the last piece
+        if plain(size) != piece.shape[dim]:  # the rest, in the last piece
             size = piece.shape[dim]
         stop = start + piece.shape[dim]
         for label in trace.labels(args[0]):
@@ -255,10 +255,10 @@ def _sliced(
         if step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int):
             trace.ties.pin(label, "slice")
             continue
-        first, last, _ = slice(int(start), int(stop)).indices(size)
+        first, last, _ = slice(plain(start), plain(stop)).indices(size)
         trace.least.append((label.narrow(dim, first, max(last - first, 0)), min(last - first, 1)))
         for bound in (start, stop):
-            place = int(bound) + size if bound < 0 else int(bound)
+            place = plain(bound) + size if bound < 0 else plain(bound)
             if not 0 < place < size:
                 continue
             trace.least.append((label.narrow(dim, 0, place), 1))
@@ -272,12 +272,12 @@ def _sliced(
 
 def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-    if int(groups) == 1:
+    if plain(groups) == 1:
         return
     dim = out.ndim - 1 - len(_SHAPE(args[1] if len(args) > 1 else kwargs["weight"])[2:])
     for label in trace.labels(args[0] if args else kwargs["input"]):
         if varies(label, dim):
-            apart = label.movedim(dim, 0).unflatten(0, (int(groups), -1))
+            apart = label.movedim(dim, 0).unflatten(0, (plain(groups), -1))
             trace.require(expression(groups), span(apart, 0), "convolution")
 
 

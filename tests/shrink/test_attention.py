@@ -135,6 +135,39 @@ def zero_head(attention):
     return attention
 
 
+class Fed(nn.Module):
+    """Queries, keys and values are of different layers."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = layer(**options)
+        widths = (E, self.attention.kdim, self.attention.vdim)
+        self.layers = nn.ModuleList(nn.Linear(6, width).double() for width in widths)
+        self.last = nn.Linear(E, 2).double()
+
+    def forward(self, x):
+        return self.last(self.attention(*(layer(x) for layer in self.layers))[0])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dead", [(0, 1, 2), (0,), (1,), (2,), (3,)])
+def test_inputs_and_outputs_go_while_all_heads_stay(options, dead):
+    model, x = Fed(**options).eval(), torch.randn(N, L, 6, dtype=torch.double)
+    layers = [*model.layers, model.attention.out_proj]
+    with torch.no_grad():
+        for layer_ in (layers[place] for place in dead):
+            for tensor in layer_.parameters():
+                tensor[:2] = 0
+    plan = ps.plan_shrink(model, x)
+    assert all(row.name != "num_heads" for row in plan.attributes)
+    if not plan.rows:  # a weight of all three has one number of inputs
+        assert dead != (0, 1, 2)
+        return
+    want = model(x)
+    ps.shrink(model, x)
+    torch.testing.assert_close(model(x), want)
+
+
 STACKS = {
     "encoder layer": (lambda: nn.TransformerEncoderLayer(E, H, 16, batch_first=True), 1),
     "encoder": (

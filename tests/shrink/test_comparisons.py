@@ -1,6 +1,8 @@
 """What a program decides by comparing sizes stays: the sizes follow, or the channels stay."""
 
+import copy
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -86,3 +88,37 @@ def test_an_attribute_cannot_follow_two_sizes():
     plan = ps.plan_shrink(zeroed(model, 0, 1), example())
     assert not plan.rows
     assert all("cannot follow" in row.reason for row in plan.kept_back)
+
+
+@lru_cache
+def half(number):
+    return number * 0.5
+
+
+@lru_cache
+def large(number):
+    return number > 6
+
+
+@lru_cache
+def divided(number, parts):
+    return number // parts
+
+
+REMEMBERED = {
+    "number": lambda self, x: x * half(x.shape[-1]),
+    "comparison": lambda self, x: 2 * x if large(x.shape[-1]) else x,
+    "size": lambda self, x: x.view(*x.shape[:2], 2, divided(self.width, 2)).flatten(2).tanh(),
+    "size of others": lambda self, x: x.view(*x.shape[:2], 2, divided(self.wide, 2)).flatten(2),
+}
+
+
+def test_sizes_that_a_program_has_remembered_are_numbers_for_the_next_run():
+    """A cache keeps the sizes of a run, which are equal to those of the next one."""
+    for _ in range(3):
+        for f in REMEMBERED.values():
+            model, x = zeroed(Between(f, width=8), 0, 4), example()
+            model.wide = model.__dict__.pop("width") if f is REMEMBERED["size of others"] else 0
+            small = copy.deepcopy(model)
+            ps.shrink(small, ps.plan_shrink(model, x))
+            torch.testing.assert_close(small(x), model(x))

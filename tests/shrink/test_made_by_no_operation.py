@@ -35,11 +35,12 @@ FOLLOWED = {
     "subclass": lambda x: x.as_subclass(torch.Tensor),
     "data": through_data,
     "set": through_set,
+    "parameter": nn.Parameter,
+    "parameter of data": lambda x: nn.Parameter(data=2 * x.detach(), requires_grad=False),
     "numpy": lambda x: torch.from_numpy(x.detach().numpy().copy()),
     "list": lambda x: torch.tensor(x.tolist(), dtype=x.dtype),
 }
 NOT_FOLLOWED = {
-    "parameter": nn.Parameter,
     "dlpack": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())),
     "thread": through_thread,
 }
@@ -112,6 +113,8 @@ CLONED = {
     "deepcopy of two": lambda layer, x: copy.deepcopy(nn.ModuleList([layer, layer]))[1](x),
     "deepcopy of a weight": lambda layer, x: x @ copy.deepcopy(layer.weight).mT,
     "copy": lambda layer, x: copy.copy(layer)(x),
+    "copy of a copy": lambda layer, x: x @ copy.deepcopy(copy.copy(layer.weight)).mT,
+    "other Parameter": lambda layer, x: x @ nn.Parameter(2 * layer.weight).mT,
     "data": lambda layer, x: x @ layer.weight.data.mT + layer.bias.data,
     "part of data": lambda layer, x: x @ layer.weight.data[:].mT,
 }
@@ -140,6 +143,13 @@ def test_channels_go_through_copies_of_layers(clone, masked):
     small = ps.shrink(copy.deepcopy(model), x)
     assert (small.first.out_features, small.middle.out_features) == (4, 6)
     assert_equal(small, model, x)
+
+
+def test_what_is_pickled_stays():
+    model, x = Clones(lambda layer, x: pickle.loads(pickle.dumps(layer))(x)), inputs()
+    plan = ps.plan_shrink(model, x)
+    assert not plan.rows
+    assert all("whose size stays" in row.reason for row in plan.kept_back)
 
 
 class OfBatches(Through):

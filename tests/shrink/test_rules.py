@@ -2,6 +2,8 @@
 
 import copy
 import math
+import operator
+from fractions import Fraction
 
 import pytest
 import torch
@@ -47,6 +49,13 @@ def attended(self, x):
 
 NUMBERS = {
     "scale of attention": attended,
+    "int": lambda self, x: x * (1.0 / int(x.shape[-1])),
+    "power of an int": lambda self, x: x * int(x.shape[-1]) ** -0.5,
+    "bits": lambda self, x: x * x.shape[-1].bit_length(),
+    "inverted": lambda self, x: x * ~x.shape[-1],
+    "absolute": lambda self, x: x / abs(-x.shape[-1]),
+    "rounded": lambda self, x: x / round(x.shape[-1], -1),
+    "fraction": lambda self, x: x * float(Fraction(1, x.shape[-1])),
     "square root": lambda self, x: x / math.sqrt(x.shape[-1]),
     "power": lambda self, x: x * x.shape[-1] ** -0.5,
     "mean by hand": lambda self, x: x + x.sum(-1, keepdim=True) / x.shape[-1],
@@ -71,6 +80,22 @@ def test_sizes_from_which_a_number_is_computed_stay(f):
     plan = ps.plan_shrink(model, example())
     assert not plan.rows
     assert all(row.reason for row in plan.kept_back)
+
+
+SAME_SIZE = (
+    abs, round, math.ceil, math.floor, math.trunc, operator.pos,
+    operator.methodcaller("conjugate"), operator.attrgetter("real"),
+    operator.attrgetter("numerator"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SAME_SIZE, ids=str)
+def test_sizes_follow_through_functions_that_leave_them_as_they_are(size):
+    model = Between(lambda self, x: x.reshape(*x.shape[:2], size(self.width)).tanh(), width=8)
+    model, x = zeroed(model, 0, 1), example()
+    want = model(x)
+    assert ps.shrink(model, x, check=False).width == 6
+    torch.testing.assert_close(model(x), want)
 
 
 def test_a_number_that_python_computes_out_of_sight_is_found_by_the_check():

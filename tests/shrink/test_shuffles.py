@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import parasparse as ps
+from parasparse.shrink.needed import distinct
 
 
 def by_views(x):
@@ -123,3 +124,9 @@ def test_coupled_takes_the_channels_at_one_place_of_the_longest_dimension(order)
     ps.shrink(model, images(1))
     assert model.last.in_channels <= 8
     torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_shuffle_and_its_inverse_are_distinct():
+    ids = torch.arange(1, 9)
+    labels = [ids.view(shape).mT.reshape(2, 4) for shape in ((2, 4), (4, 2))]
+    assert len(distinct([*labels, labels[0].clone()])) == 2
