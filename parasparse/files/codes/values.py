@@ -5,8 +5,8 @@ highest bit of the highest column, the sign of floating-point numbers, may be in
 its number.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ def choose_bins_of_columns(pieces: list[Tensor], itemsize: int, *, is_floating: 
     tried = []
     if is_floating:
         sign = 1 << min(8 * itemsize, 16) - 1
-        apart = choose_bins(*_counts([_column(words, last) & sign - 1 for words in pieces]))
+        apart = choose_bins(*_counts(_column(words, last) & sign - 1 for words in pieces))
         tried.append(replace(apart, sign=sign, nbits=apart.nbits + total))
     if not (is_floating and 0.2 < negative < 0.8):
-        tried.append(choose_bins(*_counts([_column(words, last) for words in pieces])))
+        tried.append(choose_bins(*_counts(_column(words, last) for words in pieces)))
     return [*bins, min(tried, key=lambda one: one.nbits)]
 
 
@@ -48,17 +48,19 @@ def _bins_of_low(pieces: list[Tensor], index: int) -> Bins:
     some = [_column(words[::step], index) for words in pieces]
     if some and is_noise(torch.bincount(torch.cat(some), minlength=1 << 16)):
         return PLAIN
-    return choose_bins(*_counts([_column(words, index) for words in pieces]))
+    return choose_bins(*_counts(_column(words, index) for words in pieces))
 
 
-def _counts(columns: list[Tensor]) -> tuple[Tensor, int]:
+def _counts(columns: Iterable[Tensor]) -> tuple[Tensor, int]:
     """Return how often each number occurs, from the least to the largest, and the least."""
-    ranges = [column.aminmax() for column in columns if len(column)]
-    if not ranges:
-        return torch.zeros(1, dtype=torch.int64), 0
-    least, largest = (int(f(one[i] for one in ranges)) for i, f in enumerate((min, max)))
-    of_each = (torch.bincount(column - least, minlength=largest - least + 1) for column in columns)
-    return reduce(Tensor.add_, of_each), least
+    counts, least, end = torch.zeros(1 << 16, dtype=torch.int64), 1 << 16, 0
+    for column in columns:
+        if len(column):
+            first = int(column.min())
+            found = torch.bincount(column - first)
+            counts[first : first + len(found)] += found
+            least, end = min(least, first), max(end, first + len(found))
+    return (counts[least:end], least) if end else (counts[:1], 0)
 
 
 def _column(words: Tensor, index: int) -> Tensor:
