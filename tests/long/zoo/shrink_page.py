@@ -74,7 +74,8 @@ of the model. This copy is the masked network that theirs is compared with.
 
 ## Where the others stop
 
-The messages of errors, without numbers and names, and how many models have them:
+The messages of errors, without numbers and names, and how many models have them. Of some earlier
+runs only the results are known (*message not kept*).
 
 | library | result | models | such as | error |
 |---|---|---:|---|---|
