@@ -74,8 +74,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 
 
 def masked(dense: nn.Module, units: Any, sparsity: float) -> nn.Module:
-    rule = ps.Prune(sparsity, pattern=units, scope="global")
-    return ps.sparsify(copy.deepcopy(dense), {units.reaches: rule})
+    return ps.sparsify(copy.deepcopy(dense), units.rules(sparsity))
 
 
 @contextmanager

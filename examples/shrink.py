@@ -126,7 +126,7 @@ def pruned(
     print(f"2. prune {sparsity:.0%} of {units} while training")
     steps = epochs * len(loader)
     pruner = ps.GradualPruning(
-        model, {units.reaches: ps.Prune(sparsity, pattern=units, scope="global")}, optimizer,
+        model, units.rules(sparsity), optimizer,
         schedule=ps.schedules.Cubic(0.0, 1.0, stop=3 * steps // 4), every=max(1, steps // 20),
     )  # fmt: skip
     train(model, optimizer, loader, epochs, "pruning", pruner.step)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
+from parasparse.rules.prune import Prune
+from parasparse.scores.weights_alone import Score, magnitude
 from parasparse.shrink.labels import compact, on_cpu
 from parasparse.shrink.needed import (
+    averages_over_it,
     distinct,
     keep_all_of,
     keep_stated,
@@ -28,6 +32,8 @@ from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import tensors_of
 from parasparse.text import listed
 
+Target: TypeAlias = Callable[[str, nn.Module, Tensor], bool]
+
 
 class coupled:  # noqa: N801 - a pattern reads as a function
     """Keep or drop channels with everything that belongs to them, in all tensors of a model.
@@ -35,14 +41,15 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     A unit is what `shrink` can remove together: the output channel of a layer, its bias and norm,
     the inputs of all layers that read it, the channels that a residual sum adds to it; all of an
     attention head, or of a group of query heads with its key and value. Channels whose number the
-    program states, as in `x.view(-1, 8)`, are not units, because they would have to stay. `reaches`
-    is the target of the rule, and the scope of the rule must be "global".
+    program states, as in `x.view(-1, 8)`, are not units, because they would have to stay. `rules`
+    makes the rules for `sparsify` and `GradualPruning`. In a rule of your own, `reaches` must be
+    the target, and the scope "global".
 
     Args:
         model: dense or masked; not changed.
         example_inputs: see `shrink`.
         targets: the tensors that may lose channels: see `shrink`. They decide which units there
-            are; `reaches` stays the target of the rule.
+            are.
         norm: None ranks units by the mean of the scores of their entries; p > 0 by the p-norm per
             entry.
         uniform: whether every group of units, such as the channels of one layer, gets the sparsity
@@ -54,8 +61,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> units = coupled(model, torch.randn(1, 4))
-        >>> half = {units.reaches: Prune(0.5, pattern=units, scope="global")}
-        >>> shrink(sparsify(model, half), torch.randn(1, 4))[2]
+        >>> shrink(sparsify(model, units.rules(0.5)), torch.randn(1, 4))[2]
         Linear(in_features=4, out_features=2, bias=True)
     """
 
@@ -81,8 +87,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         keep_all_of(trace, units, losing)
         for reason, pinned in trace.ties.pins.items():
             units.keep(torch.cat(pinned), reason)
-        for label, _ in Norms(trace, units, {}).averaged:
-            units.keep(label, "")
+        for label, module in Norms(trace, units, {}).averaged:
+            units.keep(label, averages_over_it(module))
         keep_stated(trace, units)
         found: dict[str, list[Tensor]] = {}
         for leaf in trace.leaves.values():
@@ -94,6 +100,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                     self._shapes[leaf.name] = leaf.tensor.shape
         removable = (~units.kept).nonzero().flatten()
         removable = removable[torch.isin(removable, _all(found))]
+        self._why_none = _why_none(units) if not found else ""
         number = torch.full((len(units.kept),), -1)
         number[removable] = torch.arange(len(removable))
         self._labels = {name: [number[ids] for ids in labels] for name, labels in found.items()}
@@ -102,6 +109,20 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     def __repr__(self) -> str:
         return f"coupled({len(self._groups)} units in {len(self._shapes)} tensors)"
+
+    def rules(self, sparsity: float, *, score: Score = magnitude) -> dict[Target, Prune]:
+        """Return the rules that drop this share of the units, those with the lowest scores.
+
+        Args:
+            sparsity: share of the units to drop, in [0, 1]; one of each group stays.
+            score: of the entries of each tensor: see `Prune`.
+
+        Raises:
+            ValueError: there are no units; the message says why.
+        """
+        if not self._shapes:
+            raise ValueError(f"no channel of the model can be removed: {self._why_none}.")
+        return {self.reaches: Prune(sparsity, score=score, pattern=self, scope="global")}
 
     def reaches(self, name: str, module: nn.Module, tensor: Tensor) -> bool:
         """Whether a tensor has units: the target of a rule."""
@@ -196,6 +217,12 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                     key[ids] += torch.randint(2**40, (), generator=generator)
         groups: Tensor = torch.unique(key, return_inverse=True)[1]
         return groups
+
+
+def _why_none(units: Units) -> str:
+    """Return the reasons why units stay, the most frequent ones first."""
+    reasons = Counter(filter(None, map(units.reason, range(1, len(units.of)))))
+    return "; ".join(reason for reason, _ in reasons.most_common(3)) or "it has no weights"
 
 
 def _all(found: dict[str, list[Tensor]]) -> Tensor:

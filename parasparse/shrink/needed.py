@@ -61,12 +61,17 @@ def keep_needed(
     if exact:
         norms.need()
         for label, module in norms.averaged:
-            units.need(label, f"{module or 'the model'} takes a mean or norm over it")
+            units.need(label, averages_over_it(module))
     for label, state, module in trace.sums:
         live = torch.broadcast_tensors(label, state)
         units.need(live[0][live[1] != ZERO], f"{module or 'the model'} sums over it")
     while _keep_read(units, readers) or _keep_heirs(units, readers):
         pass
+
+
+def averages_over_it(module: str) -> str:
+    """Return the reason why a channel stays over which `module` averages."""
+    return f"{module or 'the model'} takes a mean or norm over it"
 
 
 def _keep_read(units: Units, readers: list[Reader]) -> bool:

@@ -35,9 +35,7 @@ class Net(nn.Module):
 def masked():
     torch.manual_seed(0)
     model = Net().eval()
-    units = ps.coupled(model, X)
-    rule = ps.Prune(0.5, pattern=units, scope="global")
-    ps.sparsify(model, {units.reaches: rule})
+    ps.sparsify(model, ps.coupled(model, X).rules(0.5))
     mask = ps.mask_of(model, "conv.weight")
     return ps.deploy_masks(model, {"conv.weight": mask & (torch.rand(mask.shape) > 0.3)})
 
@@ -174,7 +172,7 @@ class Normed(nn.Module):
 def test_the_weight_of_an_rms_norm_is_rescaled_and_its_mask_is_not(tmp_path, kind_of):
     model, x = Normed(), torch.randn(2, 4)
     units = ps.coupled(model, x)
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     plan = ps.plan_shrink(model, x)
     (tmp_path / "plan.json").write_text(plan.to_json())
     state = dict(model.state_dict() if kind_of == "masked" else ps.dense_state_dict(model))

@@ -250,9 +250,7 @@ class Shrinks(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, optimizer=None, **more):
         if state.epoch == 1:
             inputs = {"input_ids": torch.arange(8).unsqueeze(0)}
-            units = ps.coupled(model, inputs)
-            rule = ps.Prune(0.5, pattern=units, scope="global")
-            ps.sparsify(model, {units.reaches: rule})
+            ps.sparsify(model, ps.coupled(model, inputs).rules(0.5))
             ps.shrink(model, inputs, optimizer=optimizer)
 
 

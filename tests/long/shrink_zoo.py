@@ -38,7 +38,12 @@ MODES = ("units", "filters")
 MORE, MOST_PARAMETERS = 120, 30_000_000
 Inputs = Any
 # In the errors of a model without units, or without dead channels that can go.
-NOTHING = ("nothing can be removed", "at least one rule", "reaches none of")
+NOTHING = (
+    "nothing can be removed",
+    "no channel of the model",
+    "at least one rule",
+    "reaches none of",
+)
 
 
 class InDouble(TorchFunctionMode):
@@ -87,9 +92,7 @@ def prune(model: nn.Module, example: Inputs, mode: str) -> None:
         return torch.rand(tensor.shape)
 
     if mode == "units":
-        units = ps.coupled(model, example)
-        rule = ps.Prune(SPARSITY, pattern=units, scope="global", score=score)
-        ps.sparsify(model, {units.reaches: rule})
+        ps.sparsify(model, ps.coupled(model, example).rules(SPARSITY, score=score))
         return
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]

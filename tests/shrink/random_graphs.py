@@ -332,7 +332,6 @@ def masked_graph(pick, depth):
         units = ps.coupled(graph, example)
         if units._shapes:
             score = lambda tensor, name: torch.rand(tensor.shape)  # noqa: E731
-            rule = ps.Prune(pick([0.3, 0.6]), pattern=units, scope="global", score=score)
-            return ps.sparsify(graph, {units.reaches: rule}), example
+            return ps.sparsify(graph, units.rules(pick([0.3, 0.6]), score=score)), example
     masks = random_masks(pick, graph)
     return (ps.sparsify(graph, masks) if masks else graph), example

@@ -90,8 +90,7 @@ def without_heads(model, example):
     """Half of the units are pruned; return a copy of the masked model, and shrink the model."""
     units = ps.coupled(model, example)
     score = lambda tensor, name: torch.rand(tensor.shape)  # noqa: E731
-    rule = ps.Prune(0.5, pattern=units, scope="global", score=score)
-    ps.sparsify(model, {units.reaches: rule})
+    ps.sparsify(model, units.rules(0.5, score=score))
     masked = copy.deepcopy(model)
     ps.shrink(model, example)
     return masked
@@ -232,7 +231,7 @@ def test_a_plan_gives_a_fresh_model_fewer_heads():
     model = Attending(layer())
     example = tuple(inputs(model.attention))
     units = ps.coupled(model, example)
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     plan = ps.plan_shrink(model, example)
     ps.shrink(model, example)
     fresh = ps.shrink(Attending(layer(1)), ps.Shrinkage.from_json(plan.to_json()))

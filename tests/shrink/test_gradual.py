@@ -20,11 +20,9 @@ def units_of(model):
 
 def pruned(model, units, sparsity, steps=4):
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    rule = ps.Prune(sparsity, pattern=units, scope="global")
     schedule = ps.schedules.Linear(0.0, 1.0, stop=steps)
-    pruner = ps.GradualPruning(
-        model, {units.reaches: rule}, optimizer, schedule=schedule, every=1
-    )  # fmt: skip
+    rules = units.rules(sparsity)
+    pruner = ps.GradualPruning(model, rules, optimizer, schedule=schedule, every=1)
     widths = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -49,5 +47,5 @@ def test_the_share_of_units_follows_the_schedule_and_the_rest_is_cut():
 def test_it_starts_from_the_share_of_units_that_are_gone(asked, widths):
     model = wide()
     units = units_of(model)
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     assert pruned(model, units, asked) == widths

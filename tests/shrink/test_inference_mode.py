@@ -28,7 +28,7 @@ def test_inference_mode_changes_nothing(around, inside):
     model, x = Inferring(inside), torch.randn(2, 4)
     with torch.inference_mode(around):
         units = ps.coupled(model, torch.randn(1, 4))
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     masked = copy.deepcopy(model)
     with torch.inference_mode(around):
         assert ps.plan_shrink(model, torch.randn(1, 4)).rows

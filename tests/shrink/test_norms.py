@@ -107,8 +107,7 @@ def filled(model, seed=0):
 
 def pruned(model, example):
     units = ps.coupled(model, example)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    return ps.sparsify(model, half), units
+    return ps.sparsify(model, units.rules(0.5)), units
 
 
 def computed(model, *inputs):

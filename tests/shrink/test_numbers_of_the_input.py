@@ -66,8 +66,7 @@ def test_constants_that_depend_on_a_number_are_not_folded(name):
 def test_channels_that_are_zero_go_although_a_number_is_read():
     model, x = Between(lambda h, n: F.relu6(h * n).pow(2) / 2), torch.randn(2, 4, 5)
     units = ps.coupled(model, (x, 3.0))
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = ps.sparsify(model.eval(), half)
+    masked = ps.sparsify(model.eval(), units.rules(0.5))
     small = ps.shrink(copy.deepcopy(masked), (x, 3.0))
     assert small.two.weight.shape == (3, 4)
     torch.testing.assert_close(small(x, 5.0), masked(x, 5.0))

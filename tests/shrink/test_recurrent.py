@@ -36,8 +36,7 @@ def test_hidden_units_of_recurrent_layers_go(name):
     model = Steps(LAYERS[name]()).double().eval()
     example = torch.randn(3, 2, 5).double()
     units = ps.coupled(model, example)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = copy.deepcopy(ps.sparsify(model, half))
+    masked = copy.deepcopy(ps.sparsify(model, units.rules(0.5)))
     plan = ps.plan_shrink(model, example)
     rnn = ps.shrink(model, example).rnn
     assert rnn.hidden_size == 3

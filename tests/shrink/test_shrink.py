@@ -174,8 +174,7 @@ def pruned(model, example, sparsity=0.5):
     """Whole units are pruned, by random scores."""
     units = ps.coupled(model, example)
     score = lambda tensor, name: torch.rand(tensor.shape)  # noqa: E731
-    rule = ps.Prune(sparsity, pattern=units, scope="global", score=score)
-    return ps.sparsify(model, {units.reaches: rule})
+    return ps.sparsify(model, units.rules(sparsity, score=score))
 
 
 def assert_same(small, masked, *inputs):
@@ -329,8 +328,7 @@ class Heads(nn.Module):
 def test_sizes_computed_from_those_of_a_layer_follow():
     model, x = Heads().double().eval(), torch.randn(2, 5, 16).double()
     units = ps.coupled(model, x)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = ps.sparsify(model, half)
+    masked = ps.sparsify(model, units.rules(0.5))
     small = ps.shrink(copy.deepcopy(masked), x, check=False)
     assert (small.heads, small.q.out_features) == (2, 8)
     torch.testing.assert_close(small(x), masked(x))

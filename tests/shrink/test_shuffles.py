@@ -61,7 +61,7 @@ def test_coupled_takes_the_channels_of_all_groups_at_one_place(shuffle):
     model, x = Shuffled(shuffle), images(2)
     units = ps.coupled(model, images(1))
     assert repr(units) == "coupled(4 units in 3 tensors)"
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     want = model(x)
     ps.shrink(model, images(1))
     assert model.last.in_channels == 4
@@ -119,7 +119,7 @@ def test_three_dimensions_in_another_order_lose_what_keeps_the_order(order):
 def test_coupled_takes_the_channels_at_one_place_of_the_longest_dimension(order):
     model, x = ThreeDimensions(order), images(2)
     units = ps.coupled(model, images(1))
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     want = model(x)
     ps.shrink(model, images(1))
     assert model.last.in_channels <= 8

@@ -67,7 +67,7 @@ def test_units_go_and_come_back(around):
     model, x, others = built("attention")
     with around():
         units = ps.coupled(model, x)
-        ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+        ps.sparsify(model, units.rules(0.5))
         masked = copy.deepcopy(model)
         plan = ps.plan_shrink(model, x)
         fresh = ps.shrink(copy.deepcopy(masked), plan)

@@ -83,7 +83,7 @@ def test_coupled_offers_no_channels_whose_number_the_program_states(state):
     units = ps.coupled(model, x)
     assert units.reaches("a.weight", model.a, model.a.weight)
     assert not units.reaches("c.weight", model.c, model.c.weight)
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     plan = ps.plan_shrink(model, x)
     assert plan.rows
     assert not plan.kept_back

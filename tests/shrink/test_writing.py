@@ -105,8 +105,7 @@ def test_experts_that_get_no_tokens_lose_channels_too(put):
     model = Experts(put).double().eval()
     example = torch.randn(2, 5).double()
     units = ps.coupled(model, example)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = copy.deepcopy(ps.sparsify(model, half))
+    masked = copy.deepcopy(ps.sparsify(model, units.rules(0.5)))
     ps.shrink(model, example)
     assert {up.out_features for up in model.up} == {4}
     x = torch.randn(40, 5).double()
@@ -132,8 +131,7 @@ def test_experts_in_one_tensor_lose_inner_channels():
     model = Fused().double().eval()
     example = torch.randn(2, 5).double()
     units = ps.coupled(model, example)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = copy.deepcopy(ps.sparsify(model, half))
+    masked = copy.deepcopy(ps.sparsify(model, units.rules(0.5)))
     ps.shrink(model, example)
     assert model.up.shape == (3, 5, 4)
     x = torch.randn(9, 5).double()
@@ -191,7 +189,7 @@ def test_whole_experts_are_no_units():
     model, x = Hit(PICKS["by a number"]).double(), torch.randn(6, 4, dtype=torch.float64)
     example = (x, torch.tensor([0, 1, 1, 1, 0, 1]))
     units = ps.coupled(model, example)
-    ps.sparsify(model, {units.reaches: ps.Prune(0.5, pattern=units, scope="global")})
+    ps.sparsify(model, units.rules(0.5))
     kept = ps.mask_of(model, "up").any(-1)
     assert kept.all(0).sum() == 4
     assert (kept == kept[:1]).all()
@@ -214,8 +212,7 @@ def test_a_sparse_input_keeps_the_channels_that_it_meets():
     model = Convolved().double().eval()
     example = torch.randn(4, 5).double(), torch.eye(4).double().roll(1, 0).to_sparse()
     units = ps.coupled(model, example)
-    half = {units.reaches: ps.Prune(0.5, pattern=units, scope="global")}
-    masked = copy.deepcopy(ps.sparsify(model, half))
+    masked = copy.deepcopy(ps.sparsify(model, units.rules(0.5)))
     ps.shrink(model, example)
     assert (model.one.out_features, model.two.out_features) == (8, 3)
     torch.testing.assert_close(model(*example), masked(*example), rtol=1e-10, atol=1e-12)
