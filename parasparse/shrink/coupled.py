@@ -90,6 +90,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         for label, module in Norms(trace, units, {}).averaged:
             units.keep(label, averages_over_it(module))
         keep_stated(trace, units)
+        _keep_whole(trace, units)
         found: dict[str, list[Tensor]] = {}
         for leaf in trace.leaves.values():
             if isinstance(leaf.tensor, nn.Parameter):
@@ -217,6 +218,15 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                     key[ids] += torch.randint(2**40, (), generator=generator)
         groups: Tensor = torch.unique(key, return_inverse=True)[1]
         return groups
+
+
+def _keep_whole(trace: Trace, units: Units) -> None:
+    """Keep units that are all of a dimension of a tensor: it would be empty without them."""
+    for leaf in trace.leaves.values():
+        for label in leaf.labels:
+            found = units.of[compact(label)]
+            if bool((found == found.flatten()[:1]).all()):
+                units.keep(label, f"all of {leaf.name} belongs together")
 
 
 def _why_none(units: Units) -> str:

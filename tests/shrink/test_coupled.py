@@ -45,10 +45,24 @@ class Softmax(nn.Module):
         return self.after(self.before(x).softmax(-1))
 
 
+class Entangled(nn.Module):
+    """Each head depends on all of its channels, and each channel on all heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 12), nn.Linear(12, 4)
+        self.heads, self.width = 4, 3
+
+    def forward(self, x):
+        h = self.before(x).unflatten(-1, (self.heads, self.width))
+        return self.after((h.softmax(-1) * h.softmax(-2)).flatten(-2))
+
+
 WITHOUT_UNITS = {
     "outputs alone": (nn.Linear(4, 8), {}, "an output of the model"),
     "a norm": (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)), {}, "1 takes a"),
     "a softmax": (Softmax(), {}, "_softmax over channels"),
+    "all in one": (Entangled(), {}, r"all of before.\w+ belongs together"),
     "other targets": (
         nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), {"targets": "1.weight"},
         "no target reaches 0.weight",

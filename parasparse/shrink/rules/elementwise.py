@@ -45,7 +45,7 @@ def joined(trace: Trace, operands: list[Tensor], shape: torch.Size) -> list[Tens
 
 
 def merge(trace: Trace, labels: list[Tensor], label: Tensor) -> None:
-    """Add `label` to the `labels` of a tensor, tied to the one that varies where it does."""
+    """Add `label` to the `labels` of a tensor, tied to those that vary where it does."""
     dims = set(varying(label))
     for place, other in enumerate(labels):
         there = set(varying(other))
@@ -53,14 +53,16 @@ def merge(trace: Trace, labels: list[Tensor], label: Tensor) -> None:
             continue
         if dims == there:
             trace.ties.tie(label, other)
-        elif dims < there or there < dims:
-            big, small = (label, other) if there < dims else (other, label)
-            _join(trace, big, small)
-            labels[place] = big
-        else:  # such as the queries and keys of each head: heads stay whole
-            first, second = (_one_along(trace, each, dims & there) for each in (label, other))
-            trace.ties.tie(first, second)
-            labels[place] = first
+        elif dims < there:
+            _join(trace, other, label)
+        else:
+            del labels[place]
+            if there < dims:
+                _join(trace, label, other)
+            else:  # such as the queries and keys of each head: heads stay whole
+                label, other = (_one_along(trace, each, dims & there) for each in (label, other))
+                trace.ties.tie(label, other)
+            merge(trace, labels, label)  # with others that vary where it does
         return
     labels.append(label)
 
