@@ -163,6 +163,8 @@ STAY = {
     "noise": lambda self, x: x + torch.randn_like(x),
     "random places": lambda self, x: F.dropout(x, 0.5, training=True),
     "Fourier": lambda self, x: torch.fft.fft(x).real,
+    "real Fourier": lambda self, x: torch.fft.irfft(torch.fft.rfft(x), n=8),
+    "Fourier along all": lambda self, x: torch.fft.fftn(x).real,
 }
 
 
@@ -184,8 +186,19 @@ def sampled(self, x):
     return F.grid_sample(image, grid, align_corners=False).squeeze(-1).mT
 
 
+def filtered(self, x):
+    """Frequencies are weighted, as in Fourier neural operators and global filters."""
+    spectrum = torch.fft.rfft(x, n=2 * x.shape[1], dim=1)
+    spectrum = spectrum / (1 + torch.arange(spectrum.shape[1])).view(1, -1, 1)
+    return torch.fft.irfft(spectrum, n=2 * x.shape[1], dim=1)[:, : x.shape[1]]
+
+
 GO = {
     "real and imaginary": in_complex_numbers,
+    "Fourier, along places": filtered,
+    "complex Fourier, along two dimensions": lambda self, x: (
+        torch.fft.fft2(torch.fft.ifft(x, dim=0), dim=(0, 1)).real
+    ),
     "norm": lambda self, x: x / x.norm(dim=-1, keepdim=True),
     "sampled": sampled,
     "pooled": lambda self, x: F.max_pool1d(x.mT, 2, 1).mT,

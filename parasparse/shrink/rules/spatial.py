@@ -1,4 +1,4 @@
-"""Pooling, resizing and padding: sizes of the image change, channels go through."""
+"""Pooling, resizing, padding and Fourier transforms: channels go through."""
 
 from itertools import pairwise
 
@@ -24,10 +24,11 @@ def _resized(trace: Trace, call: Call) -> list[Facts]:
     x, outs = call.args[0], call.outs()
     padding = call.arg(3, "padding", 0) if call.name.startswith("avg_pool") else 0
     pads_zeros = any(padding) if isinstance(padding, (tuple, list)) else padding != 0
+    depends_on_size = pads_zeros or call.name in _FOURIER
     found = []
     for out in outs:
         changed = [d for d in range(x.ndim) if out.ndim == x.ndim and out.shape[d] != x.shape[d]]
-        dims = list(range(x.ndim - _spatial(call.name), x.ndim))
+        dims = _dims(call)
         labels = []
         for label in trace.labels(x):
             if out.ndim != x.ndim or any(varies(label, dim) for dim in {*dims, *changed}):
@@ -37,7 +38,7 @@ def _resized(trace: Trace, call: Call) -> list[Facts]:
                 label = fixed_along(label, dim, out.shape[dim])
             labels.append(label)
         state = worst(trace.state(x), dims, x.shape)
-        state = only_zeros(state) if pads_zeros else state
+        state = only_zeros(state) if depends_on_size else state
         for dim in range(min(x.ndim, out.ndim)):
             if state.shape[dim] != out.shape[dim]:
                 state = fixed_along(state, dim, out.shape[dim])
@@ -45,9 +46,13 @@ def _resized(trace: Trace, call: Call) -> list[Facts]:
     return found
 
 
-def _spatial(name: str) -> int:
-    """Return how many dimensions an operation such as `avg_pool2d` works along."""
-    return next(int(a) for a, b in pairwise(name) if b == "d" and a.isdigit())
+def _dims(call: Call) -> list[int]:
+    """Return the dimensions that an operation works along, such as the last two: `avg_pool2d`."""
+    ndim = call.args[0].ndim
+    if call.name in _FOURIER:
+        return [dim % ndim for dim in call.args[1]]
+    number = next(int(a) for a, b in pairwise(call.name) if b == "d" and a.isdigit())
+    return list(range(ndim - number, ndim))
 
 
 def _sampled(trace: Trace, call: Call) -> list[Facts]:
@@ -68,6 +73,7 @@ def _sampled(trace: Trace, call: Call) -> list[Facts]:
     return [facts(labels, with_zeros(along(state, 1, out.shape), out))]
 
 
+_FOURIER = ("_fft_r2c", "_fft_c2r", "_fft_c2c")
 SPATIAL: dict[str, Rule] = {
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d", "roi_align", "roi_pool"), _sampled),
     **dict.fromkeys((
@@ -78,6 +84,6 @@ SPATIAL: dict[str, Rule] = {
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d",
     "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "upsample_linear1d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d",
-    "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d",
+    "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", *_FOURIER,
 ), _resized),
 }  # fmt: skip
