@@ -10,9 +10,9 @@ from torch import nn
 def evaluating(module: nn.Module | None) -> Iterator[None]:
     """Put `module` and its submodules into evaluation mode; restore their modes at the end."""
     training = [] if module is None else [inner for inner in module.modules() if inner.training]
-    for inner in training:
-        inner.training = False
     try:
+        for inner in training:
+            inner.training = False
         yield
     finally:
         for inner in training:

@@ -152,6 +152,8 @@ class SoftMask(nn.Module):
         The bool `keep` selects the entries that stay open; None keeps those that are open now. Tied
         tensors that were not folded may still use the gate.
         """
+        if getattr(self.pattern, "shares_logits", False):
+            self.logits = nn.Parameter(self.logits.clone(), self.logits.requires_grad)
         self.kind.fold_(self, keep)
 
     def right_inverse(self, value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Cuts the state together with a parameter that becomes smaller."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -48,31 +49,35 @@ def cut(
         for name, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape
     ]
-    for state, name, _, new in found:
-        state[name] = new
 
     def undo() -> None:
         for state, name, old, _ in found:
             state[name] = old
 
-    return undo
+    with _undone_on_error(undo):
+        for state, name, _, new in found:
+            state[name] = new
+        return undo
 
 
 def add_to_copies(optimizer: Optimizers, parameter: Tensor, delta: Tensor) -> Callable[[], None]:
     """Add `delta` to the copies of `parameter` in the state; return a function that undoes it."""
-    old: list[tuple[Tensor, Tensor]] = []
-    for state in states_of(optimizer, parameter):
-        for name, value in state.items():
-            alike = isinstance(value, Tensor) and value.shape == parameter.shape
-            if alike and is_copy(name, value, parameter):
-                old.append((value, value.clone()))
-                value.add_(delta.to(value))
+    copies = [
+        (value, value.clone())
+        for state in states_of(optimizer, parameter)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        if is_copy(name, value, parameter)
+    ]
 
     def undo() -> None:
-        for value, before in old:
+        for value, before in copies:
             value.copy_(before)
 
-    return undo
+    with _undone_on_error(undo):
+        for value, _ in copies:
+            value.add_(delta.to(value))
+        return undo
 
 
 def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
@@ -116,3 +121,13 @@ def _is_cuttable(value: object, parameter: Tensor) -> bool:
         return alike or value.numel() <= 1
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return all(tensor.numel() <= 1 for tensor in tensors)
+
+
+@contextmanager
+def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` if the block raises."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from parasparse import gates
 from parasparse.counts import check_sparsity
-from parasparse.masks.gate_kinds import GateKind
+from parasparse.masks.gate_kinds import GateKind, ProductGate, as_kind
 from parasparse.masks.soft_mask import SoftMask
 from parasparse.rules.prune import Prune
 from parasparse.rules.types import Treatment
@@ -73,7 +73,8 @@ class Gate:
             `gates.variational_dropout`, or a custom gate: a function from logits to the mask, or a
             `GateKind`.
         init: initial value of its parameters; None: the default of the gate (see `SoftMask`).
-        pattern: pattern of units (channels, blocks, heads), each of which gets one logit.
+        pattern: pattern of units (channels, blocks, heads), each of which gets one logit. With
+            `coupled`, the tensors of a unit share its logit, and each of them draws its own noise.
         sparsity: share of zeros in [0, 1], for `straight_through` only.
 
     Raises:
@@ -105,13 +106,24 @@ class Gate:
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
         """Return a `SoftMask` for each of `tensors`."""
-        return {name: self._made(tensor) for name, tensor in tensors.items()}
+        if not hasattr(self.pattern, "apart"):
+            return {name: self._made(tensor, self.pattern) for name, tensor in tensors.items()}
+        if not isinstance(as_kind(self.function), ProductGate):
+            raise ValueError(
+                "`function` must multiply by a mask with the pattern `coupled`, because an entry "
+                f"may be part of two units; {described(self.function)} does not."
+            )
+        parts = self.pattern.apart(tensors)
+        masks = {name: self._made(tensor, parts[name]) for name, tensor in tensors.items()}
+        logits = next(mask.logits for mask in masks.values())
+        for mask in masks.values():
+            mask.logits = logits
+        return masks  # type: ignore[return-value]
 
-    def _made(self, tensor: Tensor) -> SoftMask:
+    def _made(self, tensor: Tensor, pattern: Any = None) -> SoftMask:
         return SoftMask(
-            tensor, gate=self.function, init=self.init, pattern=self.pattern,
-            sparsity=self.sparsity,
-        )  # fmt: skip
+            tensor, gate=self.function, init=self.init, pattern=pattern, sparsity=self.sparsity
+        )
 
 
 def keep_nonzero(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

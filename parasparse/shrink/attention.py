@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from parasparse.attach.attaching import reclass
 from parasparse.attach.classes import base_class
 from parasparse.shrink.plan import Shrinkage
+from parasparse.shrink.undo import Undo
 
 
 class FewerHeads(nn.MultiheadAttention):
@@ -122,23 +123,24 @@ def _as_numbers(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
 
 
-def let_heads_go(module: nn.Module) -> Callable[[], None] | None:
-    """Give an `nn.MultiheadAttention` the class `FewerHeads`; return what undoes it, or None."""
-    if base_class(module) is not nn.MultiheadAttention:
-        return None
-    _set_class(module, FewerHeads)
-    return lambda: _set_class(module, nn.MultiheadAttention)
+def let_heads_go(module: nn.Module, undo: Undo | None = None) -> None:
+    """Give an `nn.MultiheadAttention` the class `FewerHeads`."""
+    if base_class(module) is nn.MultiheadAttention:
+        if undo is not None:
+            undo.steps.append(partial(_set_class, module, nn.MultiheadAttention))
+        _set_class(module, FewerHeads)
 
 
-def prepare(model: nn.Module, plan: Shrinkage) -> list[Callable[[], None]]:
-    """Let heads or inputs go in the modules of `model` that lose some by `plan`; return the undo.
+def prepare(model: nn.Module, plan: Shrinkage, undo: Undo) -> None:
+    """Let heads or inputs go in the modules of `model` that lose some by `plan`.
 
     `nn.MultiheadAttention` has heads that make up the width of its input.
     """
     paths = {row.path for row in plan.attributes if row.name == "num_heads"}
     paths |= {row.name.rpartition(".")[0] for row in plan.rows}
-    undo = [let_heads_go(module) for path, module in model.named_modules() if path in paths]
-    return [each for each in undo if each is not None]
+    for path, module in model.named_modules():
+        if path in paths:
+            let_heads_go(module, undo)
 
 
 def _set_class(module: nn.Module, cls: type) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parasparse.shrink.epsilons import state_epsilons
 from parasparse.shrink.first_call import first_other_call
+from parasparse.shrink.random_numbers import same_random_numbers
 from parasparse.shrink.running import ALONE, call, copied_inputs, tensors_in
 from parasparse.verbs.squash import squash
 
@@ -144,8 +145,7 @@ def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with ALONE, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with ALONE, torch.no_grad(), same_random_numbers():
         return tensors_in(call(model, inputs))
 
 

@@ -14,6 +14,7 @@ from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
 from parasparse.rules.prune import Prune
 from parasparse.scores.weights_alone import Score, magnitude
+from parasparse.shrink.gated_units import UnitsOfTensor
 from parasparse.shrink.labels import compact, on_cpu
 from parasparse.shrink.needed import (
     averages_over_it,
@@ -43,7 +44,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     attention head, or of a group of query heads with its key and value. Channels whose number the
     program states, as in `x.view(-1, 8)`, are not units, because they would have to stay. `rules`
     makes the rules for `sparsify` and `GradualPruning`. In a rule of your own, `reaches` must be
-    the target, and the scope "global".
+    the target, and the scope "global". A `Gate` with this pattern has one logit for each unit,
+    which its tensors share.
 
     Args:
         model: dense or masked; not changed.
@@ -155,6 +157,16 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             (mask,) = highest([ranks[members]], max(num_kept(len(members), sparsity), 1))
             kept[members] = mask
         return {name: self._spread(name, kept).to(score.device) for name, score in scores.items()}
+
+    def apart(self, tensors: Mapping[str, Tensor]) -> dict[str, UnitsOfTensor]:
+        """Return the pattern of each tensor for a gate whose logits are those of all units.
+
+        Raises:
+            ValueError: `tensors` has other tensors than the units.
+        """
+        self._check(tensors)
+        number = len(self._groups)
+        return {n: UnitsOfTensor(tuple(labels), number) for n, labels in self._labels.items()}
 
     @on_cpu()
     def counted(self, kept: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def cut(
 ) -> None:
     """Change the tensors, masks, optimizer state and attributes of `model`."""
     targets = named_tensors(model)
-    undo.steps += prepare(model, plan)
+    prepare(model, plan, undo)
     for name, delta in constants.added.items():
         (tensor,) = targets[name].originals()
         if optimizer is not None:

@@ -30,7 +30,9 @@ from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
 from parasparse.shrink.late_values import LateValues
 from parasparse.shrink.layer_sizes import sized_by
+from parasparse.shrink.math_functions import math_of_sizes
 from parasparse.shrink.outside_torch import followed_parameters
+from parasparse.shrink.random_numbers import same_random_numbers
 from parasparse.shrink.rules import rule_for
 from parasparse.shrink.sizes import Attribute, own_sizes, tag_attributes, telling
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
@@ -77,11 +79,12 @@ def _run(
         with torch.inference_mode(False), ALONE, _without_autocast(model):
             late = LateValues()
             twin = shared_copy(model, tensors, late)
-            return _traced(twin, example_inputs, dropped, changing, StandIns(twin, late))
+            with same_random_numbers():
+                return _traced(twin, example_inputs, dropped, changing, StandIns(twin, late))
     except (ValuesNeeded, Exception):  # an error may come from values that were not computed
         pass
     try:
-        with torch.inference_mode(False), ALONE:
+        with torch.inference_mode(False), ALONE, same_random_numbers():
             return _traced(full_copy(model), example_inputs, dropped, changing, None)
     except Exception as error:
         error.add_note(
@@ -114,6 +117,7 @@ def _traced(
             stack.enter_context(each)
         stack.enter_context(_disable_current_modes())  # those around the call
         stack.enter_context(followed_parameters(trace))
+        stack.enter_context(math_of_sizes())
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         stack.enter_context(telling(trace.compare))

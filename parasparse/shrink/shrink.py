@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from parasparse.attach.undo import restored_on_error
 from parasparse.optim import Optimizers, each_optimizer
 from parasparse.shrink.comparing import Reference
 from parasparse.shrink.cutting import check_fits, cut
@@ -64,7 +65,8 @@ def shrink(
             an input. Biases, norms and buffers need no target.
         exact: if False, channels over which a norm or mean is taken are removed as well. The
             result differs; `plan.inexact` names the modules.
-        multiple_of: sizes that become smaller stay a multiple of this number.
+        multiple_of: sizes that become smaller stay a multiple of this number; the inputs of a
+            grouped convolution are those of all its groups.
         optimizer: one, or a list of them; its state is cut too. Moments of rescaled weights keep
             their values.
         check: whether to run the masked and the smaller network on `example_inputs`, as copies in
@@ -150,8 +152,9 @@ def _why(model: nn.Module, plan: Shrinkage) -> str:
 def _fold_whole_masks(model: nn.Module) -> None:
     """Remove the masks that keep everything now."""
     whole = [
-        target.name for target in masked_targets(model)
+        target for target in masked_targets(model)
         if target.has_bool_mask and bool(target.mask().all())  # type: ignore[union-attr]
     ]  # fmt: skip
     if whole:
-        squash(model, whole)
+        with restored_on_error(site.module for target in whole for site in target.sites):
+            squash(model, [target.name for target in whole])

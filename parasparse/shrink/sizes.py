@@ -187,7 +187,8 @@ def _arithmetic(function: Callable[..., Any], *, swapped: bool) -> Callable[[Siz
     def method(self: Size, other: Any) -> Any:
         if isinstance(other, float):
             return function(other, self._number()) if swapped else function(self._number(), other)
-        if not isinstance(other, int):
+        if not isinstance(other, int):  # a list to repeat, a fraction, a tensor
+            self._number()
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)
         return Size(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink.facts import facts
+from parasparse.shrink.function_names import ARITHMETIC, FACTORIES, SERIES, VIEWS
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.outside_torch import REPLACED, leave_torch
 from parasparse.shrink.sizes import Size, Span, expression, numbers, plain, span, telling
@@ -20,21 +21,7 @@ from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
 
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
-_VIEWS = ("view", "reshape", "expand", "broadcast_to")
-_FACTORIES = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
-# Functions that compute with a size as a number, rather than make a tensor of that size.
-_ARITHMETIC = {
-    f"{side}{name}"
-    for side in ("", "r")
-    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "floor_divide", "pow", "mod",
-                 "remainder", "true_divide", "divide", "multiply", "subtract", "clamp", "tensor",
-                 "scalar_tensor", "as_tensor", "asarray", "full_like", "fill", "masked_fill",
-                 "where", "lerp", "gt", "ge", "lt", "le", "eq", "ne")
-}  # fmt: skip
-# Functions that make numbers that depend on how many there are, or that are others for fewer.
-_SERIES = ("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
-           "tril_indices", "triu_indices", "bartlett_window", "blackman_window", "hamming_window",
-           "hann_window", "kaiser_window", "normal", "vander")  # fmt: skip
+_NBYTES = Tensor.nbytes.__get__  # type: ignore[attr-defined]
 
 
 class StatedSizes(TorchFunctionMode):
@@ -56,8 +43,11 @@ class StatedSizes(TorchFunctionMode):
             return shape if dim is None else shape[dim]
         if name == "__len__":  # an int, whatever we return
             numbers.get().extend(map(expression, self._shape(args[0])[:1]))
-        if name == "numel":
-            return reduce(mul, self._shape(args[0]), 1)
+        if name == "numel" or func == _NBYTES:
+            size = 1 if name == "numel" else args[0].element_size()
+            return reduce(mul, self._shape(args[0]), size)
+        if name in ("stride", "storage_offset"):
+            numbers.get().extend(map(expression, self._shape(args[0])))
         if name in READS and self._trace.stand_ins:
             raise ValuesNeeded
         if name in READS and name not in REPLACED and isinstance(args[0], Tensor):
@@ -70,7 +60,7 @@ class StatedSizes(TorchFunctionMode):
         finally:
             self._trace.function = outer
             self._trace.means.give([])
-        if name.strip("_") in _ARITHMETIC:
+        if name.strip("_") in ARITHMETIC:
             for each in tree_leaves((args, kwargs)):
                 if isinstance(each, Size):
                     numbers.get().append(each.expression)
@@ -298,9 +288,9 @@ def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
-    **{name: _viewed(name) for name in _VIEWS},
-    **{name: _made(name) for name in _FACTORIES},
-    **{name: _numbered(name) for name in _SERIES},
+    **{name: _viewed(name) for name in VIEWS},
+    **{name: _made(name) for name in FACTORIES},
+    **{name: _numbered(name) for name in SERIES},
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     **REPLACED,
     "unflatten": _unflattened,

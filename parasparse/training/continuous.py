@@ -136,7 +136,7 @@ class ContinuousSparsification(Controller):
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the logits of the gates, which should get no weight decay."""
-        return [gate.logits for gate in self._gates()]
+        return list(dict.fromkeys(gate.logits for gate in self._gates()))  # units may share them
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return all parameters of the model except the logits of gates."""
@@ -170,8 +170,8 @@ class ContinuousSparsification(Controller):
         hard = self._hard()
         self.history.append(update_of(self.step_in_round, self._last, hard, self._start))
         self._last = hard
-        for gate in self._gates():
-            gate.logits.copy_((by * gate.logits).clamp(max=gate.init))
+        for logits, init in {gate.logits: gate.init for gate in self._gates()}.items():
+            logits.copy_((by * logits).clamp(max=init))
         self.rounds, self.step_in_round = self.rounds + 1, 0
         self.temperature = 1.0
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import parasparse as ps
 from parasparse.shrink.attention import FewerHeads, let_heads_go
+from parasparse.shrink.undo import Undo
 
 N, L, S, E, H = 2, 4, 5, 12, 4
 
@@ -242,10 +243,10 @@ def test_a_plan_gives_a_fresh_model_fewer_heads():
 def test_what_has_been_done_can_be_undone():
     attention = layer()
     ps.sparsify(attention, 0.5)
-    before = type(attention)
-    undo = let_heads_go(attention)
+    before, undo = type(attention), Undo()
+    let_heads_go(attention, undo)
     assert isinstance(attention, FewerHeads)
-    undo()
+    undo.run()
     assert type(attention) is before
 
 
@@ -253,5 +254,8 @@ def test_other_layers_stay_as_they_are():
     class Own(nn.MultiheadAttention):
         pass
 
-    assert let_heads_go(Own(4, 2)) is None
-    assert let_heads_go(nn.Linear(2, 2)) is None
+    for other in (Own(4, 2), nn.Linear(2, 2)):
+        kind, undo = type(other), Undo()
+        let_heads_go(other, undo)
+        assert type(other) is kind
+        assert not undo.steps

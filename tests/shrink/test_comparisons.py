@@ -80,6 +80,19 @@ def test_coupled_offers_no_channels_whose_number_is_asked_for():
     assert repr(units) == "coupled(0 units in 0 tensors)"
 
 
+@pytest.mark.parametrize("name", ["greater", "not equal", "in a chain"])
+def test_coupled_offers_channels_some_of_which_can_go(name):
+    """`if size > 6` lets one of eight channels go, but not two."""
+    units = ps.coupled(Between(DECIDES[name]), example().float())
+    assert repr(units) == "coupled(8 units in 3 tensors)"
+
+
+def test_channels_go_until_a_comparison_decides_otherwise():
+    one, two = (zeroed(Between(DECIDES["greater"]), *range(number)) for number in (1, 2))
+    assert ps.plan_shrink(one, example()).rows[0].new_shape == (7, 5)
+    assert not ps.plan_shrink(two, example()).rows
+
+
 def test_an_attribute_cannot_follow_two_sizes():
     f = checked(lambda self, x: x.view(8, self.width).shape and len(self.other) == self.width)
     model = Between(f, width=8, other=torch.nn.Parameter(torch.randn(8)))

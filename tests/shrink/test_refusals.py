@@ -244,33 +244,33 @@ def test_plans_of_other_models_are_refused():
 
 
 class Lies(nn.Module):
-    """Looks at the shape of a weight in a way that no trace can see."""
+    """Looks at the size of a weight in a way that no trace can see: with a float on the left."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(24, 10)
 
     def forward(self, x):
-        return self.layer(x) * (2.0 if self.layer.weight.stride(0) < 24 else 1.0)
+        return self.layer(x) * (2.0 if 1.0 / self.layer.weight.shape[1] > 1 / 24 else 1.0)
 
 
 class Fails(Lies):
     def forward(self, x):
-        if self.layer.weight.stride(0) < 24:
+        if 1.0 / self.layer.weight.shape[1] > 1 / 24:
             raise ValueError("24 inputs")
         return self.layer(x)
 
 
 @torch.library.custom_op("parasparse_tests::scaled_by_width", mutates_args=())
-def scaled_by_width(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x * (width * 1e-4)
+def scaled_by_width(x: torch.Tensor, width: float) -> torch.Tensor:
+    return x * width
 
 
 class CustomOperation(Lies):
     """Has the size of a weight decide, in an operation that is not the usual ones."""
 
     def forward(self, x):
-        return scaled_by_width(self.layer(x), self.layer.weight.nbytes)
+        return scaled_by_width(self.layer(x), 1.0 / self.layer.weight.shape[1])
 
 
 @pytest.mark.parametrize("kind", [Lies, Fails, CustomOperation])

@@ -70,6 +70,18 @@ NUMBERS = {
     "compared": lambda self, x: x * (x.new_ones(3) * 7 < x.shape[-1]).sum(),
     "last of a range": lambda self, x: x * torch.arange(x.shape[-1])[-1],
     "mean of a range": lambda self, x: x * torch.linspace(0, 1, x.shape[-1] + 1).square().mean(),
+    "strides": lambda self, x: x * x.stride(1),
+    "bytes": lambda self, x: x + x.sum(-1, keepdim=True) / x[0, 0].nbytes,
+    "where memory starts": lambda self, x: x * x[1].storage_offset(),
+    "root of an int": lambda self, x: x * math.isqrt(x.shape[-1] * 9),
+    "logarithm": lambda self, x: x * math.log(x.shape[-1]),
+    "logarithm of a width": lambda self, x: (
+        x * math.log(16, self.width) + x.view(-1, 4, self.width)
+    ),
+    "common divisor": lambda self, x: x * math.gcd(x.shape[-1], 12),
+    "repeated list": lambda self, x: x * sum([0.5] * x.shape[-1]),
+    "repeated tuple": lambda self, x: x * len(x.shape[-1] * (1,)),
+    "complex": lambda self, x: x * abs(x.shape[-1] * 1j),
     "trace": lambda self, x: x * torch.eye(x.shape[-1]).sum(),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import parasparse as ps
+from parasparse.shrink.random_numbers import same_random_numbers
 from tests.shrink.test_shrink import assert_same, built, filters
 
 
@@ -117,3 +118,22 @@ def test_threads_shrink_models_of_their_own():
     for one, other in zip(small, masked, strict=True):
         assert one[0][2].out_features == 4
         torch.testing.assert_close(one(x), other(x))
+
+
+def test_the_generators_of_all_devices_that_are_in_use_are_left_as_they_are(monkeypatch):
+    states, seeds = {0: torch.tensor([5]), 1: torch.tensor([6])}, []
+    for name, value in {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 2,
+        "get_rng_state": lambda device: states[device],
+        "set_rng_state": lambda state, device: states.update({device: state}),
+        "manual_seed_all": lambda seed: [seeds.append(seed), states.update({0: 0, 1: 0})],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    before = dict(states)
+    with same_random_numbers():
+        assert states == {0: 0, 1: 0}
+        first = torch.rand(3)
+    assert (states, seeds) == (before, [0])
+    with same_random_numbers():
+        assert torch.equal(torch.rand(3), first)
