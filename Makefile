@@ -74,8 +74,8 @@ test-blocks: .venv/zoo  ## prune_blocks on every model type of transformers
 test-checkpoints: .venv/ready  ## the command line on 1 GiB: memory, interruption, a full disk
 	$(RUN)/python -m tests.long.large_checkpoints
 
-test-shrink: .venv/zoo  ## shrink, and others, on torchvision, timm, transformers; writes docs/shrink-zoo.md
-	for zoo in torchvision timm transformers; do \
+test-shrink: .venv/zoo  ## shrink, and others, on the models of seven libraries; writes docs/shrink-zoo.md
+	for zoo in torchvision timm transformers others; do \
 		$(RUN)/python -m tests.long.shrink_zoo $$zoo || exit 1; \
 		$(RUN)/python -m tests.long.shrink_peers torch_pruning $$zoo || exit 1; \
 		$(RUN)/python -m tests.long.shrink_peers kirigami $$zoo || exit 1; \

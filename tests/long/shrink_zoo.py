@@ -1,4 +1,6 @@
-"""Shrink on three zoos: `python -m tests.long.shrink_zoo torchvision|timm|transformers [name ...]`.
+"""Shrink on four zoos: `python -m tests.long.shrink_zoo ZOO [name ...]`.
+
+The zoos are torchvision, timm, transformers and others (see `tests/long/other_libraries.py`).
 
 Each model is built with random weights, in float64. Half of its channels are pruned by random
 scores, once as `coupled` units and once as filters alone; it is shrunk, and compared with the
@@ -95,7 +97,10 @@ def prune(model: nn.Module, example: Inputs, mode: str) -> None:
         ps.sparsify(model, ps.coupled(model, example).rules(SPARSITY, score=score))
         return
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names = [
+        name for name, module in model.named_modules()
+        if isinstance(module, kinds) or type(module).__name__ == "Linear"  # of torch-geometric
+    ]  # fmt: skip
     rule = ps.Prune(SPARSITY, pattern=ps.patterns.channel(0), score=score)
     ps.sparsify(model, dict.fromkeys(names[:-1], rule))
 
@@ -255,6 +260,14 @@ def from_transformers(
     return model, inputs, [twice, longer]
 
 
+def from_others(name: str, found: dict[str, object]) -> tuple[nn.Module, Inputs, list[Inputs]]:
+    from tests.long.other_libraries import LIBRARIES, NAMES
+
+    found["kind"] = NAMES[name]
+    build, _ = LIBRARIES[NAMES[name]]
+    return build(name)
+
+
 def more_of_timm(taken: set[str]) -> list[str]:
     """Return further models of timm, which are the same ones whatever else timm has."""
     import timm
@@ -273,6 +286,7 @@ ZOOS = {
     "torchvision": from_torchvision,
     "timm": from_timm,
     "transformers": from_transformers,
+    "others": from_others,
 }
 
 
@@ -287,6 +301,8 @@ def names_of(zoo: str) -> list[str]:
         timm = importlib.import_module("timm")
         modules = [module for module in timm.list_modules() if timm.list_models(module=module)]
         return modules + more_of_timm(set(modules))
+    if zoo == "others":
+        return list(importlib.import_module("tests.long.other_libraries").NAMES)
     return sorted(importlib.import_module("transformers").CONFIG_MAPPING)
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from tests.long.other_libraries import LIBRARIES
 from tests.long.zoo.page import RESULTS, ROOT
 from tests.long.zoo.processes import read
 
 PAGE = ROOT / "docs" / "shrink-zoo.md"
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch-pruning", "torch-kirigami")
-ZOOS = ("torchvision", "timm", "transformers")
+PACKAGES = ("torch", "torchvision", "timm", "transformers", *LIBRARIES, "torch-pruning",
+            "torch-kirigami")  # fmt: skip
+ZOOS = ("torchvision", "timm", "transformers", "others")
 OUTCOMES = ("equal", "kept", "refused", "differs", "does not run", "not finished")
 # Whose networks, the files of their lines, and the entry of a line.
 WAYS = {
@@ -26,11 +28,13 @@ WAYS = {
 # All other modules of torchvision hold classifiers.
 TASKS = ("segmentation", "detection", "optical_flow", "video")
 TEXT = """\
-# Shrink on three zoos
+# Shrink on four zoos
 
 `make test-shrink` removes half of the channels of every model of torchvision, of one model of each
-module of timm and {more} others, and of a small model of each type of transformers, and compares
-the smaller network with the masked one. The weights are random and in float64. Biases and norms are
+module of timm and {more} others, of a small model of each type of transformers, and of some models
+of other libraries: YOLO and RT-DETR (ultralytics), diffusion models (diffusers), segmentation
+(segmentation-models-pytorch) and graph networks (torch-geometric). It compares the smaller network
+with the masked one. The weights are random and in float64. Biases and norms are
 random, too. Nothing is declared: a library gets the model and example inputs. The page lists the
 models that have been run so far.
 
@@ -133,7 +137,7 @@ def model(zoo: str, name: str, lines: dict[str, dict[str, Any]]) -> Model:
     kind = line["kind"]
     if zoo == "torchvision":
         kind = kind.replace("_", " ") if kind in TASKS else "classification"
-    label = zoo if zoo == "timm" else f"{zoo}, {kind}"
+    label = {"timm": zoo, "others": kind}.get(zoo, f"{zoo}, {kind}")
     found = {
         way: lines[file].get(entry, {"result": "not finished", "why": lines[file].get("error", "")})
         for way, (file, entry) in WAYS.items()
