@@ -19,6 +19,19 @@ from parasparse.text import listed
 Distribution = Callable[[dict[str, torch.Size], float], Mapping[str, float]]
 
 
+def shares_by(
+    distribution: Distribution, shapes: dict[str, torch.Size], sparsity: float
+) -> dict[str, float]:
+    """Return what a distribution says of each shape, by name; raise ValueError if it does not."""
+    shares = distribution(shapes, sparsity)
+    if not isinstance(shares, Mapping) or shares.keys() != shapes.keys():
+        got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
+        raise ValueError(
+            f"`distribution` must return a sparsity for each of {listed(shapes)}; got {got}."
+        )
+    return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
+
+
 @dataclass(frozen=True)
 class Prune:
     """Drop the entries with the lowest scores; `sparsity` is the share to drop.
@@ -125,13 +138,7 @@ class Prune:
         sparsity = self.sparsity or 0.0
         if self.distribution is None:
             return dict.fromkeys(tensors, sparsity)
-        shares = self.distribution({n: t.shape for n, t in tensors.items()}, sparsity)
-        if not isinstance(shares, Mapping) or shares.keys() != tensors.keys():
-            got = listed(shares) if isinstance(shares, Mapping) else type(shares).__name__
-            raise ValueError(
-                f"`distribution` must return a sparsity for each of {listed(tensors)}; got {got}."
-            )
-        return {n: check_sparsity(share, f"sparsity of {n}") for n, share in shares.items()}
+        return shares_by(self.distribution, {n: t.shape for n, t in tensors.items()}, sparsity)
 
     def scores_of(self, tensor: Tensor, name: str) -> Tensor:
         """Return the checked scores of `tensor`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from parasparse.counts import check_sparsity, num_kept
 from parasparse.patterns.selection.kth import highest
-from parasparse.rules.prune import Prune
+from parasparse.rules.prune import Distribution, Prune, shares_by
 from parasparse.scores.weights_alone import Score, magnitude
 from parasparse.shrink.gated_units import UnitsOfTensor
 from parasparse.shrink.labels import compact, on_cpu
@@ -28,6 +28,7 @@ from parasparse.shrink.needed import (
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.running import traced
 from parasparse.shrink.tracing import Trace
+from parasparse.shrink.unit_groups import groups_of, layers_of
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import tensors_of
@@ -56,9 +57,12 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             entry.
         uniform: whether every group of units, such as the channels of one layer, gets the sparsity
             of the rule. Otherwise all units are ranked together.
+        distribution: `(shapes by name, sparsity) -> sparsity by name`: the sparsity of each group,
+            by the layer that computes its units; None: as `uniform` says. See `distributions`.
 
     Raises:
-        ValueError: a target reaches nothing, or `norm` is not above 0 and finite.
+        ValueError: a target reaches nothing, or `norm` is not above 0 and finite. There is a
+            `distribution`, and `uniform` is False.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -69,11 +73,13 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, *, targets: Specs | None = None,
-        norm: float | None = None, uniform: bool = True,
+        norm: float | None = None, uniform: bool = True, distribution: Distribution | None = None,
     ) -> None:  # fmt: skip
         if norm is not None and not 0 < norm < math.inf:
             raise ValueError(f"`norm` must be None (the mean) or > 0 and finite; got {norm!r}.")
-        self.norm, self.uniform = norm, uniform
+        if distribution is not None and not uniform:
+            raise ValueError("`uniform` must be True with a `distribution`; got False.")
+        self.norm, self.uniform, self.distribution = norm, uniform, distribution
         tensors = tensors_of(model, pairs=False)
         trace, _, _ = traced(model, tensors, example_inputs, {})
         self._shapes: dict[str, torch.Size] = {}
@@ -102,13 +108,15 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                     found[leaf.name] = labels
                     self._shapes[leaf.name] = leaf.tensor.shape
         removable = (~units.kept).nonzero().flatten()
-        removable = removable[torch.isin(removable, _all(found))]
+        parts = [torch.unique(ids) for labels in found.values() for ids in labels]
+        removable = removable[torch.isin(removable, torch.cat([removable[:0], *parts]))]
         self._why_none = _why_none(units) if not found else ""
         number = torch.full((len(units.kept),), -1)
         number[removable] = torch.arange(len(removable))
         self._labels = {name: [number[ids] for ids in labels] for name, labels in found.items()}
         shapes = [number[units.of[label]] for label in distinct(trace.shapes)]
-        self._groups = self._group(len(removable), shapes)
+        self._groups = groups_of(len(removable), self._labels, shapes)
+        self._layers = layers_of(self._groups, self._labels, self._shapes)
 
     def __repr__(self) -> str:
         return f"coupled({len(self._groups)} units in {len(self._shapes)} tensors)"
@@ -151,10 +159,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             return {name: torch.empty_like(s, dtype=torch.bool) for name, s in scores.items()}
         ranks = self._ranks(scores)
         kept = torch.zeros(len(ranks), dtype=torch.bool)
-        groups = self._groups if self.uniform else torch.zeros_like(self._groups)
-        for group in torch.unique(groups):
-            members = (groups == group).nonzero().flatten()
-            (mask,) = highest([ranks[members]], max(num_kept(len(members), sparsity), 1))
+        for members, share in self._ranked_together(sparsity):
+            (mask,) = highest([ranks[members]], max(num_kept(len(members), share), 1))
             kept[members] = mask
         return {name: self._spread(name, kept).to(score.device) for name, score in scores.items()}
 
@@ -173,6 +179,18 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         """Return how many units the masks `kept` drop, and how many there are."""
         ranks = self._ranks({name: mask.double() for name, mask in kept.items()})
         return int((ranks == 0).sum()), len(ranks)
+
+    def _ranked_together(self, sparsity: float) -> Iterator[tuple[Tensor, float]]:
+        """Yield units that are ranked together, and the share of them to drop."""
+        if not self.uniform:
+            yield torch.arange(len(self._groups)), sparsity
+            return
+        shapes = {n: shape for n, shape in self._shapes.items() if n in self._layers}  # in order
+        shares = dict.fromkeys(shapes, sparsity)
+        if self.distribution is not None:
+            shares = shares_by(self.distribution, shapes, sparsity)
+        for group, layer in enumerate(self._layers):
+            yield (self._groups == group).nonzero().flatten(), shares[layer]
 
     def _check(self, scores: Mapping[str, Tensor]) -> None:
         shapes = {name: score.shape for name, score in scores.items()}
@@ -210,27 +228,6 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             mask = mask & ((label < 0) | kept[label])
         return mask
 
-    def _group(self, number: int, shapes: list[Tensor]) -> Tensor:
-        """Return the group of each unit: units in the same places of the same tensors.
-
-        Slices of a tensor that must keep equally many, such as the groups of a convolution, are
-        groups of their own.
-        """
-        key = torch.zeros(number, dtype=torch.long)
-        generator = torch.Generator().manual_seed(0)
-        for labels in self._labels.values():
-            for label in labels:
-                ids = torch.unique(label)
-                key[ids[ids >= 0]] += torch.randint(2**40, (), generator=generator)
-        for label in shapes:
-            for part in label.flatten(0, -2):
-                ids = torch.unique(part)
-                ids = ids[ids >= 0]
-                if len(ids) > 1:
-                    key[ids] += torch.randint(2**40, (), generator=generator)
-        groups: Tensor = torch.unique(key, return_inverse=True)[1]
-        return groups
-
 
 def _keep_whole(trace: Trace, units: Units) -> None:
     """Keep units that are all of a dimension of a tensor: it would be empty without them."""
@@ -245,8 +242,3 @@ def _why_none(units: Units) -> str:
     """Return the reasons why units stay, the most frequent ones first."""
     reasons = Counter(filter(None, map(units.reason, range(1, len(units.of)))))
     return "; ".join(reason for reason, _ in reasons.most_common(3)) or "it has no weights"
-
-
-def _all(found: dict[str, list[Tensor]]) -> Tensor:
-    parts = [torch.unique(ids) for labels in found.values() for ids in labels]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)

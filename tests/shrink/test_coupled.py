@@ -1,5 +1,7 @@
 """`coupled(...).rules`: from units to the rules of `sparsify`."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,91 @@ def test_without_units_the_error_says_why(name):
     units = ps.coupled(model, torch.randn(1, 4), **options)
     with pytest.raises(ValueError, match=f"no channel of the model can be removed: .*{reason}"):
         units.rules(0.5)
+
+
+def mlp():
+    torch.manual_seed(0)
+    sizes = (6, 20, 30, 10)
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
+
+
+def shares_dropped(model, units):
+    """By name of a layer, the share of rows that its mask drops."""
+    masks = {name: ps.mask_of(model, name) for name in units._shapes}
+    return {n: float((~m.any(1)).double().mean()) for n, m in masks.items() if m.ndim == 2}
+
+
+def by_hand(shapes, sparsity):
+    return {name: 0.25 if name == "0.weight" else sparsity for name in shapes}
+
+
+DISTRIBUTIONS = {
+    "uniform": ps.distributions.uniform,
+    "erk": ps.distributions.erk,
+    "in depth": ps.distributions.linear_in_depth(0.2),
+    "by hand": by_hand,
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_a_distribution_says_what_each_layer_loses(distribution):
+    model, x = mlp(), torch.randn(2, 6).double()
+    shapes = {name: model.get_parameter(name).shape for name in ("0.weight", "2.weight")}
+    units = ps.coupled(model, x, distribution=distribution)
+    ps.sparsify(model, units.rules(0.5))
+    dropped = shares_dropped(model, units)
+    for name, share in distribution(shapes, 0.5).items():
+        assert abs(dropped[name] - share) <= 0.51 / shapes[name][0]
+    masked = model(x)
+    torch.testing.assert_close(ps.shrink(model, x)(x), masked, rtol=1e-10, atol=1e-12)
+
+
+def test_the_channels_of_a_residual_stream_belong_to_the_layer_that_starts_it():
+    model, example, _ = built("residual")
+    dense = {name: parameter.shape for name, parameter in model.named_parameters()}
+    seen = []
+
+    def watched(shapes, sparsity):
+        seen.append(dict(shapes))
+        return dict.fromkeys(shapes, sparsity)
+
+    units = ps.coupled(model, example, distribution=watched)
+    ps.sparsify(model, units.rules(0.5))
+    (shapes,) = seen
+    assert shapes == {name: dense[name] for name in ("stem.weight", "one.weight")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_distribution_of_one_sparsity_changes_nothing(name):
+    masks = []
+    for options in ({}, {"distribution": lambda shapes, sparsity: dict.fromkeys(shapes, sparsity)}):
+        model, example, _ = built(name)
+        ps.sparsify(model, ps.coupled(model, example, **options).rules(0.4))
+        masks.append(dict(ps.named_masks(model)))
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][n]) for n, mask in masks[0].items())
+
+
+BAD_DISTRIBUTIONS = {
+    "no mapping": (
+        lambda shapes, sparsity: sparsity,
+        "must return a sparsity for each of .0.weight",
+    ),
+    "other names": (lambda shapes, sparsity: {"0": 0.5}, "must return a sparsity for each of"),
+    "too much": (lambda shapes, sparsity: dict.fromkeys(shapes, 2), "sparsity of 0.weight"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DISTRIBUTIONS)
+def test_a_distribution_that_gives_no_sparsities_is_refused(name):
+    distribution, message = BAD_DISTRIBUTIONS[name]
+    model, x = mlp(), torch.randn(2, 6).double()
+    with pytest.raises(ValueError, match=message):
+        ps.sparsify(model, ps.coupled(model, x, distribution=distribution).rules(0.5))
+    assert not dict(ps.named_masks(model))
+
+
+def test_a_distribution_ranks_no_units_of_all_layers_together():
+    with pytest.raises(ValueError, match="`uniform` must be True with a `distribution`"):
+        ps.coupled(mlp(), torch.randn(2, 6).double(), uniform=False, distribution=by_hand)
