@@ -24,8 +24,9 @@ class Units:
         self.kept = torch.zeros(len(self.of), dtype=torch.bool)
         self.kept[0] = True
         self.matters = self.kept.clone()
-        self._reasons: list[str] = []
+        self._reasons = ["it meets a tensor whose size stays"]  # of unit 0
         self._reason = torch.full((len(self.of),), -1)
+        self._reason[0] = 0
 
     def keep(self, ids: Tensor, reason: str) -> bool:
         """Keep the units of `ids`; return whether one of them was not kept before."""

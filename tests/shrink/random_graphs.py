@@ -157,9 +157,11 @@ def _pieces(pick, x):
 
 
 def _with_parameter(pick, x):
-    dim = pick([1, -1])
-    shape = [1] * (x.ndim - 1)
-    shape[dim - (dim > 0)] = x.shape[dim]
+    dims = pick([[1], [-1], [1, -1], range(1, x.ndim)])
+    shape = [1] * x.ndim
+    for dim in dims:
+        shape[dim] = x.shape[dim]
+    shape = shape[pick([0, 1]) :]
     weight = nn.Parameter(torch.randn(shape))
     functions = [
         lambda m, x: x * m.weight,
@@ -199,7 +201,13 @@ def _attention(pick, x):
 
 
 def _plain(pick, x):
+    dim = pick(range(1, x.ndim))
     functions = [
+        lambda m, x: torch.fft.ifft(torch.fft.fft(x, dim=dim) * 1j, dim=dim).imag,
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=dim), n=x.shape[dim], dim=dim),
+        lambda m, x: x + x.new_zeros(x.shape),
+        lambda m, x: torch.zeros(x.size()).to(x).index_add(0, torch.arange(len(x)), x),
+        lambda m, x: x.new_ones(1, *x.shape[1:]).expand(x.shape) * x,
         lambda m, x: x * x,
         lambda m, x: x.abs() + 0.5,
         lambda m, x: 1 - x,

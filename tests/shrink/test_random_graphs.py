@@ -33,6 +33,8 @@ def test_random_networks_shrink_and_nothing_is_left_to_remove(data, depth):
     for x in (example, *other_inputs(masked, example)):
         assert_same_results(model, masked, x)
     # One channel of a tensor in which all are dead, or one constant that stands for others, changes
-    # what is known of the next layers.
-    if not any("must stay" in r.reason or "stands for" in r.reason for r in plan.kept_back):
+    # what is known of the next layers. With fewer groups, a convolution may lose other channels.
+    if any("must stay" in r.reason or "stands for" in r.reason for r in plan.kept_back):
+        return
+    if not any(row.name == "groups" for row in plan.attributes):
         assert not ps.plan_shrink(model, example).rows
