@@ -17,7 +17,7 @@ from parasparse.shrink.facts import (
     worst,
 )  # fmt: skip
 from parasparse.shrink.labels import compact, fixed_along, varies, varying
-from parasparse.shrink.rules.elementwise import cannot_lose
+from parasparse.shrink.rules.elementwise import cannot_lose, merge
 from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.tracing import Rule, Trace, lowest
 
@@ -84,11 +84,23 @@ def _picked(
         labels.append(run(label))
     for tensor in call.tensors()[1:]:
         for label in trace.labels(tensor):
-            trace.ties.pin(label, "used as an index")
+            if call.name == "gather" and _is_cut_with(label, labels, call.args[0].shape, dims):
+                merge(trace, labels, label)
+            else:
+                trace.ties.pin(label, "used as an index")
     state = run(state)
     if lowest(trace, call.tensors()[1:]) == UNKNOWN:  # zeros are zeros wherever they are picked
         state = only_zeros(state)
     return facts(labels, state.expand(out.shape))
+
+
+def _is_cut_with(label: Tensor, labels: list[Tensor], shape: torch.Size, dims: list[int]) -> bool:
+    """Whether the index of `gather` varies where its source does, and nowhere else."""
+    return all(
+        dim not in dims and label.shape[dim] == shape[dim]
+        and any(varies(other, dim) for other in labels)
+        for dim in varying(label)
+    )  # fmt: skip
 
 
 def _along(trace: Trace, call: Call) -> list[Facts]:
@@ -111,7 +123,10 @@ def _along(trace: Trace, call: Call) -> list[Facts]:
                 t = t.narrow(d, 0, out.shape[d])
         return t.expand(out.shape)
 
-    found = _picked(trace, call, [dim], out, run, state)
+    dims = [dim]
+    if call.name == "gather" and trace.is_stored(index := call.args[2]):
+        dims += [d for d in range(x.ndim) if index.shape[d] > 1 and index.stride(d)]  # stay
+    found = _picked(trace, call, dims, out, run, state)
     places = Facts(found.labels, everywhere(UNKNOWN, out.shape))
     first = places if call.name.startswith("arg") else found
     return [first] + [places if o.shape == out.shape else

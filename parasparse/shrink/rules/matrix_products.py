@@ -42,7 +42,7 @@ def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
         _keep_batches(trace, one, other)
     for a in x_over:
         for b in w_over:
-            trace.ties.tie(_ids(trace, a, -1), _ids(trace, b, -2))
+            _meet(trace, a, b)
     if x_over and w_over and w.numel() and len(varying(x_over[0])) == 1:
         # A factor of the bias, `beta`, would be one of the constants that are added to it.
         _read(trace, x, w, x_over[0], w_other, None if call.kwargs else bias)
@@ -95,6 +95,15 @@ def _sorted(trace: Trace, tensor: Tensor, dim: int) -> tuple[list[Tensor], list[
 
 def _flat(label: Tensor | None, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.long) if label is None else compact(label).flatten()
+
+
+def _meet(trace: Trace, a: Tensor, b: Tensor) -> None:
+    """Tie labels that are summed over; what all heads use, such as keys of positions, stays."""
+    is_one = [len(varying(label)) == 1 for label in (a, b)]
+    if is_one[0] != is_one[1]:  # the other is one unit along the sum: see `_sorted`
+        trace.ties.pin(a if is_one[0] else b, "all units use it")
+    else:
+        trace.ties.tie(_ids(trace, a, -1), _ids(trace, b, -2))
 
 
 def _ids(trace: Trace, label: Tensor, dim: int) -> Tensor:
