@@ -9,7 +9,7 @@ from typing import Any
 
 from parasparse.shrink.sizes import Size
 
-_NAMES = ("comb", "factorial", "gcd", "isqrt", "lcm", "log", "log10", "log2", "perm")
+_NAMES = ("comb", "factorial", "gcd", "isqrt", "lcm", "ldexp", "log", "log10", "log2", "perm")
 
 
 def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:

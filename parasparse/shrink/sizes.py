@@ -114,8 +114,10 @@ class Size(int):
     expression: Expression
     run: object
 
-    def __new__(cls, value: int, expression: Expression) -> Size:
-        """Make the size `value`, computed by `expression`."""
+    def __new__(cls, value: Any, expression: Expression | None = None) -> Any:
+        """Make the size `value`, computed by `expression`; without one, an int: `type(size)(4)`."""
+        if expression is None:
+            return int(value)
         size = super().__new__(cls, value)
         size.expression, size.run = expression, _run.get()
         return size
@@ -160,6 +162,10 @@ class Size(int):
 
     __trunc__ = __floor__ = __ceil__ = conjugate = __pos__
     real = numerator = property(__pos__)
+
+    def as_integer_ratio(self) -> Any:
+        """Return the size and 1, as numbers."""
+        return self._number(), 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (plain(self),)

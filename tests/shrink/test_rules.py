@@ -3,6 +3,7 @@
 import copy
 import math
 import operator
+import statistics
 from fractions import Fraction
 
 import pytest
@@ -79,6 +80,8 @@ NUMBERS = {
         x * math.log(16, self.width) + x.view(-1, 4, self.width)
     ),
     "common divisor": lambda self, x: x * math.gcd(x.shape[-1], 12),
+    "power of two": lambda self, x: x * math.ldexp(1.0, x.shape[-1]),
+    "statistics": lambda self, x: x * statistics.mean([x.shape[-1], 2]),
     "repeated list": lambda self, x: x * sum([0.5] * x.shape[-1]),
     "repeated tuple": lambda self, x: x * len(x.shape[-1] * (1,)),
     "complex": lambda self, x: x * abs(x.shape[-1] * 1j),
