@@ -40,15 +40,21 @@ def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
 
 
 def keep_stated(trace: Trace, units: Units) -> None:
-    """Keep the units whose number is one that the program states, such as 8 in `view(-1, 8)`."""
+    """Keep the units whose number is one that the program states, such as 8 in `view(-1, 8)`.
+
+    If their slices stay and one of them keeps all, so do the others: of keys and values in one
+    tensor that is chunked, the values, if the program states how many keys there are.
+    """
     dims: dict[object, set[int]] = defaultdict(set)  # of a label, whose sizes are stated
     for requirement in trace.required:
         if attributes_in(requirement.given) or spans_in(requirement.given):
             continue
-        ids = requirement.span.ids()
+        ids, dim = requirement.span.ids(), requirement.span.dim
         stated = dims[ids.data_ptr(), ids.shape, ids.stride()]
-        stated.add(requirement.span.dim)
-        if stated.issuperset(varying(tidy(units.of[ids]))):
+        stated.add(dim)
+        slices = units.stay(ids).movedim(dim, 0).reshape(ids.shape[dim], -1)
+        is_whole = bool(slices.all(1).any())
+        if is_whole or stated.issuperset(varying(tidy(units.of[ids]))):
             units.keep(ids, f"a size in {requirement.where} cannot follow")
 
 

@@ -60,11 +60,27 @@ class Entangled(nn.Module):
         return self.after((h.softmax(-1) * h.softmax(-2)).flatten(-2))
 
 
+class MultiQuery(nn.Module):
+    """All heads share a key and a value, of the width 3 that the program states."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.both = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.after = nn.Linear(6, 4)
+
+    def forward(self, x):
+        queries = self.queries(x).view(len(x), 2, 3).transpose(0, 1)
+        keys, values = self.both(x).chunk(2, -1)
+        weights = (queries @ keys.t()).softmax(-1)
+        return self.after((weights @ values).transpose(0, 1).flatten(1))
+
+
 WITHOUT_UNITS = {
     "outputs alone": (nn.Linear(4, 8), {}, "an output of the model"),
     "a norm": (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)), {}, "1 takes a"),
     "a softmax": (Softmax(), {}, "_softmax over channels"),
     "all in one": (Entangled(), {}, r"all of before.\w+ belongs together"),
+    "values as wide as keys": (MultiQuery(), {}, "all units use it"),
     "other targets": (
         nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), {"targets": "1.weight"},
         "no target reaches 0.weight",
