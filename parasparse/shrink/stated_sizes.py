@@ -265,10 +265,19 @@ def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     if plain(groups) == 1:
         return
     dim = out.ndim - 1 - len(_SHAPE(args[1] if len(args) > 1 else kwargs["weight"])[2:])
-    for label in trace.labels(args[0] if args else kwargs["input"]):
+    _require_groups(trace, args[0] if args else kwargs["input"], dim, groups, "convolution")
+
+
+def _group_normed(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    groups = args[1] if len(args) > 1 else kwargs["num_groups"]
+    _require_groups(trace, args[0] if args else kwargs["input"], 1, groups, "group_norm")
+
+
+def _require_groups(trace: Trace, x: Tensor, dim: int, groups: int, where: str) -> None:
+    for label in trace.labels(x):
         if varies(label, dim):
             apart = label.movedim(dim, 0).unflatten(0, (plain(groups), -1))
-            trace.require(expression(groups), span(apart, 0), "convolution")
+            trace.require(expression(groups), span(apart, 0), where)
 
 
 def _attended(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
@@ -302,5 +311,6 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "__setitem__": _indexed,
     "multi_head_attention_forward": _attended,
     "scaled_dot_product_attention": _scaled,
+    "group_norm": _group_normed,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
 }

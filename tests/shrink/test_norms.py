@@ -408,3 +408,23 @@ def test_the_width_of_a_language_model_goes(name, monkeypatch):
     assert_same(model, masked, tokens(3, 7))
     assert_same(fresh, masked, tokens(3, 7))
     assert_same(ps.unshrink(model, plan), masked, tokens(3, 7))
+
+
+@pytest.mark.parametrize("dead", [[5], [0, 1], [0, 2, 4], [0, 1, 2], [2, 3, 5], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_groups_of_a_norm_lose_equally_many_or_all(groups, dead):
+    kept = torch.ones(6, dtype=torch.bool)
+    kept[dead] = False
+    net = nn.Sequential(nn.Conv1d(3, 6, 1), nn.GroupNorm(groups, 6), nn.Conv1d(6, 2, 1)).double()
+    masks = dict.fromkeys(("0.bias", "1.weight", "1.bias"), kept)
+    ps.sparsify(net, masks | {"0.weight": kept.view(-1, 1, 1), "2.weight": kept.view(1, -1, 1)})
+    masked, x = copy.deepcopy(net), torch.randn(2, 3, 5).double()
+    assert not ps.plan_shrink(net, x).rows
+    left = kept.view(groups, -1).sum(1)
+    plan = ps.plan_shrink(net, x, exact=False)
+    if plan.rows:
+        ps.shrink(net, x, exact=False)
+    assert net[1].num_groups == (left > 0).sum()
+    assert net[1].num_channels == (left > 0).sum() * left.max()
+    if int(left.max()) == 6 // groups:  # whole groups alone are gone
+        torch.testing.assert_close(net(x), masked(x))

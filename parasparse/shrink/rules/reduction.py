@@ -198,6 +198,7 @@ def _group_norm(trace: Trace, call: Call) -> list[Facts]:
     for label in trace.labels(x):
         if varying(label) == (1,):
             trace.average(label)
+            trace.shapes.append(compact(label).reshape(call.args[6], -1))  # groups: equally many
         else:
             cannot_lose(trace, label, [d for d in varying(label) if d in channels], "group norm")
     _tie_channels(trace, x, [t for t in call.args[1:3] if isinstance(t, Tensor)], 1)
