@@ -26,6 +26,7 @@ from parasparse.shrink.attention import let_heads_go
 from parasparse.shrink.calls import check_can_be_followed
 from parasparse.shrink.carried import Carried
 from parasparse.shrink.copies import full_copy, shared_copy
+from parasparse.shrink.einops_shapes import computed_shapes
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
 from parasparse.shrink.late_values import LateValues
@@ -118,6 +119,7 @@ def _traced(
         stack.enter_context(_disable_current_modes())  # those around the call
         stack.enter_context(followed_parameters(trace))
         stack.enter_context(math_of_sizes())
+        stack.enter_context(computed_shapes())
         stack.enter_context(StatedSizes(trace))
         stack.enter_context(trace)
         stack.enter_context(telling(trace.compare))
