@@ -91,6 +91,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         for grid in transposed(distinct(trace.shapes)):  # shuffled: all groups have the same places
             if grid.shape[-1] == 1:  # otherwise it is enough that slices keep equally many
                 trace.ties.tie(grid, places(grid))
+        for grid, _ in trace.normed_groups:
+            trace.ties.tie(grid, grid[:, :1])
         units = Units(trace)
         keep_all_of(trace, units, losing)
         for reason, pinned in trace.ties.pins.items():

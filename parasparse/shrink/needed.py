@@ -71,7 +71,10 @@ def keep_needed(
     for label, state, module in trace.sums:
         live = torch.broadcast_tensors(label, state)
         units.need(live[0][live[1] != ZERO], f"{module or 'the model'} sums over it")
-    while _keep_read(units, readers) or _keep_heirs(units, readers):
+    groups = trace.normed_groups if exact else []
+    while (
+        _keep_read(units, readers) or _keep_heirs(units, readers) or _keep_normed(units, groups)
+    ):  # fmt: skip
         pass
 
 
@@ -86,6 +89,15 @@ def _keep_read(units: Units, readers: list[Reader]) -> bool:
     for reader in readers:
         unknown = reader.read.columns[reader.unknown(units)]
         changed |= units.need(unknown, f"{reader.where} reads it")
+    return changed
+
+
+def _keep_normed(units: Units, groups: list[tuple[Tensor, str]]) -> bool:
+    """Keep all channels of a group that is averaged over, if the outputs need one of them."""
+    changed = False
+    for grid, module in groups:
+        ids = grid[units.matter(grid).any(1)]
+        changed |= units.need(ids, averages_over_it(module))
     return changed
 
 

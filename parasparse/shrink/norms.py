@@ -55,6 +55,7 @@ class Norms:
             exact = alone
         self.exact = [mean for mean in found if mean in exact]
         self.averaged = [*trace.averaged, *((m.label, m.module) for m in found if m not in exact)]
+        self._groups = trace.normed_groups
 
     def need(self) -> None:
         """Keep the channels over which a mean is taken and that are not 0."""
@@ -64,6 +65,9 @@ class Norms:
     def inexact(self) -> list[str]:
         """Return the modules whose result changes, because a norm loses what it may not."""
         lost = [module for label, module in self.averaged if not self._stays(label)]
+        for grid, module in self._groups:
+            stay = self._units.stay(grid)
+            lost += [module] * bool((stay.any(1) & ~stay.all(1)).any())  # a part of a group
         return lost + [mean.module for mean in self.exact if not self._stays(self._live(mean))]
 
     def changes(self) -> Changes:

@@ -67,6 +67,7 @@ class Trace(TorchDispatchMode):
         means: the means over channels that are followed to where they are used.
         sums: ids that are summed up without a weight, their states, and the module that does it.
         groups: ids of the rows and inputs of grouped convolutions, by group, and the module.
+        normed_groups: ids over which a norm is taken in groups, (groups, each), and the module.
         shapes: joint labels that must stay regular.
         least: ids of which some must stay, and how many: of a slice, so that it is not empty.
         required: sizes that the program states.
@@ -93,6 +94,7 @@ class Trace(TorchDispatchMode):
         self.averaged: list[tuple[Tensor, str]] = []
         self.sums: list[tuple[Tensor, Tensor, str]] = []
         self.groups: list[tuple[Tensor, Tensor, str]] = []
+        self.normed_groups: list[tuple[Tensor, str]] = []
         self.shapes: list[Tensor] = []
         self.least: list[tuple[Tensor, int]] = []
         self.required: list[Requirement] = []

@@ -10,7 +10,6 @@ from torch import nn
 
 import parasparse as ps
 
-
 pytestmark = pytest.mark.skipif(
     not hasattr(einops.einops, "_reconstruct_from_shape"),
     reason="this version of einops keeps no shapes, or elsewhere",

@@ -193,16 +193,22 @@ def _rms_norm(trace: Trace, call: Call, dims: list[int]) -> None:
 
 
 def _group_norm(trace: Trace, call: Call) -> list[Facts]:
-    x, out = call.args[0], call.outs()[0]
+    """Each group of channels is averaged over, with all places: whole groups can go."""
+    x, groups = call.args[0], call.args[6]
     channels = [d for d in range(x.ndim) if d != 0]
     for label in trace.labels(x):
-        if varying(label) == (1,):
+        if varying(label) == (1,) and groups > 1:
+            grid = compact(label).reshape(groups, -1)
+            trace.shapes.append(grid)  # the others keep equally many
+            trace.normed_groups.append((grid, trace.module))
+        elif varying(label) == (1,):
             trace.average(label)
-            trace.shapes.append(compact(label).reshape(call.args[6], -1))  # groups: equally many
         else:
             cannot_lose(trace, label, [d for d in varying(label) if d in channels], "group norm")
     _tie_channels(trace, x, [t for t in call.args[1:3] if isinstance(t, Tensor)], 1)
-    return _normed(trace, call, worst(trace.state(x), channels, out.shape))
+    each = lowest_along(trace.state(x), 1).reshape(groups, -1)
+    state = each.amin(1, keepdim=True).expand(each.shape).flatten()
+    return _normed(trace, call, along(state, 1, x.shape))
 
 
 def _averaged(trace: Trace, x: Tensor, dims: list[int]) -> None:
