@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import mul
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from parasparse.shrink import pieces
 from parasparse.shrink.facts import facts
 from parasparse.shrink.function_names import ARITHMETIC, FACTORIES, SERIES, VIEWS
 from parasparse.shrink.labels import along, varies, varying
@@ -45,7 +46,7 @@ class StatedSizes(TorchFunctionMode):
             numbers.get().extend(map(expression, self._shape(args[0])[:1]))
         if name == "numel" or func == _NBYTES:
             size = 1 if name == "numel" else args[0].element_size()
-            return reduce(mul, self._shape(args[0]), size)
+            return reduce(operator.mul, self._shape(args[0]), size)
         if name in ("stride", "storage_offset"):
             numbers.get().extend(map(expression, self._shape(args[0])))
         if name in READS and self._trace.stand_ins:
@@ -181,85 +182,6 @@ def _numbered(name: str) -> Callable[..., None]:
     return check
 
 
-def _split(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if k != "dim")
-    dim, start = args[2] if len(args) > 2 else kwargs.get("dim", 0), 0
-    for number, piece in enumerate(out):
-        size = sizes[number] if isinstance(sizes, (tuple, list)) else sizes
-        if plain(size) != piece.shape[dim]:  # the rest, in the last piece
-            size = piece.shape[dim]
-        stop = start + piece.shape[dim]
-        for label in trace.labels(args[0]):
-            if varies(label, dim % label.ndim):
-                trace.require(expression(size), span(label, dim, start, stop), "split")
-                trace.least.append((label.narrow(dim, start, stop - start), min(stop - start, 1)))
-        start = stop
-
-
-def _chunked(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    for label in trace.labels(args[0]):
-        dim %= label.ndim
-        if not varies(label, dim):
-            continue
-        if len({piece.shape[dim] for piece in out}) > 1:
-            trace.ties.pin(label, "chunks of unequal sizes")
-            continue
-        # Equal chunks stay equal: seen as a dimension of their own, they must stay regular.
-        apart = label.unflatten(dim, (len(out), -1))
-        trace.shapes.append(apart.movedim(dim, 0))
-        trace.require(len(out), span(apart, dim), "chunk")
-
-
-def _narrowed(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
-    given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | kwargs
-    dim, start, length = (given[name] for name in ("dim", "start", "length"))
-    _sliced(trace, args[0], dim, start, start + length)
-
-
-def _indexed(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if not any(isinstance(i, slice) for i in index):
-        return
-    taken = sum(i is not None and i is not Ellipsis for i in index)
-    taken += sum(i.ndim - 1 for i in index if isinstance(i, Tensor) and i.dtype == torch.bool)
-    dim = 0
-    for each in index:
-        if each is Ellipsis:
-            dim += args[0].ndim - taken
-        elif isinstance(each, slice):
-            stop = args[0].shape[dim] if each.stop is None else each.stop
-            _sliced(trace, args[0], dim, each.start or 0, stop, each.step)
-            dim += 1
-        elif each is not None:
-            dim += each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1
-
-
-def _sliced(
-    trace: Trace, tensor: Tensor, dim: int, start: Any, stop: Any, step: Any = None
-) -> None:
-    size = int(tensor.shape[dim])
-    for label in trace.labels(tensor):
-        if not varies(label, dim % label.ndim):
-            continue
-        if step not in (None, 1) or not isinstance(start, int) or not isinstance(stop, int):
-            trace.ties.pin(label, "slice")
-            continue
-        first, last, _ = slice(plain(start), plain(stop)).indices(size)
-        trace.least.append((label.narrow(dim, first, max(last - first, 0)), min(last - first, 1)))
-        for bound in (start, stop):
-            place = plain(bound) + size if bound < 0 else plain(bound)
-            if not 0 < place < size:
-                continue
-            trace.least.append((label.narrow(dim, 0, place), 1))
-            if not isinstance(bound, Size):
-                trace.ties.pin(label, "the program takes a part of it by number")
-            elif bound < 0:  # counted from the end
-                trace.require(expression(-bound), span(label, dim, place, size), "slice")
-            else:
-                trace.require(expression(bound), span(label, dim, 0, place), "slice")
-
-
 def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
     if plain(groups) == 1:
@@ -303,12 +225,12 @@ _CHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     **REPLACED,
     "unflatten": _unflattened,
-    "split": _split,
-    "split_with_sizes": _split,
-    "chunk": _chunked,
-    "narrow": _narrowed,
-    "__getitem__": _indexed,
-    "__setitem__": _indexed,
+    "split": pieces.split,
+    "split_with_sizes": pieces.split,
+    "chunk": pieces.chunked,
+    "narrow": pieces.narrowed,
+    "__getitem__": pieces.indexed,
+    "__setitem__": pieces.indexed,
     "multi_head_attention_forward": _attended,
     "scaled_dot_product_attention": _scaled,
     "group_norm": _group_normed,

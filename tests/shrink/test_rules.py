@@ -235,6 +235,17 @@ def test_channels_go_through(f):
     torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dead", [(0, 1), (0, 1, 2), (0, 1, 2, 3), (4,), (0, 1, 2, 5)], ids=str)
+def test_the_rest_of_a_split_is_one_piece(dead):
+    rest = lambda self, x: x.split(self.at, -1)[-1]  # noqa: E731
+    model = zeroed(Between(rest, hidden=6, read=2, at=4), *dead)
+    reference = copy.deepcopy(model)
+    if ps.plan_shrink(model, example()).rows:
+        ps.shrink(model, example())
+    x = example(3)
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-10, atol=1e-12)
+
+
 def expanded(self, x):
     """A parameter gets the sizes of a tensor that it does not meet."""
     return torch.cat([x, self.two.weight[:1, 8:].expand_as(x)], -1)
