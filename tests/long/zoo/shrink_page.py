@@ -28,7 +28,7 @@ WAYS = {
 # All other modules of torchvision hold classifiers.
 TASKS = ("segmentation", "detection", "optical_flow", "video")
 TEXT = """\
-# Shrink on four zoos
+# Shrink on seven libraries
 
 `make test-shrink` removes half of the channels of every model of torchvision, of one model of each
 module of timm and {more} others, of a small model of each type of transformers, and of some models
