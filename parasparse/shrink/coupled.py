@@ -34,7 +34,7 @@ from parasparse.targets.reach import Specs
 from parasparse.targets.tensors import tensors_of
 from parasparse.text import listed
 
-Target: TypeAlias = Callable[[str, nn.Module, Tensor], bool]
+Predicate: TypeAlias = Callable[[str, nn.Module, Tensor], bool]
 
 
 class coupled:  # noqa: N801 - a pattern reads as a function
@@ -123,7 +123,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     def __repr__(self) -> str:
         return f"coupled({len(self._groups)} units in {len(self._shapes)} tensors)"
 
-    def rules(self, sparsity: float, *, score: Score = magnitude) -> dict[Target, Prune]:
+    def rules(self, sparsity: float, *, score: Score = magnitude) -> dict[Predicate, Prune]:
         """Return the rules that drop this share of the units, those with the lowest scores.
 
         Args:
