@@ -131,7 +131,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             score: of the entries of each tensor: see `Prune`.
 
         Raises:
-            ValueError: there are no units; the message says why.
+            ValueError: `sparsity` is outside [0, 1]. There are no units; the message says why.
         """
         if not self._shapes:
             raise ValueError(f"no channel of the model can be removed: {self._why_none}.")
