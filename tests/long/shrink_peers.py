@@ -68,8 +68,8 @@ def torch_pruning(model: nn.Module, example: Inputs) -> Cut:
 def kirigami(model: nn.Module, example: Inputs) -> Cut:
     """Find what torch-kirigami removes: half of each axis, where it finds no conflict.
 
-    The axes and their candidates are its own. Its greedy choice takes minutes on a ResNet-18, so
-    candidates are chosen at random and given to `plan_remove`.
+    The axes are those that its rules declare. Its own search looks at each channel alone, which
+    takes minutes for most models, so a random half of each axis is given to `plan_remove`.
     """
     from torch_kirigami import DependencyGraph
     from torch_kirigami.pruning import Pruner
@@ -80,19 +80,20 @@ def kirigami(model: nn.Module, example: Inputs) -> Cut:
         args = example if isinstance(example, tuple) else (example,)
         graph = DependencyGraph.build(model, args=args)
     pruner = Pruner(model, graph=graph)
-    axes = defaultdict(list)
-    for candidate in pruner.discover_candidates().candidates:
-        axes[candidate.axis].append(candidate)
-    chosen, impact = [], pruner.impact([])
-    for axis, candidates in axes.items():
-        if axis is None or impact.selection(axis.tensor).fully_selected_indices(axis.dim):
+    specs = filter(None, map(graph.operator_spec, graph.operations()))
+    domains = {domain.axis: domain for spec in specs for domain in spec.candidates}
+    chosen: list[Any] = []
+    impact = pruner.impact([])
+    for axis, domain in domains.items():
+        if impact.selection(axis.tensor).fully_selected_indices(axis.dim):
             continue  # removed together with an earlier axis
-        half = torch.randperm(len(candidates))[: round(SPARSITY * len(candidates))]
-        more = [*chosen, *(candidates[i] for i in half)]
-        trial = pruner.impact(more)
+        blocks = torch.arange(axis.tensor.shape[axis.dim]).view(-1, domain.block_size)
+        half = blocks[torch.randperm(len(blocks))[: round(SPARSITY * len(blocks))]]
+        more = [*chosen, axis.select(half.flatten().tolist())]
+        trial = graph.propagate(remove=more, constraints=pruner.constraints)
         if trial.status == "resolved":
             chosen, impact = more, trial
-    plan = pruner.plan_remove(part for candidate in chosen for part in candidate.remove)
+    plan = pruner.plan_remove(chosen)
     return lambda: pruner.apply(plan)
 
 

@@ -44,8 +44,8 @@ models that have been run so far.
 * **Torch-Pruning**: half of each group that it finds, at random (`BasePruner` with its defaults).
   The layers that outputs come from are ignored, as its README asks for, and outputs in objects
   are taken out of them for it (`output_transform`).
-* **torch-kirigami**: half of each axis that it finds, at random, as far as it finds no conflict
-  (`plan_remove`).
+* **torch-kirigami**: half of each axis that its rules declare, at random, as far as it finds no
+  conflict (`plan_remove`).
 
 The two others decide themselves which channels belong together, so theirs are not the same channels
 as those of `coupled`. What they removed is read from the smaller network, and set to zero in a copy
