@@ -16,7 +16,6 @@ import copy
 import importlib
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -176,15 +176,15 @@ def _convolution_state(
     The last are (O, I / groups * kernel).
     """
     w_state = compact(trace.state(w)).flatten(2)
-    w_state = w_state.expand(*w.shape[:2], -1)
     w_state = w_state.transpose(0, 1) if transposed else w_state
+    rows, columns = w.shape[:2][::-1] if transposed else w.shape[:2]
     each = x_state.view(groups, 1, -1)
     if groups > 1:
-        each = each.expand(-1, w_state.shape[0] // groups, -1)
-    each = each.reshape(-1, w_state.shape[1], 1).expand(-1, -1, w_state.shape[2]).flatten(1)
-    w_state = w_state.flatten(1)
+        each = each.expand(-1, rows // groups, -1)
+    each = each.reshape(-1, columns, 1).expand(-1, -1, w_state.shape[2]).flatten(1)
+    w_state = w_state.expand(-1, columns, -1).flatten(1)  # one row if all are alike
     zero, depends = sums_of(each, w_state, 1)
-    return zero.squeeze(1), ~depends.squeeze(1), w_state
+    return zero.squeeze(1), ~depends.squeeze(1), w_state.expand(rows, -1)
 
 
 def _inputs_of_one(columns: Tensor | None, size: int) -> Tensor:
