@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from parasparse.shrink.sizes import (
+from parasparse.shrink.expressions import (
     Attribute,
     Expression,
     Requirement,
@@ -15,7 +15,7 @@ from parasparse.shrink.sizes import (
     attributes_in,
     evaluate,
     spans_in,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

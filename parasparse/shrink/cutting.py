@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from parasparse import optim
 from parasparse.masks.mask import Mask
 from parasparse.shrink.attention import prepare
+from parasparse.shrink.attributes import get_attribute
 from parasparse.shrink.constants import Constants
+from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.parts import rescaled, selected
 from parasparse.shrink.plan import AttributeRow, Shrinkage, ShrinkRow
-from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.undo import Undo, resize_mask, set_size, store
 from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import nearest

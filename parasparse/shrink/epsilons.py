@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.shrink.sizes import Attribute, holders, numbers
+from parasparse.shrink.attributes import holders
+from parasparse.shrink.expressions import Attribute
+from parasparse.shrink.sizes import numbers
 
 
 class Epsilon(float):

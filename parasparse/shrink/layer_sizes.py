@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from parasparse.shrink.sizes import Attribute, holder_of, plain
+from parasparse.shrink.attributes import holder_of
+from parasparse.shrink.expressions import Attribute
+from parasparse.shrink.sizes import plain
 
 # Class, attribute, parameter or buffer, dimension. The first tensor that a layer has counts.
 _SIZES: tuple[tuple[type[nn.Module], str, str, int], ...] = (

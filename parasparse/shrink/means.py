@@ -16,7 +16,8 @@ from torch import Tensor
 
 from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.epsilons import Epsilon
-from parasparse.shrink.sizes import Attribute, numbers
+from parasparse.shrink.expressions import Attribute
+from parasparse.shrink.sizes import numbers
 
 # Operations that leave values as they are, and those that take a power of them.
 _ALIKE = ("_to_copy", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "clone", "detach",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from parasparse.shrink.comparisons import spans_behind, turned
+from parasparse.shrink.expressions import Attribute, attributes_in, spans_in
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact, tidy, varying
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.readers import Reader
 from parasparse.shrink.regular import to_restore
-from parasparse.shrink.sizes import Attribute, attributes_in, spans_in
 from parasparse.shrink.solving import solve
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.facts import ZERO
 from parasparse.shrink.labels import compact
 from parasparse.shrink.means import Mean
-from parasparse.shrink.sizes import Attribute
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
 

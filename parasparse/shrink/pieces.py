@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasparse.shrink.expressions import Computed, span
 from parasparse.shrink.labels import varies
-from parasparse.shrink.sizes import Computed, Size, expression, plain, span
+from parasparse.shrink.sizes import Size, expression, plain
 from parasparse.shrink.tracing import Trace
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from parasparse.shrink.attributes import get_attribute
 from parasparse.shrink.constants import Constants, constants_of
+from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.labels import on_cpu
 from parasparse.shrink.layer_sizes import layer_sizes
 from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose
@@ -17,7 +19,6 @@ from parasparse.shrink.plan import AttributeRow, Shrinkage, ShrinkRow
 from parasparse.shrink.readers import readers_of
 from parasparse.shrink.rows import Rows
 from parasparse.shrink.running import masked_states, traced, zero_states
-from parasparse.shrink.sizes import Attribute, get_attribute
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs

@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from parasparse.shrink.attention import let_heads_go
+from parasparse.shrink.attributes import tag_attributes
 from parasparse.shrink.calls import check_can_be_followed
 from parasparse.shrink.carried import Carried
 from parasparse.shrink.copies import full_copy, shared_copy
 from parasparse.shrink.einops_shapes import computed_shapes
 from parasparse.shrink.epsilons import state_epsilons, tag_epsilons
+from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.facts import UNKNOWN, ZERO, Facts, everywhere
 from parasparse.shrink.late_values import LateValues
 from parasparse.shrink.layer_sizes import sized_by
@@ -35,7 +37,7 @@ from parasparse.shrink.math_functions import math_of_sizes
 from parasparse.shrink.outside_torch import followed_parameters
 from parasparse.shrink.random_numbers import same_random_numbers
 from parasparse.shrink.rules import rule_for
-from parasparse.shrink.sizes import Attribute, own_sizes, tag_attributes, telling
+from parasparse.shrink.sizes import own_sizes, telling
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded
 from parasparse.shrink.stated_sizes import StatedSizes
 from parasparse.shrink.tracing import Trace

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parasparse.shrink.sizes import Attribute, Expression, Requirement, attributes_in, evaluate
+from parasparse.shrink.expressions import (
+    Attribute,
+    Expression,
+    Requirement,
+    attributes_in,
+    evaluate,
+)
 
 
 def solve(

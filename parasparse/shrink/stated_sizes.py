@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink import pieces
+from parasparse.shrink.expressions import Span, span
 from parasparse.shrink.facts import facts
 from parasparse.shrink.function_names import ARITHMETIC, FACTORIES, SERIES, VIEWS
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.outside_torch import REPLACED, leave_torch
-from parasparse.shrink.sizes import Size, Span, expression, numbers, plain, span, telling
+from parasparse.shrink.sizes import Size, expression, numbers, plain, telling
 from parasparse.shrink.stand_ins import READS, ValuesNeeded
 from parasparse.shrink.tracing import Trace
 

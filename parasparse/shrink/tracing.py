@@ -16,12 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parasparse.shrink.by_tensor import ByTensor
 from parasparse.shrink.calls import Call, check_can_be_followed, tensors_among
 from parasparse.shrink.comparisons import Comparison
-from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
-from parasparse.shrink.labels import Ties, along, compact, varying
-from parasparse.shrink.means import Means
-from parasparse.shrink.memory import Changes, has_layout_of, written
-from parasparse.shrink.products import Product, Read
-from parasparse.shrink.sizes import (
+from parasparse.shrink.expressions import (
     Attribute,
     Computed,
     Expression,
@@ -31,7 +26,12 @@ from parasparse.shrink.sizes import (
     holding,
     spans_in,
     spans_of,
-)  # fmt: skip
+)
+from parasparse.shrink.facts import KNOWN, UNKNOWN, ZERO, Facts, everywhere, facts
+from parasparse.shrink.labels import Ties, along, compact, varying
+from parasparse.shrink.means import Means
+from parasparse.shrink.memory import Changes, has_layout_of, written
+from parasparse.shrink.products import Product, Read
 from parasparse.shrink.stand_ins import StandIns, ValuesNeeded, reads_values
 
 Rule = Callable[["Trace", Call], list[Facts]]

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from parasparse.attach.storing import give
 from parasparse.masks.mask import Mask
+from parasparse.shrink.attributes import get_attribute, set_attribute
+from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.plan import AttributeRow
-from parasparse.shrink.sizes import Attribute, get_attribute, set_attribute
 
 
 class Undo:

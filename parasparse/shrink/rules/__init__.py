@@ -1,6 +1,7 @@
 """How labels and states go through the operations of ATen."""
 
 from parasparse.shrink.calls import Call
+from parasparse.shrink.rules.concatenation import CONCATENATION
 from parasparse.shrink.rules.convolutions import CONVOLUTIONS
 from parasparse.shrink.rules.elementwise import ELEMENTWISE, elementwise
 from parasparse.shrink.rules.indexing import INDEXING
@@ -12,8 +13,8 @@ from parasparse.shrink.rules.writing import WRITES
 from parasparse.shrink.tracing import Rule
 
 RULES: dict[str, Rule] = {
-    **MOVEMENTS, **INDEXING, **CONVOLUTIONS, **MATRIX_PRODUCTS, **REDUCTIONS, **SPATIAL,
-    **WRITES, **ELEMENTWISE,
+    **MOVEMENTS, **CONCATENATION, **INDEXING, **CONVOLUTIONS, **MATRIX_PRODUCTS, **REDUCTIONS,
+    **SPATIAL, **WRITES, **ELEMENTWISE,
 }  # fmt: skip
 
 
