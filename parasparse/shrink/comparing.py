@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parasparse.shrink.copies import full_copy
 from parasparse.shrink.epsilons import state_epsilons
 from parasparse.shrink.first_call import first_other_call
 from parasparse.shrink.random_numbers import same_random_numbers
 from parasparse.shrink.running import ALONE, call, copied_inputs, tensors_in
-from parasparse.verbs.squash import squash
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
 
@@ -138,7 +137,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
-    copied = squash(copy.deepcopy(model)).eval()
+    copied = full_copy(model)
     state_epsilons(copied)
     copied._apply(cast)
     return copied

@@ -19,7 +19,9 @@ from parasparse.verbs.squash import squash
 
 def full_copy(model: nn.Module) -> nn.Module:
     """Return a copy of `model` in eval mode, with masked values in place of masks."""
-    return squash(copy.deepcopy(model)).eval()
+    twin = squash(copy.deepcopy(model))
+    twin.eval()  # which returns nothing in a class whose `train` does not
+    return twin
 
 
 def shared_copy(model: nn.Module, tensors: list[Target], late: LateValues) -> nn.Module:
@@ -57,7 +59,8 @@ def shared_copy(model: nn.Module, tensors: list[Target], late: LateValues) -> nn
         for site in target.sites:
             (original,) = site.originals()
             attaching.detach(copied[id(site.module)], site.attr, copied[id(original)])
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
 def _is_copied_as_usual(module: nn.Module) -> bool:

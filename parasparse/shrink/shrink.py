@@ -9,6 +9,7 @@ from torch import nn
 
 from parasparse.attach.undo import restored_on_error
 from parasparse.optim import Optimizers, each_optimizer
+from parasparse.shrink.cached_results import drop_cached_results
 from parasparse.shrink.comparing import Reference
 from parasparse.shrink.cutting import check_fits, cut
 from parasparse.shrink.plan import Shrinkage
@@ -107,6 +108,7 @@ def shrink(
     undo = Undo()
     try:
         cut(model, work.plan, work.constants, optimizer, undo)
+        drop_cached_results(model)
         if reference is not None:
             rescaled = sum(row.scale != 1 for row in work.plan.rows)
             epsilons = [a.new for a in work.plan.attributes if isinstance(a.new, float)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parasparse import optim
 from parasparse.masks.mask import Mask
 from parasparse.names import stored_keys
+from parasparse.shrink.cached_results import drop_cached_results
 from parasparse.shrink.cutting import check_fits, named_tensors
 from parasparse.shrink.parts import restored, spread
 from parasparse.shrink.plan import Shrinkage, ShrinkRow
@@ -63,6 +64,7 @@ def unshrink(
     undo = Undo()
     try:
         _grow(model, plan, full, optimizer, undo, filled=state_dict is not None)
+        drop_cached_results(model)
         if state_dict is None:
             _mask_the_rest(model, plan)
     except BaseException:
