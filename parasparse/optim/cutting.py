@@ -92,8 +92,8 @@ def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
         isinstance(each, torch.optim.LBFGS) and each.state for each in each_optimizer(optimizer)
     ):
         raise TypeError(
-            "the state of LBFGS is that of all parameters together, so it cannot be cut. Build a "
-            "new optimizer when the weights have changed."
+            "LBFGS has one state for all parameters together, which cannot be cut. Leave "
+            "`optimizer` out, and build a new one afterwards."
         )
     held = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
     trained = [id(parameter) for parameter in parameters if parameter.requires_grad]
@@ -107,9 +107,9 @@ def check_cuttable(optimizer: Optimizers, parameters: Sequence[Tensor]) -> None:
             for name, value in state.items():
                 if not _is_cuttable(value, parameter):
                     raise TypeError(
-                        f'the state "{name}" of {kind_of(optimizer)} is no tensor in floating '
-                        f"point of its parameter's shape {tuple(parameter.shape)}, so it cannot be "
-                        "cut. Leave `optimizer` out, and build a new one afterwards."
+                        f'the state "{name}" of {kind_of(optimizer)} is not a floating-point '
+                        f"tensor of its parameter's shape {tuple(parameter.shape)}, so it cannot "
+                        "be cut. Leave `optimizer` out, and build a new one afterwards."
                     )
 
 

@@ -26,6 +26,7 @@ from parasparse.shrink.needed import (
     transposed,
 )  # fmt: skip
 from parasparse.shrink.norms import Norms
+from parasparse.shrink.refusals import check_is_module
 from parasparse.shrink.running import traced
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.unit_groups import groups_of, layers_of
@@ -61,6 +62,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             by the layer that computes its units; None: as `uniform` says. See `distributions`.
 
     Raises:
+        TypeError: `model` is not a module, or `distribution` not a callable.
         ValueError: a target reaches nothing, or `norm` is not above 0 and finite. There is a
             `distribution`, and `uniform` is False.
 
@@ -75,8 +77,11 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self, model: nn.Module, example_inputs: Any, *, targets: Specs | None = None,
         norm: float | None = None, uniform: bool = True, distribution: Distribution | None = None,
     ) -> None:  # fmt: skip
-        if norm is not None and not 0 < norm < math.inf:
+        check_is_module(model)
+        if norm is not None and (isinstance(norm, str) or not 0 < norm < math.inf):
             raise ValueError(f"`norm` must be None (the mean) or > 0 and finite; got {norm!r}.")
+        if distribution is not None and not callable(distribution):
+            raise TypeError(f"`distribution` must be a callable; got {distribution!r:.60}.")
         if distribution is not None and not uniform:
             raise ValueError("`uniform` must be True with a `distribution`; got False.")
         self.norm, self.uniform, self.distribution = norm, uniform, distribution
@@ -141,8 +146,13 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         """Whether a tensor has units: the target of a rule."""
         return name in self._shapes
 
-    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+    def __call__(self, scores: Any, sparsity: float | None = None) -> Tensor:
         """Refuse: units are ranked in all their tensors together."""
+        if sparsity is None:  # called with the tensors of a rule, as a treatment
+            raise TypeError(
+                "`coupled` is a pattern and must be part of a rule: sparsify(model, "
+                "units.rules(0.5))."
+            )
         raise ValueError(
             '`scope` must be "global" with the pattern `coupled`, because its units lie in '
             'several tensors: Prune(..., pattern=units, scope="global").'

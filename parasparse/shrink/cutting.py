@@ -20,6 +20,11 @@ from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import nearest
 from parasparse.verbs.writable import check_writable
 
+_EXPECTED = {  # whether the model should be small already: what to do if it does not fit
+    False: "Build the model as it was when the plan was made",
+    True: "Pass the model that was cut by this plan",
+}
+
 
 def check_fits(model: nn.Module, plan: Shrinkage, optimizer: Any, *, small: bool = False) -> None:
     """Raise an error if `model` cannot be cut by `plan`, or if `small`, made full again.
@@ -34,31 +39,32 @@ def check_fits(model: nn.Module, plan: Shrinkage, optimizer: Any, *, small: bool
         if row.name not in targets:
             raise ValueError(
                 f'the plan names the tensor "{row.name}", which the model does not have'
-                f"{nearest(row.name, targets)}. Build the model as it was when the plan was made."
+                f"{nearest(row.name, targets)}. {_EXPECTED[small]}."
             )
         target, want = targets[row.name], row.new_shape if small else row.shape
         if tuple(target.shape) != want:
             raise ValueError(
                 f'"{row.name}" must have the shape {want} of the plan; it has '
-                f"{tuple(target.shape)}."
+                f"{tuple(target.shape)}. {_EXPECTED[small]}."
             )
         check_writable(target, "unshrink" if small else "shrink")
     for size in plan.attributes:
-        _check_size(model, size, size.new if small else size.old)
+        _check_size(model, size, small=small)
     if optimizer is not None:
         tensors = [targets[row.name].originals()[0] for row in plan.rows]
         optim.check_cuttable(optimizer, [t for t in tensors if isinstance(t, nn.Parameter)])
 
 
-def _check_size(model: nn.Module, row: AttributeRow, want: float | None) -> None:
+def _check_size(model: nn.Module, row: AttributeRow, *, small: bool) -> None:
+    want = row.new if small else row.old
     try:
         value = get_attribute(model, Attribute(row.path, row.name, row.index))
     except (AttributeError, KeyError, IndexError, TypeError):
         value = "missing"
     if value != want:
         raise ValueError(
-            f"the plan has {row}, so the attribute must be {want}; it is {value}. Build the model "
-            "as it was when the plan was made."
+            f"the plan has {row}, so the attribute must be {want}; it is {value}. "
+            f"{_EXPECTED[small]}."
         )
 
 

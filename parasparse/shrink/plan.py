@@ -141,12 +141,13 @@ class Shrinkage:
                 branches=tuple(found["branches"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"`text` must be a plan written by `to_json`; {error}.") from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"`text` must be a plan written by `to_json`; {why}.") from error
         for row in plan.rows:
             if not _is_possible(row):
                 raise ValueError(
                     f'the plan is damaged: the indices that "{row.name}" keeps do not fit its '
-                    f"shapes, {row.shape} and {row.new_shape}, or its scale is no number above 0."
+                    f"shapes, {row.shape} and {row.new_shape}, or its scale is not above 0."
                 )
         return plan
 

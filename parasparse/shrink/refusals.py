@@ -28,15 +28,20 @@ _WRAPPED = {  # the name of a submodule, and who calls it so
 }
 
 
-def check_shrinkable(model: object) -> list[Target]:
+def check_is_module(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
+
+
+def check_shrinkable(model: nn.Module) -> list[Target]:
     """Return the tensors of `model`, unless it is no module, or cannot be shrunk as it is.
 
     Raises:
         TypeError: it is no module.
         RuntimeError: it must be prepared first; the message says how.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
+    check_is_module(model)
     check_not_accelerated(model)
     check_not_compact(model, "`shrink`")
     for _, name, module, _ in named_modules(model):

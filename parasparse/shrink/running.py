@@ -91,8 +91,9 @@ def _run(
             return _traced(full_copy(model), example_inputs, dropped, changing, None)
     except Exception as error:
         error.add_note(
-            "This happened while a copy of the model ran on `example_inputs`, a tensor, a tuple of "
-            "arguments or a dict of keyword arguments."
+            "This happened while a copy of the model ran on `example_inputs`, which must be a "
+            "tensor, a tuple of arguments or a dict of keyword arguments; it is of type "
+            f"{type(example_inputs).__name__}."
         )
         raise
 
@@ -132,7 +133,7 @@ def _traced(
     if not found:
         raise ValueError(
             f"the model must return a tensor, or an object that holds some; got {outputs!r:.60}. "
-            "What nobody reads would be removed."
+            "Without outputs, nothing says which channels are needed."
         )
     for tensor in found:
         trace.means.use(tensor)

@@ -78,7 +78,8 @@ def shrink(
         TypeError: `model` is no module; or a state of `optimizer` does not have its parameter's
             shape.
         ValueError: nothing can be removed; the message says why. A target reaches nothing. The
-            model has other tensors than the plan. `optimizer` is of another model.
+            model has other tensors than the plan, or other arguments than `optimizer` are passed
+            beside a plan. `optimizer` is of another model.
         RuntimeError: the two networks differ; the message names the first module that does. A mask
             is not set or not bool. The model is wrapped (DDP, FSDP, torch.compile), accelerated,
             quantized, without values, or has other parametrizations than masks.
@@ -93,8 +94,7 @@ def shrink(
     if optimizer is not None:
         each_optimizer(optimizer)
     if isinstance(example_inputs, Shrinkage):
-        if targets is not None:
-            raise ValueError("`targets` must be None with a plan, which says what goes.")
+        _check_alone(targets=targets, exact=exact, multiple_of=multiple_of)
         check_shrinkable(model)
         work, check = Work(example_inputs), False
     else:
@@ -122,6 +122,17 @@ def shrink(
     return model
 
 
+def _check_alone(**arguments: Any) -> None:
+    """Raise ValueError if an argument that decides what goes is passed beside a plan."""
+    defaults = {"targets": None, "exact": True, "multiple_of": 1}
+    for name, value in arguments.items():
+        if value != defaults[name]:
+            raise ValueError(
+                f"`{name}` must be left out with a plan, which says what goes; got {value!r:.60}. "
+                "Pass it to `plan_shrink`."
+            )
+
+
 def _planned(
     model: nn.Module, example_inputs: Any, *, targets: Specs | None, exact: bool, multiple_of: int
 ) -> Work:
@@ -130,7 +141,7 @@ def _planned(
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"`multiple_of` must be an int of at least 1; got {multiple_of!r}.")
     if isinstance(example_inputs, Shrinkage):
-        raise TypeError("`example_inputs` must be inputs of the model; got a plan: see `shrink`.")
+        raise TypeError("`example_inputs` must be inputs; got a plan, which only `shrink` takes.")
     return work_for(
         model, tensors, example_inputs, targets=targets, exact=exact, multiple_of=multiple_of
     )
@@ -142,13 +153,13 @@ def _why(model: nn.Module, plan: Shrinkage) -> str:
     kept = [row for row in plan.kept_back if row.name in matrices]
     if not kept:
         return (
-            "No mask drops a whole channel of a weight; without masks, no channel is 0. Prune with "
-            "`patterns.channel` or `coupled`."
+            "No mask drops a whole channel of a weight, and in a model without masks, no channel "
+            "is 0. Choose channels with `coupled`, or with `patterns.channel`."
         )
     lines = [f"  {row}" for row in kept[:6]]
     more = len(kept) - len(lines)
     lines += [f"  and {more} more: see `plan_shrink(...).kept_back`"] if more else []
-    return "\n".join(["Dead channels stay:", *lines])
+    return "\n".join(["Dead channels stay; `coupled` finds channels that can go:", *lines])
 
 
 def _fold_whole_masks(model: nn.Module) -> None:

@@ -58,6 +58,10 @@ def unshrink(
         torch.Size([8, 4])
     """
     check_shrinkable(model)
+    if not isinstance(plan, Shrinkage):
+        raise TypeError(f"`plan` must be a Shrinkage; got {plan!r:.60}. See `Shrinkage.from_json`.")
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise TypeError(f"`state_dict` must be a dict of tensors; got {state_dict!r:.60}.")
     check_fits(model, plan, optimizer, small=True)
     targets = named_tensors(model)
     full = {row.name: _full(row, targets[row.name], state_dict) for row in plan.rows}

@@ -183,3 +183,29 @@ def test_a_distribution_that_gives_no_sparsities_is_refused(name):
 def test_a_distribution_ranks_no_units_of_all_layers_together():
     with pytest.raises(ValueError, match="`uniform` must be True with a `distribution`"):
         ps.coupled(mlp(), torch.randn(2, 6).double(), uniform=False, distribution=by_hand)
+
+
+MISUSES = {
+    "a pattern as rules": (
+        lambda model, x: ps.sparsify(model, ps.coupled(model, x)),
+        "units.rules",
+    ),
+    "a norm by name": (lambda model, x: ps.coupled(model, x, norm="l2"), "`norm` must be None"),
+    "a distribution by name": (
+        lambda model, x: ps.coupled(model, x, distribution="erk"),
+        "`distribution` must be a callable; got 'erk'",
+    ),
+    "a rule for each tensor apart": (
+        lambda model, x: ps.sparsify(model, {"*": ps.Prune(0.5, pattern=ps.coupled(model, x))}),
+        '`scope` must be "global"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuses_are_refused_with_the_way_out(name):
+    misuse, message = MISUSES[name]
+    model = mlp()
+    with pytest.raises((TypeError, ValueError), match=message):
+        misuse(model, torch.randn(2, 6).double())
+    assert not ps.is_sparse(model)

@@ -188,8 +188,9 @@ def test_distributed_wrappers_are_refused(one_process):
 def test_other_objects_are_refused():
     model = network()
     for odd in (None, model.state_dict(), "model"):
-        with pytest.raises(TypeError, match="must be a torch.nn.Module"):
-            ps.shrink(odd, images())
+        for call in (ps.shrink, ps.plan_shrink, ps.coupled):
+            with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+                call(odd, images())
     with pytest.raises(TypeError, match="must be a torch optimizer"):
         ps.shrink(model, images(), optimizer=model)
 
@@ -200,7 +201,9 @@ def test_wrong_inputs_change_nothing_and_say_what_is_wanted(inputs):
     before = digest(model)
     with pytest.raises(Exception) as caught:
         ps.shrink(model, inputs)
-    assert "example_inputs" in caught.value.__notes__[-1]
+    note = caught.value.__notes__[-1]
+    assert "`example_inputs`, which must be" in note
+    assert f"it is of type {type(inputs).__name__}." in note
     assert digest(model) == before
 
 
@@ -232,7 +235,7 @@ def test_plans_of_other_models_are_refused():
     model = network(0)
     before = digest(model)
     wider = nn.Sequential(*network(0)[:3], nn.Conv2d(8, 5, 3), *network(0)[4:])
-    with pytest.raises(ValueError, match="must have the shape"):
+    with pytest.raises(ValueError, match=r"must have the shape .* Build the model"):
         ps.shrink(wider, plan)
     with pytest.raises(ValueError, match="which the model does not have"):
         ps.shrink(nn.Linear(2, 2), plan)
@@ -352,7 +355,7 @@ def test_optimizers_with_states_of_other_layouts_are_refused(kind):
 
 OPTIMIZERS = {
     "factored": (torch.optim.Adafactor, 'state "row_var" of Adafactor'),
-    "of all together": (torch.optim.LBFGS, "state of LBFGS"),
+    "of all together": (torch.optim.LBFGS, "LBFGS has one state"),
 }
 
 
@@ -399,6 +402,13 @@ def test_a_plan_is_no_example_of_inputs():
     plan = ps.plan_shrink(network(), images())
     with pytest.raises(TypeError, match="got a plan"):
         ps.plan_shrink(network(), plan)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", None])
+def test_text_that_is_no_plan_is_refused(text):
+    why = "it has no 'rows'" if text == "{}" else ""
+    with pytest.raises(ValueError, match=f"must be a plan written by `to_json`; {why}"):
+        ps.Shrinkage.from_json(text)
 
 
 DAMAGES = {

@@ -39,9 +39,10 @@ def test_a_target_that_reaches_nothing_is_an_error_with_the_nearest_names():
             verb(model, torch.randn(1, 4), targets="0.wieght")
 
 
-def test_a_plan_takes_no_targets():
-    with pytest.raises(ValueError, match="must be None with a plan"):
-        ps.shrink(nn.Linear(2, 2), ps.Shrinkage(()), targets="weight")
+@pytest.mark.parametrize("argument", [{"targets": "weight"}, {"exact": False}, {"multiple_of": 8}])
+def test_arguments_that_decide_what_goes_are_refused_beside_a_plan(argument):
+    with pytest.raises(ValueError, match=f"`{next(iter(argument))}` must be left out with a plan"):
+        ps.shrink(nn.Linear(2, 2), ps.Shrinkage(()), **argument)
 
 
 def test_targets_of_coupled_limit_the_units():

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     model, example, _ = built("flatten")
     ps.sparsify(model, {"4": filters(0.5)})
     plan = ps.plan_shrink(model, example)
-    with pytest.raises(ValueError, match="must have the shape"):
+    with pytest.raises(ValueError, match=r"must have the shape .* Pass the model that was cut"):
         ps.unshrink(model, plan)  # full already
     ps.shrink(model, example)
     before = copy.deepcopy(model.state_dict())
@@ -109,5 +109,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
         ps.unshrink(model, plan, {"0.weight": torch.zeros(8, 3, 3, 3)})
     with pytest.raises(ValueError, match="before `shrink`"):
         ps.unshrink(model, plan, before)
+    with pytest.raises(TypeError, match=r"`plan` must be a Shrinkage; got .*from_json"):
+        ps.unshrink(model, plan.to_json())
+    with pytest.raises(TypeError, match=r"`state_dict` must be a dict of tensors; got 'dense.pt'"):
+        ps.unshrink(model, plan, "dense.pt")
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert isinstance(model[4], nn.Conv2d)
