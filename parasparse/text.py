@@ -17,6 +17,11 @@ def listed(names: Iterable[object], *, most: int = 8) -> str:
     return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def quoted_module(name: str) -> str:
+    """Return the name of a module in quotes: a bare 3 reads as a number."""
+    return f'"{name}"' if name else "the model"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ' (nearest: ...)' with the names that resemble `name`, or '' if there are none."""
     found = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

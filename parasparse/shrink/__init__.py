@@ -1,1 +1,1 @@
-"""Removes the channels that masks have made needless: smaller tensors, the same outputs."""
+"""Removes the channels that masks have made unnecessary: smaller tensors, the same outputs."""

@@ -52,8 +52,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
     Args:
         model: dense or masked; not changed.
         example_inputs: see `shrink`.
-        targets: the tensors that may lose channels: see `shrink`. They decide which units there
-            are.
+        targets: the tensors that may lose channels: see `shrink`. Other channels are not units.
         norm: None ranks units by the mean of the scores of their entries; p > 0 by the p-norm per
             entry.
         uniform: whether every group of units, such as the channels of one layer, gets the sparsity

@@ -21,6 +21,7 @@ from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs, reached
 from parasparse.targets.tensors import Target
+from parasparse.text import quoted_module
 
 
 def may_lose(found: list[Target], targets: Specs | None) -> set[str]:
@@ -80,7 +81,7 @@ def keep_needed(
 
 def averages_over_it(module: str) -> str:
     """Return the reason why a channel stays over which `module` averages."""
-    return f"{module or 'the model'} takes a mean or norm over it"
+    return f"{quoted_module(module)} takes a mean or norm over it"
 
 
 def _keep_read(units: Units, readers: list[Reader]) -> bool:
@@ -108,12 +109,12 @@ def _keep_heirs(units: Units, readers: list[Reader]) -> bool:
         columns, gone = reader.read.columns, reader.collapsing(units)
         if not bool(gone.any()):
             continue
-        why = "pads" if reader.read.padded else "has no bias of its own"
+        why = "pads with zeros" if reader.read.padded else "has no bias of its own"
         why = f"it is a constant, and {reader.where} {why}"
         heirs = columns[0, reader.heirs(units)]
         if len(heirs):
             if not bool(units.stay(heirs).any()):
-                changed |= units.need(heirs[:1], f"{why}: it stands for others")
+                changed |= units.need(heirs[:1], f"{why}; it stands for the others")
         else:
             changed |= units.need(columns[gone], why)
     return changed

@@ -14,6 +14,7 @@ from parasparse.shrink.labels import compact
 from parasparse.shrink.means import Mean
 from parasparse.shrink.tracing import Leaf, Trace
 from parasparse.shrink.units import Units
+from parasparse.text import quoted_module
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Norms:
     def need(self) -> None:
         """Keep the channels over which a mean is taken and that are not 0."""
         for mean in self.exact:
-            self._units.need(self._live(mean), f"{mean.module or 'the model'} takes a mean over it")
+            self._units.need(self._live(mean), f"{quoted_module(mean.module)} takes a mean over it")
 
     def inexact(self) -> list[str]:
         """Return the modules whose result changes, because a norm loses what it may not."""

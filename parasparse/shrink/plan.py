@@ -43,7 +43,7 @@ class AttributeRow:
         path: name of the module, or of the config in a module.
         name: the attribute.
         index: its place, if the attribute is a tuple.
-        old: its value; None: the eps that torch takes.
+        old: its value; None: the default eps of torch.
         new: its value in the smaller network.
     """
 
@@ -60,7 +60,7 @@ class AttributeRow:
 
 @dataclass(frozen=True)
 class KeptRow:
-    """Channels that a mask drops and that stay in the network.
+    """Channels that a mask drops, but that stay in the network.
 
     Attributes:
         name: plain name of the tensor.
@@ -82,12 +82,14 @@ class KeptRow:
 
 @dataclass(frozen=True, repr=False)
 class Shrinkage:
-    """A smaller network: what `shrink` does to the tensors and attributes of a model.
+    """The plan of a smaller network: what `shrink` does to the tensors and attributes of a model.
 
     Attributes:
-        rows: the tensors that change their shape.
-        attributes: the attributes of modules and configs that change.
-        kept_back: the dead channels that stay, and why.
+        rows: the tensors that change their shape, or are rescaled; each row has `name`, `shape`,
+            `new_shape`, and the indices `kept` by dimension.
+        attributes: the attributes of modules and configs that change: `path`, `name`, `old`, `new`.
+        kept_back: the channels that a mask drops, but that stay: `name` of the tensor, `dim`,
+            `channels`, `reason`.
         inexact: the modules whose result changes, with `exact=False`.
         bytes: of parameters and buffers, before and after.
         multiply_adds: of products with weights for the example inputs, before and after.

@@ -13,6 +13,7 @@ from parasparse.shrink.labels import compact
 from parasparse.shrink.products import Read
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
+from parasparse.text import quoted_module
 
 
 class Reader:
@@ -35,7 +36,7 @@ class Reader:
         self, read: Read, masked: Mapping[str, Tensor], *, has_bias: bool, has_weights: bool
     ) -> None:
         self.read = read
-        self.where = read.module or "the model"
+        self.where = quoted_module(read.module)
         self._folds = has_bias and not read.padded
         self._masked_bias = masked.get(read.bias or "")
         self._masked_weight = masked.get(read.weight or "")

@@ -1,4 +1,4 @@
-"""`plan_shrink` and `shrink`: remove the channels that masks have made needless."""
+"""`plan_shrink` and `shrink`: remove the channels that masks have made unnecessary."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def shrink(
     optimizer: Optimizers | None = None,
     check: bool = True,
 ) -> nn.Module:
-    """Remove the channels that masks have made needless; return the model.
+    """Remove the channels that masks have made unnecessary; return the model.
 
     A channel goes if nothing that stays depends on it: its values are 0 whatever the input is, or
-    constants that can be added to a bias, or nobody reads them. What belongs to it in other tensors
-    goes with it: its bias and norm, the inputs of the layers that read it, whole attention heads.
-    The smaller network computes what the masked one did, up to rounding. An RMSNorm averages over
-    fewer channels then, so its weight and eps are rescaled. Classes, names and order
-    of the `state_dict`, Parameter objects, ties and `requires_grad` stay. Masks that drop more than
-    whole channels are cut and stay; those that have nothing left to drop are removed. In a model
-    without masks, entries that are 0 count as dropped.
+    constants that can be added to a bias, or nothing reads them. What belongs to it in other
+    tensors goes with it: its bias and norm, the inputs of the layers that read it, whole attention
+    heads. The smaller network computes what the masked one did, up to rounding. An RMSNorm averages
+    over fewer channels then, so its weight and eps are rescaled. Classes, names and order of the
+    `state_dict`, Parameter objects, ties and `requires_grad` stay. Masks that drop more than whole
+    channels are cut and stay; those that have nothing left to drop are removed. In a model without
+    masks, entries that are 0 count as dropped.
 
     Args:
         model: masked or squashed, in any mode; it is run in eval mode, as a copy. Changed in place.
@@ -72,10 +72,10 @@ def shrink(
             their values.
         check: whether to run the masked and the smaller network on `example_inputs`, as copies in
             float64. If they differ by more than rounding, the model is put back. With
-            `exact=False`, only whether the smaller one runs.
+            `exact=False`, it only checks that the smaller one runs. With a plan, nothing runs.
 
     Raises:
-        TypeError: `model` is no module; or a state of `optimizer` does not have its parameter's
+        TypeError: `model` is not a module; or a state of `optimizer` does not have its parameter's
             shape.
         ValueError: nothing can be removed; the message says why. A target reaches nothing. The
             model has other tensors than the plan, or other arguments than `optimizer` are passed

@@ -240,7 +240,7 @@ class Trace(TorchDispatchMode):
         self.leaves[id(tensor)] = Leaf(name, tensor, labels)
         if name in self._changing:
             for label in labels:
-                self.ties.pin(label, f"{name} holds what the last call has put there")
+                self.ties.pin(label, f'"{name}" holds what the last call has put there')
             return Facts(tuple(labels), everywhere(UNKNOWN, tensor.shape))
         state = self.dropped.get(name)  # not tidied, which takes long
         return Facts(tuple(labels), everywhere(KNOWN, tensor.shape) if state is None else state)

@@ -220,7 +220,7 @@ def test_one_constant_stands_for_those_that_a_padded_convolution_reads():
     small, plan = shrunk(model, images(6))
     assert small[0].out_channels == 5
     (row,) = plan.kept_back
-    assert "stands for others" in row.reason
+    assert "stands for the others" in row.reason
     assert_equal(small, model, 6, 3)
     assert not ps.plan_shrink(small, images(6)).rows
 

@@ -284,7 +284,7 @@ def test_heads_stay_whose_keys_a_buffer_holds():
     plan = ps.plan_shrink(model, x)
     assert not plan.rows
     reasons = {row.name: row.reason for row in plan.kept_back}
-    assert reasons["k.weight"] == "keys holds what the last call has put there"
+    assert reasons["k.weight"] == '"keys" holds what the last call has put there'
     assert reasons["v.weight"].endswith("holds what the last call has put there")
 
 

@@ -39,24 +39,25 @@ random, too. Nothing is declared: a library gets the model and example inputs. T
 models that have been run so far.
 
 * **parasparse, units**: half of the units of [`coupled`](how-to/shrink.md), at random.
-* **parasparse, filters**: half of the filters of each layer but the last one, at random. What they
-  still feed through norms and biases is folded, or stays.
+* **parasparse, filters**: half of the filters of each layer but the last one, at random. Their
+  biases and norms are not masked, so they become constants, which are added to later biases. Where
+  this is not possible, the filters stay.
 * **Torch-Pruning**: half of each group that it finds, at random (`BasePruner` with its defaults).
-  The layers that outputs come from are ignored, as its README asks for, and outputs in objects
-  are taken out of them for it (`output_transform`).
+  As its README asks for, the layers that compute the outputs are in `ignored_layers`, and an
+  `output_transform` takes the tensors out of outputs that are objects.
 * **torch-kirigami**: half of each axis that its rules declare, at random, as far as it finds no
   conflict (`plan_remove`).
 
-The two others decide themselves which channels belong together, so theirs are not the same channels
-as those of `coupled`. What they removed is read from the smaller network, and set to zero in a copy
-of the model. This copy is the masked network that theirs is compared with.
+Torch-Pruning and torch-kirigami decide themselves which channels belong together, so they do not
+remove the same channels as parasparse. The smaller network shows which ones they have removed. A
+copy of the model in which these are set to zero is the masked network in the comparison.
 
 ## Results
 
 * **Equal**: the outputs are those of the masked network, for the example inputs, and, where the
   model takes them, for a batch of two and another size: to 1e-6 of the largest output. The largest
   difference of a model of parasparse that counts as equal is {largest}.
-* **Kept**: nothing was removed, because nothing can be, or was found.
+* **Kept**: nothing was removed, because the library found nothing that can be removed.
 * **Refused**: an error was raised, and there is no smaller network.
 * **Differs**: the network is smaller, and computes something else.
 * **Does not run**: the network is smaller, and raises an error.
@@ -70,16 +71,16 @@ of the model. This copy is the masked network that theirs is compared with.
 |---|---|---:|---:|---:|---:|---:|---:|---:|
 {counts}
 
-"Number" says how many of the models a library was tried on.
+"Number" is the number of models on which the library was tried.
 
 ## What parasparse does not make equal
 
 {ours}
 
-## Where the others stop
+## Where Torch-Pruning and torch-kirigami stop
 
-The messages of errors, without numbers and names, and how many models have them. Of some earlier
-runs only the results are known (*message not kept*).
+The error messages, without numbers and names, and the number of models that raise them. Of some
+earlier runs, only the results are known (*message not kept*).
 
 | library | result | models | such as | error |
 |---|---|---:|---|---|
@@ -88,7 +89,7 @@ runs only the results are known (*message not kept*).
 <details class="note" markdown="1">
 <summary>All models</summary>
 
-"Left" is the share of parameters that parasparse leaves of the model when half of the units go.
+"Left" is the share of the parameters that remain when parasparse has removed half of the units.
 
 | model | parameters | left | {ways} |
 |---|---:|---:|{rule}|
