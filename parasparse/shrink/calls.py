@@ -78,12 +78,12 @@ def check_can_be_followed(function: Any, tensors: Iterable[Tensor], module: str)
     where = f'"{module}"' if module else "the model"
     if isinstance(function, HigherOrderOperator):
         raise RuntimeError(
-            f"what a model does must be operations on tensors; {where} calls "
-            f"torch.ops.higher_order.{function.name()}, which calls functions of its own. Use an "
-            "`if`, a loop or plain operations instead while you plan and shrink."
+            f"a model must not use higher-order operators; {where} calls "
+            f"torch.ops.higher_order.{function.name()}, whose inner functions cannot be followed. "
+            "Use an `if`, a loop or plain operations instead while you plan and shrink."
         )
     if any(tensor.is_nested for tensor in tensors):
         raise RuntimeError(
-            f"tensors must not be nested; {where} computes with a nested tensor. Use padded "
+            f"a model must not use nested tensors; {where} computes with one. Use padded "
             "tensors with a mask instead while you plan and shrink."
         )

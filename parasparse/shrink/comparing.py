@@ -71,9 +71,9 @@ class Reference:
         if len(self._outputs) == len(outputs) and all(self._are_close(*pair) for pair in pairs):
             return
         errors = [_error(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
-        by = f" by {max(errors):.2g} of the largest output" if errors else ""
+        by = f" by {max(errors):.2g} times the largest output" if errors else ""
         raise RuntimeError(
-            f"the smaller network computes something else than the masked one: it differs{by}"
+            f"the smaller network does not compute what the masked one does: it differs{by}"
             f"{self._first(small)}.{self._call(small, epsilons)} {_UNCHANGED}"
         )
 
@@ -116,7 +116,7 @@ class Reference:
 
 
 _UNCHANGED = (
-    "The model is as it was. Its program depends on a size or value in a way that one run does not "
+    "The model is unchanged. Its code depends on a size or value in a way that one run does not "
     "show, such as `1.0 / size`, with a float on the left: write `size**-1`, or leave the channels "
     "of this module out with `targets`."
 )

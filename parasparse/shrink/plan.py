@@ -85,8 +85,8 @@ class Shrinkage:
     """The plan of a smaller network: what `shrink` does to the tensors and attributes of a model.
 
     Attributes:
-        rows: the tensors that change their shape, or are rescaled; each row has `name`, `shape`,
-            `new_shape`, and the indices `kept` by dimension.
+        rows: the tensors that change their shape: `name`, `shape`, `new_shape`, and the indices
+            `kept` by dimension.
         attributes: the attributes of modules and configs that change: `path`, `name`, `old`, `new`.
         kept_back: the channels that a mask drops, but that stay: `name` of the tensor, `dim`,
             `channels`, `reason`.

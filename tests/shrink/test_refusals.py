@@ -302,10 +302,10 @@ NOT_SEEN = {
         lambda x: torch.cond(x.sum() > 0, torch.relu, torch.tanh, (x,)),
         r'"6" calls torch.ops.higher_order.cond, .* Use an `if`',
     ),
-    "jagged": (with_nested, 'must not be nested; "6" .* Use padded tensors'),
+    "jagged": (with_nested, 'must not use nested tensors; "6" .* Use padded tensors'),
     "nested": (
         lambda x: torch.nested.as_nested_tensor(list(x)).relu().to_padded_tensor(0),
-        'must not be nested; "6" .* Use padded tensors',
+        'must not use nested tensors; "6" .* Use padded tensors',
     ),
 }
 
@@ -336,7 +336,7 @@ def test_calls_that_cannot_be_followed_are_refused(name):
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_inputs_are_refused(layout):
     x = torch.nested.as_nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=layout)
-    with pytest.raises(RuntimeError, match="must not be nested; the model"):
+    with pytest.raises(RuntimeError, match="must not use nested tensors; the model"):
         ps.coupled(nn.Linear(8, 2), x)
 
 
