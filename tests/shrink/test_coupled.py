@@ -77,7 +77,7 @@ class MultiQuery(nn.Module):
 
 WITHOUT_UNITS = {
     "outputs alone": (nn.Linear(4, 8), {}, "an output of the model"),
-    "a norm": (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)), {}, "1 takes a"),
+    "a norm": (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)), {}, '"1" takes a'),
     "a softmax": (Softmax(), {}, "_softmax over channels"),
     "all in one": (Entangled(), {}, r"all of before.\w+ belongs together"),
     "values as wide as keys": (MultiQuery(), {}, "all units use it"),
