@@ -145,8 +145,13 @@ def error(want: list[Tensor], got: list[Tensor]) -> float:
 def pruned(
     model: nn.Module, example: Inputs, mode: str
 ) -> tuple[nn.Module, nn.Module] | dict[str, Any]:
-    """Prune and shrink a model; return the masked model and it, or why there is no smaller one."""
+    """Prune and shrink a model; return the masked model and it, or why there is no smaller one.
+
+    The model has run before, as one does whose accuracy is known.
+    """
     try:
+        with torch.no_grad():
+            call(model, copy.deepcopy(example))
         prune(model, example, mode)
         masked = ps.squash(copy.deepcopy(model))
         return masked, ps.shrink(model, example, check=False)
