@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import permutations
 
 import torch
@@ -38,6 +38,18 @@ def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
         if leaf.name not in losing:
             for label in leaf.labels:
                 units.need(label, f"no target reaches {leaf.name}")
+
+
+def tie_pairs(trace: Trace, pairs: Mapping[str, str]) -> None:
+    """Make one unit of what a real and an imaginary tensor with one mask have in the same place.
+
+    `pairs` are the names of pairs by those of their components.
+    """
+    first: dict[str, list[Tensor]] = {}
+    for leaf in (leaf for leaf in trace.leaves.values() if leaf.name in pairs):
+        labels = first.setdefault(pairs[leaf.name], leaf.labels)
+        for real, imaginary in zip(labels, leaf.labels, strict=False):
+            trace.ties.tie(real, imaginary)
 
 
 def keep_stated(trace: Trace, units: Units) -> None:

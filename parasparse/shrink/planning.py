@@ -13,7 +13,7 @@ from parasparse.shrink.constants import Constants, constants_of
 from parasparse.shrink.expressions import Attribute
 from parasparse.shrink.labels import on_cpu
 from parasparse.shrink.layer_sizes import layer_sizes
-from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose
+from parasparse.shrink.needed import keep_all_of, keep_needed, keep_shapes, may_lose, tie_pairs
 from parasparse.shrink.norms import Norms
 from parasparse.shrink.plan import AttributeRow, Shrinkage, ShrinkRow
 from parasparse.shrink.readers import readers_of
@@ -22,7 +22,7 @@ from parasparse.shrink.running import masked_states, traced, zero_states
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
-from parasparse.targets.tensors import Target
+from parasparse.targets.tensors import Target, masked_tensors_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ def work_for(
     dropped = masked or zero_states(tensors)
     trace, values, twin = traced(model, tensors, example_inputs, dropped)
     with on_cpu():
+        tie_pairs(trace, _with_one_mask(model))
         units, readers = Units(trace), readers_of(trace, masked)
         norms = Norms(trace, units, masked)
-        keep_all_of(trace, units, may_lose(tensors, targets))
+        keep_all_of(trace, units, may_lose(tensors_of(model), targets))
         while True:
             keep_needed(trace, units, readers, norms, exact=exact)
             attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
@@ -72,6 +73,12 @@ def work_for(
             branches=tuple(dict.fromkeys(trace.branches)),
         )
         return Work(plan, constants_of(trace, units, readers))
+
+
+def _with_one_mask(model: nn.Module) -> dict[str, str]:
+    """Return the names of pairs with one mask by those of their components."""
+    pairs = [target for target in masked_tensors_of(model) if target.is_pair and target.masks()]
+    return {name: pair.name for pair in pairs for name in pair.names}
 
 
 def _attribute(attribute: Attribute, old: int, new: int) -> AttributeRow:

@@ -135,10 +135,17 @@ def _mask_the_rest(model: nn.Module, plan: Shrinkage) -> None:
     """Mask what was removed from tensors that have no mask."""
     rows = {row.name: row for row in plan.rows}
     rules: dict[str, Tensor] = {}
-    for target in tensors_of(model):
+    pairs = all(_lost_alike(target, rows) for target in tensors_of(model) if target.is_pair)
+    for target in tensors_of(model, pairs=pairs):
         row = next((rows[name] for name in target.names if name in rows), None)
         if row is not None and not target.is_buffer and not target.masks():
             kept = torch.ones(row.new_shape, dtype=torch.bool, device="cpu")
             rules[target.name] = _in_zeros(kept, row)
     if rules:
-        sparsify(model, rules)
+        sparsify(model, rules, pairs=pairs)
+
+
+def _lost_alike(pair: Target, rows: Mapping[str, ShrinkRow]) -> bool:
+    """Whether the same channels were removed from both components, so that one mask fits."""
+    kept = [rows[name].kept for name in pair.names if name in rows]
+    return not kept or kept[:1] == kept[1:]
