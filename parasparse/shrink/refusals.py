@@ -100,7 +100,7 @@ def _check_parametrizations(name: str, module: nn.Module) -> None:
     for attr, stack in masked_stacks(module):
         if stack.frozen is not None or stack.probe is not None:
             block = "frozen" if stack.frozen is not None else "dense_gradients"
-            fix = "Leave the `with` block first"
+            fix = "Leave the `with` block first, or call `close` of the controller that uses it"
             raise _refusal(name, module, f'has its "{attr}" in use by `{block}`', fix)
     if pruned_names(module):
         fix = "Call nn.utils.prune.remove, or `sparsify`, which takes its mask over"

@@ -59,7 +59,7 @@ def traced(
         model: dense or masked.
         tensors: of the model.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        dropped: by name of a parameter, its states: ZERO where an entry is pruned.
+        dropped: by name of a parameter or masked buffer, its states: ZERO where an entry is pruned.
 
     Returns:
         The trace, the int attributes of modules and configs, and the copy.
@@ -143,8 +143,8 @@ def _traced(
 
 
 def masked_states(tensors: list[Target]) -> dict[str, Tensor]:
-    """Return the states of masked parameters, by name: ZERO where the mask drops an entry."""
-    kept = {t.name: t.mask() for t in tensors if not t.is_buffer and t.masks()}
+    """Return the states of masked tensors, by name: ZERO where the mask drops an entry."""
+    kept = {t.name: t.mask() for t in tensors if t.masks()}
     return {name: _zero_unless(mask) for name, mask in kept.items() if mask is not None}
 
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -244,6 +245,29 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.down(self.up(x).tanh() + self.twin(x))
+
+
+class Fixed(nn.Module):
+    """A layer whose weight is a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(6, 4))
+        self.register_buffer("shift", torch.randn(6))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(F.linear(x, self.weight, self.shift).relu())
+
+
+def test_channels_of_masked_buffers_go():
+    model, x = Fixed().double(), torch.randn(3, 4, dtype=torch.float64)
+    ps.sparsify(model, {"weight": filters(0.5)})
+    masked, plan = copy.deepcopy(model), ps.plan_shrink(model, x)
+    ps.shrink(model, x)
+    assert model.weight.shape == (3, 4)
+    assert_same(model, masked, x)
+    assert_same(ps.unshrink(model, plan), masked, x)
 
 
 def test_ties_and_their_masks_stay():

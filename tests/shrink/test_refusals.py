@@ -165,6 +165,16 @@ def test_models_inside_a_block_that_holds_their_weights_are_refused():
     ps.shrink(model, images())
 
 
+def test_a_controller_that_is_collecting_gradients_is_to_be_closed():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    controller = ps.rigl(model, {"5": 0.5}, optimizer, every=1, stop=9)
+    with pytest.raises(RuntimeError, match="call `close` of the controller"):
+        ps.shrink(model, images())
+    controller.close()
+    ps.shrink(model, images())
+
+
 @pytest.fixture
 def one_process():
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
