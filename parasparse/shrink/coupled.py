@@ -89,13 +89,13 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         trace, _, _ = traced(model, tensors, example_inputs, {})
         self._shapes: dict[str, torch.Size] = {}
         joined = tensors_of(model)
-        self._pairs = {n: target.name for target in joined if target.is_pair for n in target.names}
+        self._names = {name: target.name for target in joined for name in target.names}
         self._find(trace, may_lose(joined, targets))
 
     @on_cpu()
     def _find(self, trace: Trace, losing: set[str]) -> None:
         """Find the units of a run that lie in the tensors named in `losing`."""
-        tie_pairs(trace, self._pairs)
+        tie_pairs(trace, self._names)
         for grid in transposed(distinct(trace.shapes)):  # shuffled: all groups have the same places
             if grid.shape[-1] == 1:  # otherwise it is enough that slices keep equally many
                 trace.ties.tie(grid, places(grid))
@@ -115,7 +115,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                 labels = [units.of[compact(label)] for label in leaf.labels]
                 labels = [ids for ids in labels if not bool(units.kept[ids].all())]
                 if labels:
-                    name = self._joint(leaf.name)
+                    name = self._plain(leaf.name)
                     found[name] = labels
                     self._shapes[name] = leaf.tensor.shape
         removable = (~units.kept).nonzero().flatten()
@@ -148,11 +148,11 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     def reaches(self, name: str, module: nn.Module, tensor: Tensor) -> bool:
         """Whether a tensor has units: the target of a rule."""
-        return self._joint(name) in self._shapes
+        return self._plain(name) in self._shapes
 
-    def _joint(self, name: str) -> str:
-        """Return the name of the pair that has a component `name`, or `name`."""
-        return self._pairs.get(name, name)
+    def _plain(self, name: str) -> str:
+        """Return the name that rules have for `name`: of a pair, and without wrappers."""
+        return self._names.get(name, name)
 
     def __call__(self, scores: Any, sparsity: float | None = None) -> Tensor:
         """Refuse: units are ranked in all their tensors together."""
@@ -192,7 +192,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         """
         self._check(tensors)
         number = len(self._groups)
-        return {n: UnitsOfTensor(tuple(self._labels[self._joint(n)]), number) for n in tensors}
+        return {n: UnitsOfTensor(tuple(self._labels[self._plain(n)]), number) for n in tensors}
 
     @on_cpu()
     def counted(self, kept: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -213,7 +213,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
             yield (self._groups == group).nonzero().flatten(), shares[layer]
 
     def _check(self, scores: Mapping[str, Tensor]) -> None:
-        shapes = {self._joint(name): score.shape for name, score in scores.items()}
+        shapes = {self._plain(name): score.shape for name, score in scores.items()}
         if shapes != self._shapes:
             odd = [name for name in {**shapes, **self._shapes}
                    if shapes.get(name) != self._shapes.get(name)]  # fmt: skip
@@ -231,7 +231,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
                 continue
             powers = score.cpu().double()
             powers = powers if self.norm is None else powers.abs() ** self.norm
-            for label in self._labels[self._joint(name)]:
+            for label in self._labels[self._plain(name)]:
                 over = [d for d in range(score.ndim) if label.shape[d] == 1]
                 sums = powers.sum(over, keepdim=True) if over else powers
                 ids = label.flatten()
@@ -243,7 +243,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         return mean if self.norm is None else mean ** (1 / self.norm)
 
     def _spread(self, name: str, kept: Tensor) -> Tensor:
-        name = self._joint(name)
+        name = self._plain(name)
         mask = torch.ones(self._shapes[name], dtype=torch.bool)
         for label in self._labels[name]:
             mask = mask & ((label < 0) | kept[label])

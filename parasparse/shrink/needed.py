@@ -43,7 +43,7 @@ def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
 def tie_pairs(trace: Trace, pairs: Mapping[str, str]) -> None:
     """Make one unit of what a real and an imaginary tensor with one mask have in the same place.
 
-    `pairs` are the names of pairs by those of their components.
+    `pairs` are their joint names by those of the two.
     """
     first: dict[str, list[Tensor]] = {}
     for leaf in (leaf for leaf in trace.leaves.values() if leaf.name in pairs):

@@ -209,3 +209,20 @@ def test_misuses_are_refused_with_the_way_out(name):
     with pytest.raises((TypeError, ValueError), match=message):
         misuse(model, torch.randn(2, 6).double())
     assert not ps.is_sparse(model)
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_units_of_a_wrapped_model_have_the_names_of_rules(wrapper):
+    model, example, _ = built("flatten")
+    wrapped = WRAPPERS[wrapper](model)
+    inner = wrapped.module if wrapper == "averaged" else model  # of which it has a copy
+    ps.sparsify(wrapped, ps.coupled(wrapped, example).rules(0.5))
+    ps.shrink(inner, example)
+    assert (inner[0].out_channels, inner[4].out_channels, inner[6].out_features) == (4, 3, 5)
