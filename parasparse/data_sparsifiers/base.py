@@ -264,7 +264,16 @@ class BaseDataSparsifier(ABC):
         return weight_of(data)
 
     def _masked_data(self) -> dict[str, Tensor]:
-        return {n: self.get_data(n) for n in self.data_groups if self._container.is_masked(n)}
+        found = {n: self.get_data(n) for n in self.data_groups if self._container.is_masked(n)}
+        for name, data in found.items():
+            shape = self.get_mask(name).shape
+            if data.shape != shape:  # `copy_` might broadcast
+                raise ValueError(
+                    f'the data "{name}" must keep its shape, {tuple(shape)}; it now has '
+                    f"{tuple(data.shape)}, as after `shrink`. Call `add_data` again, with "
+                    "`reuse_mask=False`."
+                )
+        return found
 
     def _check_known(self, name: str) -> None:
         if name not in self.data_groups:

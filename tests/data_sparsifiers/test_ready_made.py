@@ -303,3 +303,20 @@ def test_the_tutorials_training_data():
     for one, two in itertools.pairwise(masks):
         assert (one >= two).all()
     assert not masks[-1].all()
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("kind", [lambda data: DataPruner(ps.Prune(0.5), data), DataNormSparsifier])
+def test_data_that_was_shrunk_is_to_be_added_again(kind, kept):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    sparsifier = kind([("x", model[0].weight)])
+    before = sparsifier.get_mask("x").clone()
+    ps.sparsify(model, {"0": ps.Prune(1 - kept / 6, pattern=ps.patterns.channel(0))})
+    ps.shrink(model, torch.randn(1, 4))
+    with pytest.raises(ValueError, match="must keep its shape"):
+        sparsifier.step()
+    assert torch.equal(sparsifier.get_mask("x"), before)
+    with pytest.warns(UserWarning, match="Repl"):
+        sparsifier.add_data("x", model[0].weight, reuse_mask=False)
+    sparsifier.step()
+    assert sparsifier.get_mask("x").shape == (kept, 4)
