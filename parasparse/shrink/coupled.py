@@ -217,6 +217,11 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         if shapes != self._shapes:
             odd = [name for name in {**shapes, **self._shapes}
                    if shapes.get(name) != self._shapes.get(name)]  # fmt: skip
+            if changed := [name for name in odd if name in shapes and name in self._shapes]:
+                raise ValueError(
+                    "the units of `coupled` must be those of the model as it is; the shapes of "
+                    f"{listed(changed)} have changed, as by `shrink`. Call `coupled` again."
+                )
             raise ValueError(
                 "a rule with the pattern `coupled` must reach the tensors of its units: use "
                 f"`units.reaches` as its target. It differs for {listed(odd)}."

@@ -226,3 +226,14 @@ def test_units_of_a_wrapped_model_have_the_names_of_rules(wrapper):
     ps.sparsify(wrapped, ps.coupled(wrapped, example).rules(0.5))
     ps.shrink(inner, example)
     assert (inner[0].out_channels, inner[4].out_channels, inner[6].out_features) == (4, 3, 5)
+
+
+def test_units_of_before_the_cut_are_refused_after_it():
+    model, example, _ = built("flatten")
+    units = ps.coupled(model, example)
+    ps.shrink(ps.sparsify(model, units.rules(0.5)), example)
+    gate = {units.reaches: ps.Gate(ps.gates.sigmoid, pattern=units)}
+    for rules in (units.rules(0.5), gate):
+        with pytest.raises(ValueError, match="Call `coupled` again"):
+            ps.sparsify(model, rules)
+    assert not ps.is_sparse(model)
