@@ -40,12 +40,12 @@ def keep_all_of(trace: Trace, units: Units, losing: set[str]) -> None:
                 units.need(label, f"no target reaches {leaf.name}")
 
 
-def tie_pairs(trace: Trace, pairs: Mapping[str, str]) -> None:
-    """Make one unit of what a real and an imaginary tensor with one mask have in the same place.
+def tie_pairs(trace: Trace, pairs: Mapping[str, object]) -> None:
+    """Make one unit of what a real and an imaginary tensor have in the same place.
 
-    `pairs` are their joint names by those of the two.
+    `pairs` has an object for each pair, by the names of both tensors.
     """
-    first: dict[str, list[Tensor]] = {}
+    first: dict[object, list[Tensor]] = {}
     for leaf in (leaf for leaf in trace.leaves.values() if leaf.name in pairs):
         labels = first.setdefault(pairs[leaf.name], leaf.labels)
         for real, imaginary in zip(labels, leaf.labels, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from parasparse.shrink.running import masked_states, traced, zero_states
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.units import Units
 from parasparse.targets.reach import Specs
-from parasparse.targets.tensors import Target, masked_tensors_of, tensors_of
+from parasparse.targets.tensors import Target, tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def work_for(
     dropped = masked or zero_states(tensors)
     trace, values, twin = traced(model, tensors, example_inputs, dropped)
     with on_cpu():
-        tie_pairs(trace, _with_one_mask(model))
+        tie_pairs(trace, _with_one_mask(tensors))
         units, readers = Units(trace), readers_of(trace, masked)
         norms = Norms(trace, units, masked)
-        keep_all_of(trace, units, may_lose(tensors_of(model), targets))
+        losing = may_lose(tensors if targets is None else tensors_of(model), targets)
+        keep_all_of(trace, units, losing)
         while True:
             keep_needed(trace, units, readers, norms, exact=exact)
             attributes, changed = keep_shapes(trace, units, values, multiple_of=multiple_of)
@@ -75,10 +77,11 @@ def work_for(
         return Work(plan, constants_of(trace, units, readers))
 
 
-def _with_one_mask(model: nn.Module) -> dict[str, str]:
-    """Return the names of pairs with one mask by those of their components."""
-    pairs = [target for target in masked_tensors_of(model) if target.is_pair and target.masks()]
-    return {name: pair.name for pair in pairs for name in pair.names}
+def _with_one_mask(tensors: list[Target]) -> dict[str, int]:
+    """Return a number for each mask of two tensors, a pair, by the names of both."""
+    masks = {target: id(mask) for target in tensors for mask in target.masks()}
+    times = Counter(masks.values())
+    return {name: n for target, n in masks.items() if times[n] > 1 for name in target.names}
 
 
 def _attribute(attribute: Attribute, old: int, new: int) -> AttributeRow:
