@@ -28,10 +28,18 @@ _WRAPPED = {  # the name of a submodule, and who calls it so
 }
 
 
-def check_is_module(model: object) -> None:
-    """Raise TypeError unless `model` is a module."""
+def check_has_layers(model: object) -> None:
+    """Check that `model` is a module of layers that could be smaller; it may be wrapped.
+
+    Raises:
+        TypeError: it is no module.
+        RuntimeError: it is a compiled program, quantized, or has other parametrizations than masks.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
+    for _, name, module, _ in named_modules(model):
+        _check_kind(name, module)
+        _check_parametrizations(name, module)
 
 
 def check_shrinkable(model: nn.Module) -> list[Target]:
@@ -41,12 +49,12 @@ def check_shrinkable(model: nn.Module) -> list[Target]:
         TypeError: it is no module.
         RuntimeError: it must be prepared first; the message says how.
     """
-    check_is_module(model)
+    check_has_layers(model)
     check_not_accelerated(model)
     check_not_compact(model, "`shrink`")
     for _, name, module, _ in named_modules(model):
         _check_unwrapped(name, module)
-        _check_parametrizations(name, module)
+        _check_unused(name, module)
     tensors = tensors_of(model, pairs=False)
     for target in tensors:
         _check_tensor(target)
@@ -79,6 +87,9 @@ def _check_unwrapped(name: str, module: nn.Module) -> None:
         if inner in module._modules:
             fix = f"Pass its `.{inner}`, or shrink before you wrap"
             raise _refusal(name, module, f"is a wrapper of {wrapper}", fix)
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
     made = "Shrink the model that it was made from"
     if isinstance(module, torch.jit.ScriptModule):
         raise _refusal(name, module, "is compiled by torch.jit", made)
@@ -97,11 +108,6 @@ def _check_parametrizations(name: str, module: nn.Module) -> None:
             fix = f'Fold it first: nn.utils.parametrize.remove_parametrizations(module, "{attr}")'
         if below:
             raise _refusal(name, module, f'computes "{attr}" by {type(below[0]).__name__}', fix)
-    for attr, stack in masked_stacks(module):
-        if stack.frozen is not None or stack.probe is not None:
-            block = "frozen" if stack.frozen is not None else "dense_gradients"
-            fix = "Leave the `with` block first, or call `close` of the controller that uses it"
-            raise _refusal(name, module, f'has its "{attr}" in use by `{block}`', fix)
     if pruned_names(module):
         fix = "Call nn.utils.prune.remove, or `sparsify`, which takes its mask over"
         raise _refusal(name, module, "is masked by torch.nn.utils.prune", fix)
@@ -110,6 +116,14 @@ def _check_parametrizations(name: str, module: nn.Module) -> None:
         if kind is not None:
             fix = f"Fold it first, with nn.utils.remove_{kind}(module)"
             raise _refusal(name, module, f"has a hook of {kind}", fix)
+
+
+def _check_unused(name: str, module: nn.Module) -> None:
+    for attr, stack in masked_stacks(module):
+        if stack.frozen is not None or stack.probe is not None:
+            block = "frozen" if stack.frozen is not None else "dense_gradients"
+            fix = "Leave the `with` block first, or call `close` of the controller that uses it"
+            raise _refusal(name, module, f'has its "{attr}" in use by `{block}`', fix)
 
 
 def _check_tensor(target: Target) -> None:

@@ -78,8 +78,8 @@ def shrink(
         TypeError: `model` is not a module; or a state of `optimizer` does not have its parameter's
             shape.
         ValueError: nothing can be removed; the message says why. A target reaches nothing. The
-            model has other tensors than the plan, or other arguments than `optimizer` are passed
-            beside a plan. `optimizer` is of another model.
+            model lacks a tensor of the plan or has it in another shape, or other arguments than
+            `optimizer` are passed beside a plan. `optimizer` is of another model.
         RuntimeError: the two networks differ; the message names the first module that does. A mask
             is not set or not bool. The model is wrapped (DDP, FSDP, torch.compile), accelerated,
             quantized, without values, or has other parametrizations than masks.

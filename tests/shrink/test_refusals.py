@@ -158,6 +158,16 @@ def test_models_that_must_be_prepared_first_are_refused(name):
     assert name == "lazy" or digest(model) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["script", "exported", "quantized", "weight norm", "old weight norm", "old pruning"]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_units_of_what_cannot_be_shrunk_are_refused(name):
+    build, words = CASES[name]
+    with pytest.raises(RuntimeError, match=words):
+        ps.coupled(build(), images())
+
+
 def test_models_inside_a_block_that_holds_their_weights_are_refused():
     model = network().eval()
     with torch.no_grad(), ps.frozen(model), pytest.raises(RuntimeError, match="in use by `frozen`"):
