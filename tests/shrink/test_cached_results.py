@@ -58,6 +58,16 @@ class UntilModeIsSet(InDict):
         self.cache = {}
 
 
+class Trains(InDict):
+    """As `ultralytics.YOLO` has it: its `train` trains."""
+
+    def train(self, data=None, **options):
+        raise AssertionError("trained")
+
+    def eval(self):
+        return nn.Module.train(self, False)
+
+
 def in_double(kind):
     module = kind().double()
     module.eval()
@@ -101,7 +111,7 @@ def test_heads_stay_if_a_module_keeps_what_it_has_computed_for_them(kind):
     assert_same(model(x), want)
 
 
-@pytest.mark.parametrize("kind", [InDict, InAttribute, InProperty, UntilModeIsSet])
+@pytest.mark.parametrize("kind", [InDict, InAttribute, InProperty, UntilModeIsSet, Trains])
 @torch.no_grad()
 def test_heads_go_of_a_module_that_has_not_run(kind):
     model, x = in_double(kind), inputs()
