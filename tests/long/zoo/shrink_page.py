@@ -150,6 +150,8 @@ def model(zoo: str, name: str, lines: dict[str, dict[str, Any]]) -> Model:
 
 def outcome(found: dict[str, Any]) -> str:
     """Return one of OUTCOMES."""
+    if "can't allocate memory" in str(found.get("why")):
+        return "not finished"
     if found["result"] == "wrong":
         return "does not run" if "why" in found else "differs"
     return str(found["result"])
