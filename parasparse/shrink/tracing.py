@@ -171,7 +171,11 @@ class Trace(TorchDispatchMode):
         follows = spans_of(given, labels, sized_by)
         numbers = [holding(size, follows) for size in self.numbers]
         for each in (part for size in numbers for part in spans_in(size)):
-            self.ties.pin(each.ids(), "a number is computed from how many there are")
+            ids = each.ids()
+            if varying(each.label) == (each.dim,):
+                self.ties.pin(ids, "a number is computed from how many there are")
+            else:  # it stays if those along another dimension go, such as whole heads
+                self.require(ids.shape[each.dim], each, "the computation of a number")
         stay = {a: values[a] for size in numbers for a in attributes_in(size) if a in values}
         held = {**follows, **stay}
         self.required = [replace(each, given=holding(each.given, held)) for each in self.required]
