@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parasparse.shrink.copies import full_copy
 from parasparse.shrink.epsilons import state_epsilons
 from parasparse.shrink.first_call import first_other_call
 from parasparse.shrink.random_numbers import same_random_numbers
 from parasparse.shrink.running import ALONE, call, copied_inputs, tensors_in
+from parasparse.verbs.squash import squash
 
 _DOUBLE = {True: torch.complex128, False: torch.float64}
 
@@ -61,21 +62,35 @@ class Reference:
         try:
             outputs = _outputs(small, self._cast_inputs())
         except Exception as error:
+            self._squash(small)
             raise RuntimeError(
                 f"the smaller network fails{self._first(small)}: {error!r}."
                 f"{self._call(small, epsilons)} {_UNCHANGED}"
             ) from error
         if not equal:
             return
-        pairs = list(zip(self._outputs, outputs, strict=False))
-        if len(self._outputs) == len(outputs) and all(self._are_close(*pair) for pair in pairs):
+        if self._compute_the_same(outputs):
             return
+        self._squash(small)
+        pairs = list(zip(self._outputs, outputs, strict=False))
         errors = [_error(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
         by = f" by {max(errors):.2g} times the largest output" if errors else ""
         raise RuntimeError(
             f"the smaller network does not compute what the masked one does: it differs{by}"
             f"{self._first(small)}.{self._call(small, epsilons)} {_UNCHANGED}"
         )
+
+    def _compute_the_same(self, outputs: list[Tensor]) -> bool:
+        return len(self._outputs) == len(outputs) and all(
+            map(self._are_close, self._outputs, outputs)
+        )
+
+    def _squash(self, small: nn.Module) -> None:
+        """Squash both copies, to compare their modules; raise RuntimeError if that tells them."""
+        squash(small)
+        squash(self._model)
+        if not self._compute_the_same(_outputs(self._model, self._cast_inputs())):
+            raise RuntimeError(_UNSEEN)
 
     def _cast_inputs(self) -> Any:
         return copied_inputs(self._inputs, self._cast)
@@ -115,6 +130,12 @@ class Reference:
         )
 
 
+_UNSEEN = (
+    "the network computes something else once its masks are squashed, so it does not use every "
+    "mask. The model is unchanged. Its code reads a masked Parameter from a place that no mask "
+    "reaches, such as a plain list of modules or Parameters: use `nn.ModuleList` or "
+    "`nn.ParameterList`, and the entries of that list."
+)
 _UNCHANGED = (
     "The model is unchanged. Its code depends on a size or value in a way that one run does not "
     "show, such as `1.0 / size`, with a float on the left: write `size**-1`, or leave the channels "
@@ -137,7 +158,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _copied(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
-    copied = full_copy(model)
+    copied = copy.deepcopy(model)  # with masks, which its code may not use
+    copied.eval()
     state_epsilons(copied)
     copied._apply(cast)
     return copied

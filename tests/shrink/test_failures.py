@@ -323,7 +323,7 @@ BEFORE = [  # functions that fail before they have done their work
     "shrink.shrink.Reference.__init__", "shrink.shrink.Reference.check",
     "shrink.planning.traced", "shrink.planning.constants_of", "shrink.planning.keep_needed",
     "shrink.running.copied_inputs", "shrink.running.tag_attributes", "shrink.running.call",
-    "shrink.comparing._copied", "shrink.comparing._outputs", "shrink.comparing.full_copy",
+    "shrink.comparing._copied", "shrink.comparing._outputs", "shrink.comparing.state_epsilons",
     "shrink.cutting.prepare", "shrink.cutting.store", "shrink.cutting.resize_mask",
     "shrink.cutting.set_size", "shrink.cutting.selected", "shrink.cutting.rescaled",
     "shrink.attention.let_heads_go", "shrink.shrink.drop_cached_results", "shrink.undo.give",

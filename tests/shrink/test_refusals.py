@@ -452,3 +452,32 @@ def test_a_plan_that_contradicts_itself_is_refused(name):
     content["rows"][0] |= DAMAGES[name]
     with pytest.raises(ValueError, match="damaged"):
         ps.Shrinkage.from_json(json.dumps(content))
+
+
+class Held(nn.Module):
+    """Uses parameters from a place that torch and masks do not know."""
+
+    def __init__(self, *, modules):
+        super().__init__()
+        first, last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.known = nn.ParameterList([*first.parameters(), *last.parameters()])
+        self.held = [first, last] if modules else list(self.known)
+
+    def forward(self, x):
+        if isinstance(self.held[0], nn.Module):
+            return self.held[1](self.held[0](x).relu())
+        a, b, c, d = self.held
+        return nn.functional.linear(nn.functional.linear(x, a, b).relu(), c, d)
+
+
+@pytest.mark.parametrize("modules", [False, True], ids=["parameters", "modules"])
+def test_masks_that_the_network_does_not_use_are_said(modules):
+    torch.manual_seed(0)
+    model, x = Held(modules=modules), torch.randn(3, 4)
+    ps.sparsify(model, ps.coupled(model, x).rules(0.5))
+    before = copy.deepcopy(model.state_dict())
+    want = model(x)
+    with pytest.raises(RuntimeError, match=r"does not use every mask\. .*nn\.ModuleList"):
+        ps.shrink(model, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(x), want)
