@@ -174,7 +174,8 @@ class Trace(TorchDispatchMode):
             ids = each.ids()
             if varying(each.label) == (each.dim,):
                 self.ties.pin(ids, "a number is computed from how many there are")
-            else:  # it stays if those along another dimension go, such as whole heads
+            else:  # whole slices may go, such as heads: they leave the number as it is
+                self.ties.tie(ids.narrow(each.dim, 0, 1), ids)
                 self.require(ids.shape[each.dim], each, "the computation of a number")
         stay = {a: values[a] for size in numbers for a in attributes_in(size) if a in values}
         held = {**follows, **stay}

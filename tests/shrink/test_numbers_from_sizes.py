@@ -105,3 +105,13 @@ def test_only_what_leaves_the_number_as_it_is_goes(name, what):
         ps.shrink(model, x)
         assert model.first.out_features == HEADS * SIZE // 2
         assert_same(model, masked, x)
+
+
+def test_units_are_whole_heads_where_a_number_follows_from_their_size():
+    torch.manual_seed(0)
+    model, x = Split(OF_THE_SIZE["sqrt"]).double().eval(), torch.randn(2, 5, dtype=torch.double)
+    ps.sparsify(model, ps.coupled(model, x).rules(0.5))
+    masked = copy.deepcopy(model)
+    ps.shrink(model, x)
+    assert (model.heads, model.last.in_features) == (HEADS // 2, HEADS * SIZE // 2)
+    assert_same(model, masked, x)
