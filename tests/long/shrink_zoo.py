@@ -150,8 +150,7 @@ def pruned(
     The model has run before, as one does whose accuracy is known.
     """
     try:
-        with torch.no_grad():
-            call(model, copy.deepcopy(example))
+        run(model, copy.deepcopy(example))
         prune(model, example, mode)
         masked = ps.squash(copy.deepcopy(model))
         return masked, ps.shrink(model, example, check=False)
