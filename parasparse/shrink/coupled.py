@@ -63,8 +63,8 @@ class coupled:  # noqa: N801 - a pattern reads as a function
 
     Raises:
         TypeError: `model` is not a module, or `distribution` not a callable.
-        RuntimeError: `model` is a compiled program, quantized, or has other parametrizations than
-            masks.
+        RuntimeError: `model` is compact, a compiled program or quantized, or has other
+            parametrizations than masks.
         ValueError: a target reaches nothing, or `norm` is not above 0 and finite. There is a
             `distribution`, and `uniform` is False.
 

@@ -33,10 +33,12 @@ def check_has_layers(model: object) -> None:
 
     Raises:
         TypeError: it is no module.
-        RuntimeError: it is a compiled program, quantized, or has other parametrizations than masks.
+        RuntimeError: it is compact, a compiled program or quantized, or has other parametrizations
+            than masks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
+    check_not_compact(model, "`shrink`")
     for _, name, module, _ in named_modules(model):
         _check_kind(name, module)
         _check_parametrizations(name, module)
@@ -51,7 +53,6 @@ def check_shrinkable(model: nn.Module) -> list[Target]:
     """
     check_has_layers(model)
     check_not_accelerated(model)
-    check_not_compact(model, "`shrink`")
     for _, name, module, _ in named_modules(model):
         _check_unwrapped(name, module)
         _check_unused(name, module)

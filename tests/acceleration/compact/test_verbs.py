@@ -117,6 +117,7 @@ REFUSED = {
     "a gate": lambda model: ps.sparsify(model, {"0": ps.Gate()}),
     "dense_gradients": collect,
     "accelerate": lambda model: ps.accelerate(model, X),
+    "coupled": lambda model: ps.coupled(model, X),
     "plan_shrink": lambda model: ps.plan_shrink(model, X),
     "shrink": lambda model: ps.shrink(model, X),
     "a Parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(6, 8))),
