@@ -62,7 +62,7 @@ class Reference:
         try:
             outputs = _outputs(small, self._cast_inputs())
         except Exception as error:
-            self._squash(small)
+            self._squash_both(small)
             raise RuntimeError(
                 f"the smaller network fails{self._first(small)}: {error!r}."
                 f"{self._call(small, epsilons)} {_UNCHANGED}"
@@ -71,7 +71,7 @@ class Reference:
             return
         if self._compute_the_same(outputs):
             return
-        self._squash(small)
+        self._squash_both(small)
         pairs = list(zip(self._outputs, outputs, strict=False))
         errors = [_error(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
         by = f" by {max(errors):.2g} times the largest output" if errors else ""
@@ -85,12 +85,12 @@ class Reference:
             map(self._are_close, self._outputs, outputs)
         )
 
-    def _squash(self, small: nn.Module) -> None:
+    def _squash_both(self, small: nn.Module) -> None:
         """Squash both copies, to compare their modules; raise RuntimeError if that tells them."""
         squash(small)
         squash(self._model)
         if not self._compute_the_same(_outputs(self._model, self._cast_inputs())):
-            raise RuntimeError(_UNSEEN)
+            raise RuntimeError(_MASKS_NOT_USED)
 
     def _cast_inputs(self) -> Any:
         return copied_inputs(self._inputs, self._cast)
@@ -130,7 +130,7 @@ class Reference:
         )
 
 
-_UNSEEN = (
+_MASKS_NOT_USED = (
     "the network computes something else once its masks are squashed, so it does not use every "
     "mask. The model is unchanged. Its code reads a masked Parameter from a place that no mask "
     "reaches, such as a plain list of modules or Parameters: use `nn.ModuleList` or "

@@ -27,7 +27,7 @@ from parasparse.shrink.needed import (
     transposed,
 )  # fmt: skip
 from parasparse.shrink.norms import Norms
-from parasparse.shrink.refusals import check_has_layers
+from parasparse.shrink.refusals import check_plain_layers
 from parasparse.shrink.running import traced
 from parasparse.shrink.tracing import Trace
 from parasparse.shrink.unit_groups import groups_of, layers_of
@@ -79,7 +79,7 @@ class coupled:  # noqa: N801 - a pattern reads as a function
         self, model: nn.Module, example_inputs: Any, *, targets: Specs | None = None,
         norm: float | None = None, uniform: bool = True, distribution: Distribution | None = None,
     ) -> None:  # fmt: skip
-        check_has_layers(model)
+        check_plain_layers(model)
         if norm is not None and (isinstance(norm, str) or not 0 < norm < math.inf):
             raise ValueError(f"`norm` must be None (the mean) or > 0 and finite; got {norm!r}.")
         if distribution is not None and not callable(distribution):

@@ -20,7 +20,7 @@ from parasparse.targets.tensors import Target, tensors_of
 from parasparse.text import nearest
 from parasparse.verbs.writable import check_writable
 
-_EXPECTED = {  # whether the model should be small already: what to do if it does not fit
+_WAY_OUT = {  # whether the model should be small already: what to do if it does not fit
     False: "Build the model as it was when the plan was made",
     True: "Pass the model that was cut by this plan",
 }
@@ -39,13 +39,13 @@ def check_fits(model: nn.Module, plan: Shrinkage, optimizer: Any, *, small: bool
         if row.name not in targets:
             raise ValueError(
                 f'the plan names the tensor "{row.name}", which the model does not have'
-                f"{nearest(row.name, targets)}. {_EXPECTED[small]}."
+                f"{nearest(row.name, targets)}. {_WAY_OUT[small]}."
             )
         target, want = targets[row.name], row.new_shape if small else row.shape
         if tuple(target.shape) != want:
             raise ValueError(
                 f'"{row.name}" must have the shape {want} of the plan; it has '
-                f"{tuple(target.shape)}. {_EXPECTED[small]}."
+                f"{tuple(target.shape)}. {_WAY_OUT[small]}."
             )
         check_writable(target, "unshrink" if small else "shrink")
     for size in plan.attributes:
@@ -64,7 +64,7 @@ def _check_size(model: nn.Module, row: AttributeRow, *, small: bool) -> None:
     if value != want:
         raise ValueError(
             f"the plan has {row}, so the attribute must be {want}; it is {value}. "
-            f"{_EXPECTED[small]}."
+            f"{_WAY_OUT[small]}."
         )
 
 

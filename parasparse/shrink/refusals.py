@@ -28,8 +28,8 @@ _WRAPPED = {  # the name of a submodule, and who calls it so
 }
 
 
-def check_has_layers(model: object) -> None:
-    """Check that `model` is a module of layers that could be smaller; it may be wrapped.
+def check_plain_layers(model: object) -> None:
+    """Check that `model` consists of layers with plain weights or masks; it may be wrapped.
 
     Raises:
         TypeError: it is no module.
@@ -40,7 +40,7 @@ def check_has_layers(model: object) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module; got {model!r:.60}.")
     check_not_compact(model, "`shrink`")
     for _, name, module, _ in named_modules(model):
-        _check_kind(name, module)
+        _check_no_program(name, module)
         _check_parametrizations(name, module)
 
 
@@ -51,11 +51,11 @@ def check_shrinkable(model: nn.Module) -> list[Target]:
         TypeError: it is no module.
         RuntimeError: it must be prepared first; the message says how.
     """
-    check_has_layers(model)
+    check_plain_layers(model)
     check_not_accelerated(model)
     for _, name, module, _ in named_modules(model):
         _check_unwrapped(name, module)
-        _check_unused(name, module)
+        _check_not_in_use(name, module)
     tensors = tensors_of(model, pairs=False)
     for target in tensors:
         _check_tensor(target)
@@ -90,7 +90,7 @@ def _check_unwrapped(name: str, module: nn.Module) -> None:
             raise _refusal(name, module, f"is a wrapper of {wrapper}", fix)
 
 
-def _check_kind(name: str, module: nn.Module) -> None:
+def _check_no_program(name: str, module: nn.Module) -> None:
     made = "Shrink the model that it was made from"
     if isinstance(module, torch.jit.ScriptModule):
         raise _refusal(name, module, "is compiled by torch.jit", made)
@@ -119,7 +119,7 @@ def _check_parametrizations(name: str, module: nn.Module) -> None:
             raise _refusal(name, module, f"has a hook of {kind}", fix)
 
 
-def _check_unused(name: str, module: nn.Module) -> None:
+def _check_not_in_use(name: str, module: nn.Module) -> None:
     for attr, stack in masked_stacks(module):
         if stack.frozen is not None or stack.probe is not None:
             block = "frozen" if stack.frozen is not None else "dense_gradients"
