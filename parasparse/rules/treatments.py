@@ -149,9 +149,22 @@ def as_treatment(value: Any) -> Treatment | None:
         )
     if is_array(value):
         return Fixed(value)
+    part = _part_of_prune(value)
+    if part is not None:
+        raise TypeError(
+            f"a treatment must not be a {part} alone; got {described(value)}. Pass it to "
+            f"Prune: Prune(..., {part}={described(value)})."
+        )
     if callable(value):
         return value  # type: ignore[no-any-return]
     return Prune(check_sparsity(value, "rules"))
+
+
+def _part_of_prune(value: Any) -> str | None:
+    """Return the argument of `Prune` for which parasparse made `value`, or None."""
+    module = str(getattr(value, "__module__", ""))
+    parts = ("pattern", "score", "distribution")
+    return next((part for part in parts if module.startswith(f"parasparse.{part}s")), None)
 
 
 def is_array(value: object) -> bool:

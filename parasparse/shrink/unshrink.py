@@ -88,12 +88,15 @@ def _full(row: ShrinkRow, target: Target, state_dict: Mapping[str, Any] | None) 
             f'`state_dict` must have the tensors of the plan; it has no "{row.name}"'
             f"{nearest(row.name, state_dict)}."
         )
-    if tuple(state_dict[key].shape) != row.shape:
+    dense = state_dict[key]
+    if not isinstance(dense, Tensor):
+        raise TypeError(f'"{key}" of `state_dict` must be a tensor; got {dense!r:.60}.')
+    if tuple(dense.shape) != row.shape:
         raise ValueError(
             f'"{key}" of `state_dict` must have the shape {row.shape} of the plan; it has '
-            f"{tuple(state_dict[key].shape)}. Use a checkpoint from before `shrink`."
+            f"{tuple(dense.shape)}. Use a checkpoint from before `shrink`."
         )
-    return state_dict[key].detach().to(small)  # type: ignore[no-any-return]
+    return dense.detach().to(small)
 
 
 def _grow(

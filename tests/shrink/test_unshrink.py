@@ -113,5 +113,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
         ps.unshrink(model, plan.to_json())
     with pytest.raises(TypeError, match=r"`state_dict` must be a dict of tensors; got 'dense.pt'"):
         ps.unshrink(model, plan, "dense.pt")
+    with pytest.raises(TypeError, match=r'"4.weight" of `state_dict` must be a tensor; got 1'):
+        ps.unshrink(model, plan, dict.fromkeys(before, 1))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert isinstance(model[4], nn.Conv2d)

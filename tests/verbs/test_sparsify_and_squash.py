@@ -63,6 +63,15 @@ BAD = {
     "scalar_mask_alone": (net, lambda: torch.tensor(0.5), TypeError, "name of its tensor"),
     "array_alone": (net, lambda: np.ones((8, 4)), TypeError, "name of its tensor"),
     "module": (net, lambda: {"0": nn.ReLU()}, TypeError, "must not be a module"),
+    "pattern_alone": (net, lambda: ps.patterns.channel(0), TypeError, r"Prune\(\.\.\., pattern="),
+    "fixed_pattern_alone": (
+        net,
+        lambda: {"0": ps.patterns.n_of_m(2, 4)},
+        TypeError,
+        r"not be a pattern alone; got n_of_m\(.*Prune\(\.\.\., pattern=n_of_m\(",
+    ),
+    "score_alone": (net, lambda: ps.scores.magnitude, TypeError, "Prune.*score=magnitude"),
+    "distribution_alone": (net, lambda: ps.distributions.erk, TypeError, "distribution=erk"),
     "pattern_class": (
         net,
         lambda: ps.Prune(0.5, pattern=ps.patterns.n_of_m),
