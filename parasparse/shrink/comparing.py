@@ -75,6 +75,8 @@ class Reference:
         pairs = list(zip(self._outputs, outputs, strict=False))
         errors = [_error(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
         by = f" by {max(errors):.2g} times the largest output" if errors else ""
+        if any(out.isnan().any() for out in self._outputs):
+            raise RuntimeError(f"the masked network computes NaN{self._first(small)}. {_NAN}")
         raise RuntimeError(
             f"the smaller network does not compute what the masked one does: it differs{by}"
             f"{self._first(small)}.{self._call(small, epsilons)} {_UNCHANGED}"
@@ -135,6 +137,11 @@ _MASKS_NOT_USED = (
     "mask. The model is unchanged. Its code reads a masked Parameter from a place that no mask "
     "reaches, such as a plain list of modules or Parameters: use `nn.ModuleList` or "
     "`nn.ParameterList`, and the entries of that list."
+)
+_NAN = (
+    "The model is unchanged. Channels that are all masked sum to 0, and a division by their sum is "
+    "NaN: add a small number to what is divided by, or leave the channels of this module out with "
+    "`targets`."
 )
 _UNCHANGED = (
     "The model is unchanged. Its code depends on a size or value in a way that one run does not "

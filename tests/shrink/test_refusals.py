@@ -418,3 +418,26 @@ def test_masks_that_the_network_does_not_use_are_said(modules):
         ps.shrink(model, x)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(x), want)
+
+
+class Shares(nn.Module):
+    """Divides the channels of each head by their sum, which is 0 where a head is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.heads = nn.Linear(8, 16), nn.Linear(16, 4), 4
+
+    def forward(self, x):
+        heads = self.first(x).relu().view(len(x), self.heads, -1)
+        return self.last((heads / heads.sum(-1, keepdim=True)).flatten(1))
+
+
+def test_a_masked_network_that_computes_nan_is_refused_with_that_reason():
+    torch.manual_seed(0)
+    model, x = Shares(), torch.randn(2, 8)
+    ps.sparsify(model, ps.coupled(model, x).rules(0.5))
+    assert model(x).isnan().all()
+    before = digest(model)
+    with pytest.raises(RuntimeError, match=r'computes NaN, first in "last" .*unchanged.*number to'):
+        ps.shrink(model, x)
+    assert digest(model) == before
