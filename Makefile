@@ -12,7 +12,7 @@ UNLOCKED := -W default
 EXTRAS := --extra test --extra demo --extra lint --extra docs --extra bench --extra zoo
 LOCK := $(UV) compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-zoo test-blocks test-shrink test-checkpoints lint types docs bench bench-mnist clean
+.PHONY: demo test test-distributed test-long coverage test-floor test-newest lock test-models test-zoo test-blocks test-shrink test-operators test-checkpoints lint types docs bench bench-mnist clean
 
 demo: .venv/ready
 	$(RUN)/python examples/quickstart.py --seed $(SEED)
@@ -81,6 +81,9 @@ test-shrink: .venv/zoo  ## shrink, and others, on the models of seven libraries;
 		$(RUN)/python -m tests.long.shrink_peers kirigami $$zoo || exit 1; \
 	done
 	$(RUN)/python -m tests.long.zoo.shrink_page
+
+test-operators: .venv/zoo  ## shrink around every operator with which torch tests itself
+	$(RUN)/python -m tests.long.shrink_operators
 
 clean:
 	rm -rf .venv .venv-floor .venv-newest site out

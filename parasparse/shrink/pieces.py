@@ -21,6 +21,8 @@ def split(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
     for number, piece in enumerate(out):
         size = sizes[number] if isinstance(sizes, (tuple, list)) else sizes
         stop = start + piece.shape[dim]
+        if start == stop:  # an empty piece stays empty
+            continue
         if plain(size) != piece.shape[dim]:  # the rest, in the last piece
             for label in (each for each in trace.labels(args[0]) if varies(each, dim % each.ndim)):
                 rest = span(label, dim, start, stop)

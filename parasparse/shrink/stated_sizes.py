@@ -13,9 +13,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from parasparse.shrink import pieces
+from parasparse.shrink.calls import tensors_among
 from parasparse.shrink.expressions import Span, span
 from parasparse.shrink.facts import facts
-from parasparse.shrink.function_names import ARITHMETIC, FACTORIES, SERIES, VIEWS
+from parasparse.shrink.function_names import (
+    ARITHMETIC,
+    FACTORIES,
+    LOSSES,
+    NORMS,
+    SERIES,
+    VIEWS,
+)  # fmt: skip
 from parasparse.shrink.labels import along, varies, varying
 from parasparse.shrink.outside_torch import REPLACED, leave_torch
 from parasparse.shrink.sizes import Size, expression, numbers, plain, telling
@@ -98,9 +106,13 @@ def _sizes(trace: Trace, tensor: Tensor) -> torch.Size:
 
 def _require(trace: Trace, size: Any, tensor: Tensor, dim: int, where: str) -> None:
     """Remember that `tensor` must have `size` along `dim`."""
-    for label in trace.labels(tensor):
-        if isinstance(size, int) and size >= 0 and varies(label, dim % label.ndim):
-            trace.require(expression(size), span(label, dim), where)
+    if not isinstance(size, int) or size < 0:
+        return
+    there = [label for label in trace.labels(tensor) if varies(label, dim % label.ndim)]
+    for label in there:
+        trace.require(expression(size), span(label, dim), where)
+    if isinstance(size, Size) and size > 1 and not there and tensor.stride(dim):
+        _keep_size(trace, size, f"{where} to a size that stays")
 
 
 def _flat(sizes: tuple[Any, ...]) -> list[Any]:
@@ -126,8 +138,8 @@ def _follow_sizes(trace: Trace, tensor: Tensor, sizes: Sequence[Any], out: Tenso
     shape = [1] * (out.ndim - tensor.ndim) + list(_SHAPE(tensor))
     labels = list(trace.labels(out))
     for dim, size in enumerate(sizes):
-        is_new = isinstance(size, Size) and shape[dim] == 1 < size and out.stride(dim) == 0
-        if is_new and isinstance(expression(size), Span):
+        is_new = isinstance(size, Size) and shape[dim] == 1 < size
+        if is_new and (out.stride(dim) or isinstance(expression(size), Span)):
             labels.append(along(trace.ties.new(plain(size)), dim, out.shape))
     trace.set_facts(out, facts(labels, trace.state(out)))
 
@@ -138,6 +150,15 @@ def _like(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     _follow_sizes(trace, args[0], sizes, out)
     for dim, size in enumerate(sizes):
         _require(trace, size, out, dim, "expand_as")
+
+
+def _repeated(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    sizes = _flat(args[1:] or tuple(kwargs.values()))
+    if len(sizes) == out.ndim and all(isinstance(size, int) for size in sizes):
+        _follow_sizes(trace, args[0], sizes, out)
+        for dim, size in enumerate(sizes):
+            if out.shape[dim] == size:
+                _require(trace, size, out, dim, "repeat")
 
 
 def _unflattened(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -176,11 +197,15 @@ def _numbered(name: str) -> Callable[..., None]:
     def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         for size in tree_leaves((args, kwargs)):
             if isinstance(size, Size) and size > 1:
-                stays = trace.ties.new(plain(size))
-                trace.ties.pin(stays, f"{name} of how many there are")
-                trace.require(size.expression, span(stays, 0), name)
+                _keep_size(trace, size, f"{name} of how many there are")
 
     return check
+
+
+def _keep_size(trace: Trace, size: Size, reason: str) -> None:
+    stays = trace.ties.new(plain(size))
+    trace.ties.pin(stays, reason)
+    trace.require(size.expression, span(stays, 0), reason)
 
 
 def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -203,11 +228,15 @@ def _require_groups(trace: Trace, x: Tensor, dim: int, groups: int, where: str) 
             trace.require(expression(groups), span(apart, 0), where)
 
 
-def _attended(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
-    """`F.multi_head_attention_forward` wants heads that make up the width of its input."""
-    for tensor in (*args, *kwargs.values()):
-        for label in trace.labels(tensor):
-            trace.ties.pin(label, "nn.MultiheadAttention has heads that make up its width")
+def _keeping(reason: str) -> Callable[..., None]:
+    """Return what keeps all channels of the tensors that a function gets."""
+
+    def check(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+        for tensor in tensors_among([*args, *kwargs.values()]):
+            for label in trace.labels(tensor):
+                trace.ties.pin(label, reason)
+
+    return check
 
 
 def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -225,6 +254,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     **{name: _numbered(name) for name in SERIES},
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     **REPLACED,
+    "repeat": _repeated,
     "unflatten": _unflattened,
     "split": pieces.split,
     "split_with_sizes": pieces.split,
@@ -232,7 +262,11 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "narrow": pieces.narrowed,
     "__getitem__": pieces.indexed,
     "__setitem__": pieces.indexed,
-    "multi_head_attention_forward": _attended,
+    "multi_head_attention_forward": _keeping(
+        "nn.MultiheadAttention has heads that make up its width"
+    ),
+    **dict.fromkeys(NORMS, _keeping("a norm that returns its statistics")),
+    **dict.fromkeys(LOSSES, _keeping("a loss that is divided by how many there are")),
     "scaled_dot_product_attention": _scaled,
     "group_norm": _group_normed,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),

@@ -151,7 +151,8 @@ def _grouped(
         trace.ties.tie(rows.view(groups, -1)[:, :1], rows.view(groups, -1))
         return rows, each
     if columns is None:
-        trace.ties.pin(each, "multiplied by a tensor whose size stays")
+        for ids in (rows, each):
+            trace.ties.pin(ids, "multiplied by a tensor whose size stays")
         return rows, None
     trace.ties.tie(columns, each)
     # A group is dropped as a whole; the groups that stay keep equally many inputs and outputs.

@@ -165,6 +165,7 @@ RANDOM = (
     "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint", "randperm",
     "randint_like", "normal", "normal_", "uniform_", "exponential_", "multinomial", "poisson",
     "native_dropout", "random_", "geometric_", "log_normal_", "cauchy_", "normal_functional",
+    "rrelu_with_noise",
 )  # fmt: skip
 
 
@@ -182,8 +183,8 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(RANDOM, _random),
     **dict.fromkeys(("copy", "where", "masked_fill", "addcmul", "addcdiv", "lerp", "clamp",
                      "_prelu_kernel", "native_dropout", "log_sigmoid_forward", "hardtanh",
-                     "leaky_relu", "elu", "softplus", "threshold", "rrelu_with_noise",
-                     "hardswish", "mish", "gelu", "silu", "celu", "nan_to_num", "complex",
+                     "leaky_relu", "elu", "softplus", "threshold", "hardswish",
+                     "mish", "gelu", "silu", "celu", "nan_to_num", "complex",
                      "polar"), elementwise),
     **dict.fromkeys(("fill", "zero", "fill_", "zero_"), _filled),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), _made),

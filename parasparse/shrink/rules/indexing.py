@@ -124,8 +124,10 @@ def _along(trace: Trace, call: Call) -> list[Facts]:
         return t.expand(out.shape)
 
     dims = [dim]
-    if call.name == "gather" and trace.is_stored(index := call.args[2]):
-        dims += [d for d in range(x.ndim) if index.shape[d] > 1 and index.stride(d)]  # stay
+    if call.name == "gather":
+        index = call.args[2]
+        there = [d for d in range(x.ndim) if index.shape[d] > 1 and index.stride(d)]
+        dims += [d for d in there if not any(varies(a, d) for a in trace.labels(index))]  # stay
     found = _picked(trace, call, dims, out, run, state)
     places = Facts(found.labels, everywhere(UNKNOWN, out.shape))
     first = places if call.name.startswith("arg") else found

@@ -25,13 +25,15 @@ from parasparse.shrink.rules.products import (
     product_state,
     sums_of,
 )  # fmt: skip
-from parasparse.shrink.tracing import Rule, Trace
+from parasparse.shrink.tracing import Rule, Trace, unknown_operation
 
 
 def _matrix_product(trace: Trace, call: Call) -> list[Facts]:
     """(..., M, K) times (..., K, N), plus a bias for addmm and baddbmm."""
     bias, x, w = (None, *call.args[:2]) if call.name in ("mm", "bmm", "mv") else call.args[:3]
     (out,) = call.outs()
+    if not x.shape[-1] or not w.shape[-1]:  # nothing is summed up, or nothing comes out
+        return unknown_operation(trace, call)
     x_over, x_other = _sorted(trace, x, -1)
     w_over, w_other = _sorted(trace, w, -2)
     for here, there in ((x_over, w_over), (w_over, x_over)):
@@ -138,7 +140,9 @@ def _read(trace: Trace, x: Tensor, w: Tensor, over: Tensor, rows: list[Tensor], 
 
 
 def _stored(trace: Trace, w: Tensor) -> tuple[str | None, int]:
-    """Return the name of the parameter that `w` is, or is the transpose of, and what is summed."""
+    """Return the name of the matrix that `w` is, or is the transpose of, and what is summed."""
+    if w.ndim > 2:  # a matrix for each of the batch, to which no constant can be added
+        return None, 0
     if trace.leaf(w):
         return name_of(trace, w), 0
     base = w._base
