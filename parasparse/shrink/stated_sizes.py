@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from parasparse.shrink import pieces
+from parasparse.shrink import pieces, recurrent
 from parasparse.shrink.calls import tensors_among
 from parasparse.shrink.expressions import Span, span
 from parasparse.shrink.facts import facts
@@ -269,5 +269,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(LOSSES, _keeping("a loss that is divided by how many there are")),
     "scaled_dot_product_attention": _scaled,
     "group_norm": _group_normed,
+    "lstm": recurrent.lstm,
+    **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), recurrent.cell),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
 }

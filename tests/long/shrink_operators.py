@@ -1,11 +1,12 @@
-"""Every operator of torch, between a layer and a sum: shrink must not change what it computes.
+"""Every operator and module of torch, between a layer and a sum, which shrink must not change.
 
-    python -m tests.long.shrink_operators [operator ...]
+    python -m tests.long.shrink_operators [name ...]
 
-The operators and their inputs are those with which torch tests itself. Each tensor among the inputs
-in turn comes from a layer, with the channels along each of its dimensions in turn; the others are
-parameters. Half of the units are masked, then half of the rows of the layer alone. Whatever goes,
-the smaller network must compute the same, without the check of `shrink`. Channels may stay.
+The operators, the modules and their inputs are those with which torch tests itself. Each tensor
+among the inputs in turn comes from a layer, with the channels along each of its dimensions in turn;
+the others are parameters. Half of the units are masked, then half of the rows of the layer alone.
+Whatever goes, the smaller network must compute the same, without the check of `shrink`. Channels
+may stay.
 
 Prints a line for each network that does not, and the totals. Exits with 1 if there is one.
 """
@@ -18,15 +19,18 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 import parasparse as ps
 from parasparse.shrink.calls import tensors_among
 
+Sample = tuple[Any, list[Any], dict[str, Any]]  # what to call, arguments, and those by name
 SAMPLES = 12  # of an operator, at random
 LARGEST = 5_000  # entries of a tensor
 ROUNDING = {torch.float64: 1e-8, torch.complex128: 1e-8}  # of the others: 1e-3
@@ -86,37 +90,51 @@ class Between(nn.Module):
 
 
 def _is_of_numbers(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return value.is_floating_point() or value.is_complex()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _has_channels(value: Any) -> bool:
     return _is_of_numbers(value) and value.ndim > 0 and 0 < value.numel() <= LARGEST
 
 
-def samples_of(
-    operator: Any, dtype: torch.dtype
-) -> Iterator[tuple[Any, list[Any], dict[str, Any]]]:
-    """Yield what to call, the arguments, and the arguments by name."""
-    samples = list(operator.sample_inputs("cpu", dtype))
-    for sample in random.Random(0).sample(samples, min(SAMPLES, len(samples))):
-        first, call = sample.input, operator.op
-        if isinstance(first, (list, tuple)):
-            number = len(first)
-
-            def of_list(*tensors: Any, number: int = number, **kwargs: Any) -> Any:
-                return operator.op(list(tensors[:number]), *tensors[number:], **kwargs)
-
-            first, call = first, of_list
-        else:
-            first = [first]
-        yield call, [*first, *sample.args], sample.kwargs
+def operators_of(operator: Any, dtype: torch.dtype) -> list[Sample]:
+    """Return the samples of an operator."""
+    if not operator.supports_dtype(dtype, "cpu"):
+        return []
+    return [_sample(operator.op, each) for each in operator.sample_inputs("cpu", dtype)]
 
 
-def networks_of(operator: Any, dtype: torch.dtype) -> Iterator[tuple[Between, Tensor]]:
+def _sample(call: Any, sample: Any) -> Sample:
+    if not isinstance(sample.input, (list, tuple)):
+        return call, [sample.input, *sample.args], sample.kwargs
+    number = len(sample.input)
+
+    def of_list(*arguments: Any, **kwargs: Any) -> Any:
+        return call(list(arguments[:number]), *arguments[number:], **kwargs)
+
+    return of_list, [*sample.input, *sample.args], sample.kwargs
+
+
+def modules_of(info: Any, dtype: torch.dtype) -> list[Sample]:
+    """Return the samples of a class of modules."""
+    if dtype not in info.dtypes:
+        return []
+    found = []
+    for each in info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=False, training=False
+    ):
+        if each.forward_input is not None:
+            built, given = each.constructor_input, each.forward_input
+            module = info.module_cls(*built.args, **built.kwargs).to(dtype)
+            found.append((module, list(given.args), given.kwargs))
+    return found
+
+
+def networks_of(samples: list[Sample], dtype: torch.dtype) -> Iterator[tuple[Between, Tensor]]:
     """Yield networks around an operator, with example inputs."""
-    for call, arguments, kwargs in samples_of(operator, dtype):
+    for call, arguments, kwargs in random.Random(0).sample(samples, min(SAMPLES, len(samples))):
+        if any(isinstance(each, Tensor) and each.layout != torch.strided for each in arguments):
+            continue  # which cannot be copied
         for place, tensor in enumerate(arguments):
             for dim in range(tensor.ndim) if _has_channels(tensor) else ():
                 if tensor.shape[dim] < 2:
@@ -179,13 +197,13 @@ def main(names: list[str]) -> int:
     warnings.simplefilter("ignore")
     totals: Counter[str] = Counter()
     failed = 0
-    for operator in op_db:
-        if operator.name in LEFT_OUT or (names and operator.name not in names):
+    cases = [(operator.name, partial(operators_of, operator)) for operator in op_db]
+    cases += [(info.name, partial(modules_of, info)) for info in module_db]
+    for name, samples_in in cases:
+        if name in LEFT_OUT or (names and name not in names):
             continue
         for dtype in (torch.float64, torch.complex128):
-            if not operator.supports_dtype(dtype, "cpu"):
-                continue
-            for model, x in networks_of(operator, dtype):
+            for model, x in networks_of(samples_in(dtype), dtype):
                 for filters in (False, True):
                     try:
                         found = law(copy.deepcopy(model), x, filters=filters)
@@ -195,9 +213,7 @@ def main(names: list[str]) -> int:
                     if found.startswith(("differs", "raises")):
                         failed += 1
                         shapes = [tuple(each.shape) for each in model.own]
-                        print(
-                            operator.name, dtype, tuple(x.shape), model.dim, shapes, filters, found
-                        )
+                        print(name, dtype, tuple(x.shape), model.dim, shapes, filters, found)
     print(dict(totals))
     return int(bool(failed))
 
