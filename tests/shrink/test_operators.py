@@ -35,6 +35,7 @@ KEPT = {
                             (1, 6, 4, 4)),
     "kl_div": (lambda h, own: F.kl_div(h, own, reduction="batchmean"), (4,), (6, 4), ()),
     "cross_entropy": (lambda h, own: F.cross_entropy(own, (own * h).softmax(1)), (1,), (6, 3), ()),
+    "argmax": (lambda h, own: (h * own).argmax().to(h), (4,), (6, 1), ()),
     "rrelu": (lambda h, own: F.rrelu(h - own, training=True), (4,), (6, 1), (6, 4)),
     "split": (lambda h, own: h.split([2, 4, 0])[1] * own, (4,), (4, 1), (4, 4)),
     "unsafe_chunk": (lambda h, own: torch.unsafe_chunk(h, 4)[2] * own, (4,), (2, 4), (2, 4)),

@@ -110,6 +110,8 @@ def _along(trace: Trace, call: Call) -> list[Facts]:
     if call.name in ("argmax", "argmin"):
         dim = call.arg(1, "dim")
     if dim is None or x.ndim == 0:
+        for label in trace.labels(x):
+            trace.ties.pin(label, f"{call.name} over channels")
         return [Facts((), everywhere(UNKNOWN, o.shape)) for o in call.outs()]
     dim %= x.ndim
     state = worst(trace.state(x), [dim], x.shape)
