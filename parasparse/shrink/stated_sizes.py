@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +64,7 @@ class StatedSizes(TorchFunctionMode):
         if name in READS and name not in REPLACED and isinstance(args[0], Tensor):
             with torch._C._DisableTorchDispatch():
                 leave_torch(self._trace, args[0], name)
+        func = _WITHOUT_EXPAND.get(func, func)
         outer, self._trace.function = self._trace.function, name
         self._trace.means.give([*args, *kwargs.values()])
         try:
@@ -248,6 +250,15 @@ def _scaled(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
                 trace.ties.pin(label, "the scale of attention depends on how many there are")
 
 
+def _normalize(
+    input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12,  # noqa: A002
+    out: Any = None,
+) -> Tensor:  # fmt: skip
+    """`F.normalize` without its `expand_as`, which this mode does not see."""
+    return torch.div(input, input.norm(p, dim, keepdim=True).clamp_min(eps), out=out)
+
+
+_WITHOUT_EXPAND: dict[Callable[..., Any], Callable[..., Any]] = {F.normalize: _normalize}
 _CHECKS: dict[str, Callable[..., None]] = {
     **{name: _viewed(name) for name in VIEWS},
     **{name: _made(name) for name in FACTORIES},

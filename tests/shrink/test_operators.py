@@ -49,6 +49,7 @@ KEPT = {
 CUT = {
     "cat with an empty tensor": (lambda h, own: torch.cat([own, h.t()]), (4,), (0, 6), (4, 6)),
     "repeat": (lambda h, own: h * own.repeat(h.shape[0], 1), (4,), (1, 4), (6, 4)),
+    "normalize": (lambda h, own: F.normalize(h, dim=0) * own, (4,), (6, 1), (6, 4)),
     "bmm": (lambda h, own: torch.bmm(h.permute(1, 2, 0), own), (2, 4), (2, 6, 5), (2, 4, 5)),
     "baddbmm": (
         lambda h, own: torch.baddbmm(torch.ones(5, dtype=h.dtype), h.permute(1, 2, 0), own),
