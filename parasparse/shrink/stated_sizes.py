@@ -114,7 +114,7 @@ def _require(trace: Trace, size: Any, tensor: Tensor, dim: int, where: str) -> N
     for label in there:
         trace.require(expression(size), span(label, dim), where)
     if isinstance(size, Size) and size > 1 and not there and tensor.stride(dim):
-        _keep_size(trace, size, f"{where} to a size that stays")
+        _keep_size(trace, size, where, f"{where} to a size that stays")
 
 
 def _flat(sizes: tuple[Any, ...]) -> list[Any]:
@@ -199,15 +199,15 @@ def _numbered(name: str) -> Callable[..., None]:
     def check(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         for size in tree_leaves((args, kwargs)):
             if isinstance(size, Size) and size > 1:
-                _keep_size(trace, size, f"{name} of how many there are")
+                _keep_size(trace, size, name, f"{name} of how many there are")
 
     return check
 
 
-def _keep_size(trace: Trace, size: Size, reason: str) -> None:
+def _keep_size(trace: Trace, size: Size, where: str, reason: str) -> None:
     stays = trace.ties.new(plain(size))
     trace.ties.pin(stays, reason)
-    trace.require(size.expression, span(stays, 0), reason)
+    trace.require(size.expression, span(stays, 0), where)
 
 
 def _convolved(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
