@@ -35,8 +35,7 @@ module of timm and {more} others, of a small model of each type of transformers,
 of other libraries: YOLO and RT-DETR (ultralytics), diffusion models (diffusers), segmentation
 (segmentation-models-pytorch) and graph networks (torch-geometric). It compares the smaller network
 with the masked one. The weights are random and in float64. Biases and norms are
-random, too. Nothing is declared: a library gets the model and example inputs. The page lists the
-models that have been run so far.
+random, too. Nothing is declared: a library gets the model and example inputs.
 
 * **parasparse, units**: half of the units of [`coupled`](how-to/shrink.md), at random.
 * **parasparse, filters**: half of the filters of each layer but the last one, at random. Their
