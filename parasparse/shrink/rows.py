@@ -113,8 +113,6 @@ def _place(label: Tensor, dim: int) -> tuple[int, int, int]:
 
 def _dead(state: Tensor, dim: int, among: Tensor) -> list[int]:
     """Return the indices of `dim`, of those `among` which to look, that are ZERO everywhere."""
-    if not state.numel():
-        return []
     others = [d for d in range(state.ndim) if d != dim]
     some = state[tuple(slice(None, None, 1 if d == dim else 31) for d in range(state.ndim))]
     for part in (some, state) if others else (state,):  # a part rules out most

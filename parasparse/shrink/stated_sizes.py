@@ -154,6 +154,19 @@ def _like(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         _require(trace, size, out, dim, "expand_as")
 
 
+def _broadcast(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
+    """Tensors are repeated to the sizes of each other."""
+    tensors = tensors_among(args)
+    sizes: list[Any] = list(_SHAPE(out[0]))
+    for tensor in tensors:
+        for dim, size in enumerate(_sizes(trace, tensor), len(sizes) - tensor.ndim):
+            sizes[dim] = size if isinstance(size, Size) else sizes[dim]
+    for tensor, each in zip(tensors, out, strict=True):
+        _follow_sizes(trace, tensor, sizes, each)
+        for dim, size in enumerate(sizes):
+            _require(trace, size, each, dim, "broadcast_tensors")
+
+
 def _repeated(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = _flat(args[1:] or tuple(kwargs.values()))
     if len(sizes) == out.ndim and all(isinstance(size, int) for size in sizes):
@@ -266,6 +279,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _like),
     **REPLACED,
     "repeat": _repeated,
+    "broadcast_tensors": _broadcast,
     "unflatten": _unflattened,
     "split": pieces.split,
     "split_with_sizes": pieces.split,
@@ -276,6 +290,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "multi_head_attention_forward": _keeping(
         "nn.MultiheadAttention has heads that make up its width"
     ),
+    "meshgrid": _keeping("meshgrid, which repeats it"),
     **dict.fromkeys(NORMS, _keeping("a norm that returns its statistics")),
     **dict.fromkeys(LOSSES, _keeping("a loss that is divided by how many there are")),
     "scaled_dot_product_attention": _scaled,

@@ -312,7 +312,7 @@ class Trace(TorchDispatchMode):
 
     def _zeros_alone(self, call: Call, state: Tensor) -> Tensor:
         """Return the state of what is computed with a number that may come from the input."""
-        if call.name.removesuffix("_") not in _SCALES:
+        if call.name.removesuffix("_") not in _SCALES or not call.tensors():
             return everywhere(UNKNOWN, state.shape)
         zero = (compact(self.state(t)) == ZERO for t in call.tensors())
         small = reduce(torch.logical_or, zero) & (compact(state) == ZERO)
@@ -324,8 +324,8 @@ class Trace(TorchDispatchMode):
 
 
 def _has_channels(tensor: Tensor) -> bool:
-    """Whether a tensor has channels, unlike a table of indices or a mask."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether a tensor has channels, unlike a table of indices, a mask, or one without entries."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0
 
 
 def unknown_operation(trace: Trace, call: Call) -> list[Facts]:

@@ -46,6 +46,30 @@ class SqueezeExcite(nn.Module):
         return self.project(x * gate)
 
 
+class OneChannel(nn.Module):
+    """Of the last layer, which pads, one channel is picked by its number."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.one, self.two, self.pick = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3, padding=1), pick
+
+    def forward(self, x):
+        return self.pick(self.two(self.one(x).sigmoid()))
+
+
+PICKS = {
+    "index": lambda x: x[:, 1],
+    "last": lambda x: x[:, -1],
+    "select": lambda x: x.select(1, 2),
+    "slice": lambda x: x[:, 1:2],
+    "unbind": lambda x: x.unbind(1)[3],
+    "split": lambda x: x.split(1, 1)[0],
+    "chunk": lambda x: x.chunk(4, 1)[0].squeeze(1),
+    "movedim": lambda x: x.movedim(1, 0)[2],
+    "product": lambda x: (x.flatten(2) @ x.flatten(2).mT)[:, 0, 1],
+}
+
+
 class Twice(nn.Module):
     """A reader whose weight is used twice, for different constants."""
 
@@ -173,6 +197,16 @@ def test_the_outputs_stay_for_all_image_sizes(name, size):
         names = layers(model)[:-1]
         ps.sparsify(model, {layer: random_filters(0.5, seed) for layer in names})
         assert_equal(shrunk(model, images(size))[0], model, size, size + 5, size + 16)
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_what_a_picked_channel_reads_stays(name):
+    torch.manual_seed(0)
+    model = OneChannel(PICKS[name]).double()
+    ps.sparsify(model, {"one": random_filters(0.5, 0)})
+    small, _ = shrunk(model, images(5))
+    assert small.one.out_channels == 5  # one of the constants stands for the others
+    assert_equal(small, model, 5, 9)
 
 
 def test_unstructured_masks_on_readers_and_biases_keep_what_cannot_be_written():

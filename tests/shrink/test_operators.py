@@ -44,20 +44,23 @@ KEPT = {
     "sum_to_size": (lambda h, own: (h * own).sum_to_size(6, 1), (4,), (6, 1), (6, 1)),
     "statistics": (lambda h, own: torch.native_layer_norm(h * own, (4,), None, None, 1.0)[1],
                    (4,), (6, 1), (6, 1)),
+    "broadcast and summed": (lambda h, own: torch.broadcast_tensors(h, own)[1].sum(0), (4,), (4,),
+                             (4,)),
+    "meshgrid": (lambda h, own: torch.meshgrid(h, own, indexing="ij")[1].sum(0), (), (4,), (4,)),
+    "cat with an empty tensor": (lambda h, own: torch.cat([own, h.t()]), (4,), (0, 6), (4, 6)),
+    "empty linear": (lambda h, own: F.linear(own.t(), own, h), (), (6, 0), (0, 6)),
     "empty product": (lambda h, own: torch.addmm(h, own, own.t()), (6,), (6, 0), (6, 6)),
 }  # fmt: skip
 CUT = {
-    "cat with an empty tensor": (lambda h, own: torch.cat([own, h.t()]), (4,), (0, 6), (4, 6)),
+    "empty batch": (lambda h, own: (h.t()[4:] * own).sum(0), (4,), (6,), (6,)),
     "repeat": (lambda h, own: h * own.repeat(h.shape[0], 1), (4,), (1, 4), (6, 4)),
+    "broadcast_tensors": (lambda h, own: torch.mul(*torch.broadcast_tensors(h, own)), (4,), (4,),
+                          (6, 4)),
     "normalize": (lambda h, own: F.normalize(h, dim=0) * own, (4,), (6, 1), (6, 4)),
     "bmm": (lambda h, own: torch.bmm(h.permute(1, 2, 0), own), (2, 4), (2, 6, 5), (2, 4, 5)),
-    "baddbmm": (
-        lambda h, own: torch.baddbmm(torch.ones(5, dtype=h.dtype), h.permute(1, 2, 0), own),
-        (2, 4),
-        (2, 6, 5),
-        (2, 4, 5),
-    ),
-}
+    "baddbmm": (lambda h, own: torch.baddbmm(torch.ones(5, dtype=h.dtype), h.permute(1, 2, 0), own),
+                (2, 4), (2, 6, 5), (2, 4, 5)),
+}  # fmt: skip
 
 
 def model_of(case):

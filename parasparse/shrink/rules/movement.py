@@ -71,11 +71,12 @@ def _picked(run: Callable[..., Any]) -> Rule:
     def rule(trace: Trace, call: Call) -> list[Facts]:
         _pieces_stay(trace, call)
         x, dim = call.args[0], call.arg(1, "dim", 0) % call.args[0].ndim
-        found = [
-            # What varied along the dimension that is gone says nothing any more.
-            Facts(tuple(filter(varying, each.labels)), each.state)
-            for each in move(trace, call)
-        ]
+        found = []
+        for each in move(trace, call):
+            for label in each.labels:  # of one channel, whose dimension is gone
+                if not varying(label):
+                    trace.ties.pin(label, "its entries are picked by number")
+            found.append(Facts(tuple(filter(varying, each.labels)), each.state))
         if not trace.is_stored(x):
             return found
         # Other inputs may pick others, as tokens pick experts.

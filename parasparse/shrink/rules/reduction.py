@@ -91,6 +91,8 @@ def _keeps(call: Call, x: Tensor) -> bool:
 
 def _without_dims(tensor: Tensor, dims: list[int], keep: bool) -> Tensor:
     tensor = compact(tensor)
+    if not tensor.numel():  # ids and states are 0: what comes out stays, and is not known
+        tensor = tensor.new_zeros([max(size, 1) for size in tensor.shape])
     for dim in sorted(dims, reverse=True):
         tensor = tensor.narrow(dim, 0, 1) if keep else tensor.select(dim, 0)
     return tensor
