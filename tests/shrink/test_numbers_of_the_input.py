@@ -36,6 +36,7 @@ NUMBERS = {
     "clamped": (int, lambda h, n: (h * 9).clamp(max=n)),
     "alpha": (int, lambda h, n: torch.add(h, torch.ones_like(h), alpha=n)),
     "tensor": (int, lambda h, n: h * torch.tensor(n)),
+    "divided": (int, lambda h, n: h * torch.div(n, 2)),  # without a tensor
     "item": (torch.double, lambda h, n: h * n.item()),
     "item of an int": (torch.long, lambda h, n: h / int(n.sum())),
     "tolist": (torch.long, lambda h, n: h * n.tolist()[0]),
