@@ -15,7 +15,7 @@ from parasparse.shrink.rules.products import only_zeros
 from parasparse.shrink.sizes import expression
 from parasparse.shrink.tracing import Rule, Trace, unknown_operation
 
-# Functions whose pieces `stated_sizes` checks, where it sees how the program computed the places.
+# Functions whose pieces `pieces` checks, where it sees how the program computed the places.
 _CHECKED = ("split", "split_with_sizes", "narrow", "chunk", "__getitem__", "__setitem__")
 
 
