@@ -64,14 +64,20 @@ def _viewed(name: str) -> Callable[..., None]:
 
 
 def _follow_sizes(trace: Trace, tensor: Tensor, sizes: Sequence[Any], out: Tensor) -> None:
-    """Give labels to dimensions in which `tensor` is repeated to the size of another tensor."""
+    """Give labels to dimensions in which `tensor` is expanded to the size of another tensor."""
+    spans = [isinstance(s, Size) and isinstance(expression(s), Span) for s in sizes]
+    dims = [dim for dim, is_span in enumerate(spans) if is_span and out.stride(dim) == 0]
+    _label_copies(trace, tensor, sizes, out, dims)
+
+
+def _label_copies(
+    trace: Trace, tensor: Tensor, sizes: Sequence[Any], out: Tensor, dims: Sequence[int]
+) -> None:
+    """Give labels to those of `dims` in which `out` holds copies of the one entry of `tensor`."""
     shape = [1] * (out.ndim - tensor.ndim) + list(SHAPE(tensor))
-    labels = list(trace.labels(out))
-    for dim, size in enumerate(sizes):
-        is_new = isinstance(size, Size) and shape[dim] == 1 < size
-        if is_new and (out.stride(dim) or isinstance(expression(size), Span)):
-            labels.append(along(trace.ties.new(plain(size)), dim, out.shape))
-    trace.set_facts(out, facts(labels, trace.state(out)))
+    new = [dim for dim in dims if shape[dim] == 1 < sizes[dim]]
+    labels = [along(trace.ties.new(plain(sizes[dim])), dim, out.shape) for dim in new]
+    trace.set_facts(out, facts([*trace.labels(out), *labels], trace.state(out)))
 
 
 def _like(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -97,11 +103,12 @@ def _broadcast(trace: Trace, args: Any, kwargs: Any, out: Any) -> None:
 
 def _repeated(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     sizes = _flat(args[1:] or tuple(kwargs.values()))
-    if len(sizes) == out.ndim and all(isinstance(size, int) for size in sizes):
-        _follow_sizes(trace, args[0], sizes, out)
-        for dim, size in enumerate(sizes):
-            if out.shape[dim] == size:
-                _require(trace, size, out, dim, "repeat")
+    dims = [dim for dim, size in enumerate(sizes) if isinstance(size, Size)]
+    if len(sizes) == out.ndim:
+        _label_copies(trace, args[0], sizes, out, dims)
+        for dim in dims:
+            if out.shape[dim] == sizes[dim]:
+                _require(trace, sizes[dim], out, dim, "repeat")
 
 
 def _unflattened(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
