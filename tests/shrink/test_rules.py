@@ -151,6 +151,23 @@ def test_inputs_over_which_a_weight_is_normalized_stay():
     assert "takes a mean or norm" in plan.kept_back[0].reason
 
 
+def standardized_in_its_shape(self, x):
+    """As in timm, which views the weight as one matrix for a batch norm and back."""
+    w = self.weight.reshape(1, self.weight.shape[0], -1)
+    w = F.batch_norm(w, None, None, training=True)
+    return F.linear(x, w.reshape_as(self.weight))
+
+
+def test_outputs_of_a_weight_that_is_normalized_go():
+    model = Between(standardized_in_its_shape, hidden=4)
+    model.weight = nn.Parameter(torch.randn(8, 4))
+    model.two = nn.Linear(8, 3)
+    model, x = model.double(), example()
+    masked = copy.deepcopy(ps.sparsify(model, ps.coupled(model, x).rules(0.5)))
+    assert ps.shrink(model, x).weight.shape == (4, 4)
+    torch.testing.assert_close(model(x + 1), masked(x + 1))
+
+
 def set_by_number(self, x):
     x = x.clone()
     x[..., 4:] = 1
