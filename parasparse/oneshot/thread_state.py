@@ -31,7 +31,7 @@ class ThreadState:
             for kind in ("cpu", "cuda")
         }
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        return cls(autocasts, torch.get_default_device(), gpu)
+        return cls(autocasts, torch.empty(0).device, gpu)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -41,7 +41,7 @@ class ThreadState:
                 if enabled or torch.is_autocast_enabled(kind):
                     autocast = torch.autocast(kind, dtype, enabled, cache_enabled=False)
                     stack.enter_context(autocast)
-            if self.device != torch.get_default_device():
+            if self.device != torch.empty(0).device:
                 stack.enter_context(self.device)
             if self.gpu is not None:
                 stack.enter_context(torch.cuda.device(self.gpu))

@@ -109,6 +109,8 @@ def test_fused_experts_are_pruned_from_the_tokens_that_each_saw(name, implementa
     torch.manual_seed(0)
     build, is_transposed = EXPERTS[name]
     model, inputs = build().eval(), ids()
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip("this version of transformers has one implementation of experts")
     model.set_experts_implementation(implementation)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

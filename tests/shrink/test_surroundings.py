@@ -36,6 +36,7 @@ def default_dtype(dtype):
 AROUND = {
     "meta": lambda: torch.device("meta"),
     "default device": lambda: default_device("meta"),
+    "no default device": lambda: default_device(None),
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "no_grad": torch.no_grad,

@@ -59,7 +59,7 @@ def convolution(
     if isinstance(chosen, Channels):
         result = following.of(_smaller(func, chosen, x, bias, stride, padding, dilation))
     else:
-        assert isinstance(chosen, CSR | Bag | BSR)
+        assert isinstance(chosen, (CSR, Bag, BSR))  # torch 2.9 does not compile `|`: test_compiled
         steps = Steps(tuple(kernel), stride, padding, dilation, groups)
         result = multiplied(partial(_product, chosen, bias, steps, following), x, weight)
     last = _CHANNELS_LAST.get(x.ndim)
