@@ -82,7 +82,7 @@ test-shrink: .venv/zoo  ## shrink, and others, on the models of seven libraries;
 	done
 	$(RUN)/python -m tests.long.zoo.shrink_page
 
-test-operators: .venv/zoo  ## shrink around every operator with which torch tests itself
+test-operators: .venv/zoo  ## shrink around the operators and modules of torch
 	$(RUN)/python -m tests.long.shrink_operators
 
 clean:

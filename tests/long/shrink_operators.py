@@ -1,4 +1,4 @@
-"""Every operator and module of torch, between a layer and a sum, which shrink must not change.
+"""Operators and modules of torch, each between a layer and a sum, which shrink must not change.
 
     python -m tests.long.shrink_operators [name ...]
 
